@@ -1,0 +1,420 @@
+"""Data: rows to token ids with marked answers, images, and the batches that carry both to the model.
+
+`load_data` reads and checks everything before a GPU is touched. `trees.py` says which samples form a step;
+`TreeDataset` turns one micro-batch of that plan into a `Batch`.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers.image_transforms import convert_to_rgb
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from rows import BadRow, InputError, Row, read_rows
+from trees import Work
+
+MAX_IMAGE_PIXELS = 100_000_000
+MAX_LISTED = 50  # bad rows told on the console; the file has all
+EXIF_ORIENTATION, TURNED_BY_90_DEGREES = 0x0112, (5, 6, 7, 8)
+HIGH_BIT_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes patches; stored in checkpoints so that evaluation sees what training saw."""
+
+    patch_size: int
+    merge_size: int  # merge_size x merge_size patches become one image token
+    temporal_patch_size: int
+    min_pixels: int  # after resizing
+    max_pixels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches (down, across) of a picture of this size. Raises ValueError beyond an aspect ratio of 200."""
+        factor = self.patch_size * self.merge_size
+        size = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+
+@dataclass
+class Sample:
+    """One question with its answer. `ids` hold one image token an image; `expand` gives each its real number."""
+
+    id: str
+    where: str  # file:line
+    images: tuple[str, ...]  # paths, in the order of their image tokens
+    ids: np.ndarray  # (n,) int32
+    trained: np.ndarray  # (n,) bool: tokens of answers, end-of-turn included
+    image_at: tuple[int, ...]  # index of each image token in ids
+    image_tokens: tuple[int, ...]  # language-model tokens of each image
+    patches: tuple[int, ...]  # vision patches of each image
+    fields: dict  # question, answer, question_type, options
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) + sum(self.image_tokens) - len(self.image_tokens)
+
+
+@dataclass
+class VQAData:
+    """All usable samples of one rows file, the patch grid of every image, and what was not usable."""
+
+    path: str
+    samples: list[Sample]
+    grids: dict[str, tuple[int, int]]
+    bad: list[BadRow] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """Changes when a sample's tokens, images or order change."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(sample.ids.tobytes() + sample.trained.tobytes())
+            digest.update(repr([(Path(image).name, self.grids[image]) for image in sample.images]).encode())
+        return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageSettings:
+    """The model's own image settings; 0 leaves its pixel limits as they are."""
+    processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
+    return ImageSettings(
+        processor.patch_size,
+        processor.merge_size,
+        processor.temporal_patch_size,
+        min_pixels or processor.size["shortest_edge"],
+        max_pixels or processor.size["longest_edge"],
+        tuple(processor.image_mean),
+        tuple(processor.image_std),
+    )
+
+
+def load_data(
+    path: str | Path,
+    images_dir: str | Path,
+    tokenizer,
+    settings: ImageSettings,
+    max_tokens: int,
+    system: str = "",
+    allow_outside_images: bool = False,
+) -> VQAData:
+    """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
+
+    `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample.
+    """
+    rows, bad = read_rows(Path(path))
+    for row in rows:
+        row.images, reason = _resolve(row.images, Path(images_dir), allow_outside_images)
+        if reason:
+            bad.append(BadRow(row.where, reason, row.fields))
+    failed = {one.where for one in bad}
+    rows = [row for row in rows if row.where not in failed]
+    sizes = check_images(sorted({image for row in rows for image in row.images}))
+
+    data = VQAData(str(path), [], {}, bad)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    kept, segments = [], []
+    for row in rows:
+        try:
+            for image in row.images:
+                if isinstance(sizes[image], str):
+                    raise ValueError(f"image {image}: {sizes[image]}")
+                data.grids[image] = settings.grid(*sizes[image])
+            _refuse_special_tokens(row, special)
+            segments.append(_segments(row.messages, tokenizer, system))
+            kept.append(row)
+        except ValueError as reason:
+            bad.append(BadRow(row.where, str(reason), row.fields))
+
+    texts = [text for segment in segments for text, _ in segment]
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for row, segment in zip(kept, segments):
+        pieces = [(next(encoded), trained) for _, trained in segment]
+        sample = _sample(row, pieces, image_token, data.grids, settings.merge_size**2)
+        if sample.tokens > max_tokens:
+            reason = f"{sample.tokens:,} tokens, over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
+            bad.append(BadRow(row.where, reason, row.fields))
+        else:
+            data.samples.append(sample)
+    bad.sort(key=lambda one: int(one.where.rpartition(":")[2]))
+    return data
+
+
+def _resolve(names: list[str], folder: Path, allow_outside: bool) -> tuple[list[str], str]:
+    """Paths of a row's images and "", or [] and what is wrong. An image_id may leave its extension out."""
+    paths = []
+    for name in names:
+        path = folder / name
+        if not path.suffix:
+            path = next((p for end in (".jpg", ".jpeg", ".png") if (p := folder / f"{name}{end}").exists()), path)
+        path = Path(os.path.abspath(path))
+        if not allow_outside and not path.is_relative_to(os.path.abspath(folder)):
+            return [], f"image {name} lies outside {folder} (--allow-outside-images permits that)"
+        if not path.is_file():
+            return [], f"image {path} is missing"
+        paths.append(str(path))
+    return paths, ""
+
+
+def _refuse_special_tokens(row: Row, special: list[str]) -> None:
+    for message in row.messages:
+        for part in message["content"]:
+            for token in special:
+                if token in part.get("text", ""):
+                    raise ValueError(f"the {message['role']} text holds the special token {token}")
+
+
+def _segments(messages: list[dict], tokenizer, system: str) -> list[tuple[str, bool]]:
+    """Cut the chat template's rendering into (text, trained): each answer with its end-of-turn, and what is between."""
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
+    segments, done = [], ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        full = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        end = full.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
+        if not prompt.startswith(done) or not full.startswith(prompt) or end <= len(prompt):
+            raise ValueError("the chat template does not render a conversation as its prompt followed by its answer")
+        segments += [(prompt[len(done) :], False), (full[len(prompt) : end], True)]
+        done = full[:end]
+    return segments
+
+
+def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge: int) -> Sample:
+    ids = np.concatenate([piece for piece, _ in pieces]).astype(np.int32)
+    trained = np.concatenate([np.full(len(piece), is_trained) for piece, is_trained in pieces])
+    patches = tuple(int(np.prod(grids[image])) for image in row.images)
+    return Sample(
+        id=str(row.fields["id"]),
+        where=row.where,
+        images=tuple(row.images),
+        ids=ids,
+        trained=trained,
+        image_at=tuple(np.flatnonzero(ids == image_token).tolist()),
+        image_tokens=tuple(count // merge for count in patches),
+        patches=patches,
+        fields=row.fields,
+    )
+
+
+def stop_or_skip_bad(data: list[VQAData], skip_bad: bool, output: Path) -> None:
+    """Write every bad row to output/bad_rows.jsonl. Raises InputError that lists them, unless they are to be skipped."""
+    bad = [(one.path, row) for one in data for row in one.bad]
+    if not bad:
+        return
+    with open(output / "bad_rows.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"file": path, **vars(row)}, ensure_ascii=False) + "\n" for path, row in bad)
+    listed = "".join(f"\n  {row.where}: {row.reason}" for _, row in bad[:MAX_LISTED])
+    if len(bad) > MAX_LISTED:
+        listed += f"\n  and {len(bad) - MAX_LISTED:,} more, see {output / 'bad_rows.jsonl'}"
+    empty = [one.path for one in data if not one.samples]
+    if empty:
+        raise InputError(f"{', '.join(empty)}: no usable row{listed}")
+    if not skip_bad:
+        raise InputError(f"{len(bad):,} rows can't be used (--skip-bad goes on without them):{listed}")
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def check_images(paths: list[str]) -> dict[str, tuple[int, int] | str]:
+    """Decode every image once: its (height, width) as displayed, or what is wrong with it.
+
+    Results are remembered by path, size and time in the user's cache folder, so that a second start reads no image.
+    """
+    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onelook" / "images.json"
+    known = json.loads(memory.read_text()) if memory.exists() else {}
+    stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
+    new = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
+    if new:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
+            found = list(tqdm(pool.map(_check_image, new), "checking images", len(new), disable=len(new) < 1000))
+        known |= {path: {"stamp": stamps[path], "size": size} for path, size in zip(new, found)}
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(known))
+        os.replace(partial, memory)
+    return {path: known[path]["size"] for path in paths}
+
+
+def _check_image(path: str) -> tuple[int, int] | str:
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_IMAGE_PIXELS:
+                return f"{width} x {height} is over 100 megapixels"
+            image.load()
+            turned = image.getexif().get(EXIF_ORIENTATION) in TURNED_BY_90_DEGREES
+            return (width, height) if turned else (height, width)
+    except Image.DecompressionBombError:
+        return "over 100 megapixels"
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged files
+        return f"unreadable or truncated ({error})"
+
+
+def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
+    """Decode and resize a picture to its grid. Returns (patches, 3, patch_size**2) uint8 in the vision tower's order,
+    the same pixels as transformers' Qwen2VLImageProcessorPil before normalisation."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits a pixel: keep the upper eight instead of clipping
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels = Image.fromarray(convert_to_rgb(image, return_numpy=True))
+    p, m = settings.patch_size, settings.merge_size
+    down, across = grid
+    pixels = np.asarray(pixels.resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
+    pixels = pixels.reshape(down // m, m, p, across // m, m, p, 3)
+    return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(down * across, 3, p * p)
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Batch:
+    """One micro-batch: trees packed into one sequence of T tokens with N answer tokens and I image tokens.
+
+    Token j is visible to token i iff tree[j] == tree[i], j <= i, and branch[j] is 0 (the prefix) or branch[i].
+    """
+
+    ids: torch.Tensor  # (T,) int64
+    positions: torch.Tensor  # (3, T) int64: rotary position in time, height and width
+    tree: torch.Tensor  # (T,) int32; padding is a tree of its own
+    branch: torch.Tensor  # (T,) int32: 0 in a prefix, from 1 in branches
+    image_at: torch.Tensor  # (I,) int64: where the image tokens are
+    answer_at: torch.Tensor  # (N,) int64: tokens whose next token is trained
+    targets: torch.Tensor  # (N,) int64: those next tokens
+    question: torch.Tensor  # (N,) int64: which of the batch's samples each belongs to
+    patches: torch.Tensor  # (sum of grids, 3, patch_size**2) uint8
+    grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
+    samples: list[int]  # indices into VQAData.samples
+    work: Work
+
+    def _map(self, function) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(t) for name, t in tensors.items() if torch.is_tensor(t)})
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(torch.Tensor.pin_memory)
+
+
+def rotary_positions(sample: Sample, grids: dict[str, tuple[int, int]], merge_size: int) -> np.ndarray:
+    """(3, tokens) positions as Qwen3-VL counts them: text advances all three axes together, an image spans a grid
+    and advances them by its longer side (transformers' `get_rope_index`, to which a test holds this equal)."""
+    pieces, start, at = [], 0, 0
+    for where, path in zip(sample.image_at, sample.images):
+        text = np.arange(start, start + where - at)
+        down, across = (side // merge_size for side in grids[path])
+        start += where - at
+        image = np.stack([np.zeros((down, across), int), *np.indices((down, across))]).reshape(3, -1) + start
+        pieces += [np.stack([text] * 3), image]
+        start, at = start + max(down, across), where + 1
+    text = np.arange(start, start + len(sample.ids) - at)
+    return np.concatenate([*pieces, np.stack([text] * 3)], axis=1)
+
+
+def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int = 1, prompts_only: bool = False):
+    """Pack the trees of `work` into a `Batch`, padded to a multiple of `pad_to` tokens.
+
+    `prompts_only` cuts every branch before its last answer, which is what generation starts from.
+    """
+    parts, answers, samples, images, offset = [], [], [], [], 0
+    for number, tree in enumerate(work.trees):
+        for branch, index in enumerate(tree.samples, start=1):
+            sample = data.samples[index]
+            ids, trained, is_image = _expand(sample)
+            prefix = tree.prefix + sum(n - 1 for at, n in zip(sample.image_at, sample.image_tokens) if at < tree.prefix)
+            first = 0 if branch == 1 else prefix  # the first branch brings the prefix along
+            end = int(np.flatnonzero(~trained)[-1]) + 1 if prompts_only else len(ids)
+            marked = np.array([end]) if prompts_only else np.flatnonzero(trained)
+            positions = rotary_positions(sample, data.grids, settings.merge_size)[:, first:end]
+            branch_ids = np.where(np.arange(first, end) < prefix, 0, branch)
+            parts.append((ids[first:end], positions, np.full(end - first, number), branch_ids, is_image[first:end]))
+            answers.append((marked - 1 - first + offset, ids[marked], np.full(len(marked), len(samples))))
+            images += [path for path, at in zip(sample.images, sample.image_at) if branch == 1 or at >= tree.prefix]
+            samples.append(index)
+            offset += end - first
+    if padding := -offset % pad_to:
+        zeros = np.zeros(padding, int)
+        parts.append((zeros, np.stack([np.arange(padding)] * 3), zeros - 1, zeros, zeros.astype(bool)))
+
+    ids, positions, tree, branch, is_image = (torch.from_numpy(np.concatenate(part, axis=-1)) for part in zip(*parts))
+    answer_at, targets, question = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers))
+    loaded = {path: load_patches(path, data.grids[path], settings) for path in dict.fromkeys(images)}
+    no_patches = np.zeros((0, 3, settings.patch_size**2), np.uint8)
+    return Batch(
+        ids=ids.long(),
+        positions=positions,
+        tree=tree.int(),
+        branch=branch.int(),
+        image_at=is_image.nonzero().flatten(),
+        answer_at=answer_at,
+        targets=targets.long(),
+        question=question,
+        patches=torch.from_numpy(np.concatenate([no_patches, *(loaded[path] for path in images)])),
+        grid=torch.tensor([(1, *data.grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3),
+        samples=samples,
+        work=work,
+    )
+
+
+def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, trained and is-image marks, each (tokens,), with every image token as often as the image needs."""
+    repeats = np.ones(len(sample.ids), int)
+    repeats[list(sample.image_at)] = sample.image_tokens
+    is_image = np.isin(np.arange(len(sample.ids)), sample.image_at)
+    return np.repeat(sample.ids, repeats), np.repeat(sample.trained, repeats), np.repeat(is_image, repeats)
+
+
+class TreeDataset(Dataset):
+    """Items are micro-batches: a sampler yields `Work`, an item is its `Batch`."""
+
+    def __init__(self, data: VQAData, settings: ImageSettings, pad_to: int = 1, prompts_only: bool = False):
+        self.data, self.settings, self.pad_to, self.prompts_only = data, settings, pad_to, prompts_only
+
+    def __len__(self) -> int:
+        return len(self.data.samples)
+
+    def __getitem__(self, work: Work) -> Batch:
+        return build_batch(self.data, work, self.settings, self.pad_to, self.prompts_only)
+
+
+def describe_sample(sample: Sample, tokenizer) -> str:
+    """The sample's text as trained, its trained tokens between ⟦ and ⟧, each image as its number of tokens."""
+    edges = np.flatnonzero(np.diff(sample.trained)) + 1
+    text, counts = "", iter(sample.image_tokens)
+    for piece in np.split(np.arange(len(sample.ids)), sorted({*edges, *sample.image_at, *(at + 1 for at in sample.image_at)})):
+        if not len(piece):
+            continue
+        is_image = piece[0] in sample.image_at
+        part = f"<{next(counts):,} image tokens>" if is_image else tokenizer.decode(sample.ids[piece].tolist())
+        text += f"⟦{part}⟧" if sample.trained[piece[0]] else part
+    return text
+
+
+def length_histogram(lengths: list[int], bins: int = 8) -> str:
+    """One line a bin: its range in tokens, how many, a bar."""
+    counts, edges = np.histogram(lengths, bins=bins)
+    rows = zip(counts, edges, edges[1:])
+    return "\n".join(f"  {a:7,.0f} to {b:7,.0f}  {n:7,}  {'█' * round(40 * n / max(counts))}" for n, a, b in rows)
+
+

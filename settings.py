@@ -1,0 +1,134 @@
+"""Settings of a training run: the command line, a settings file below it, and the check of both at once."""
+
+import argparse
+import json
+import tomllib
+from pathlib import Path
+
+from rows import InputError
+
+
+class Wrong(str):
+    """What is wrong with a value. Kept in the value's place until all problems can be told together."""
+
+
+def _number(kind: type, low: float, high: float = float("inf")):
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            return Wrong(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
+        return value if low <= value <= high else Wrong(f"{text} is not between {low} and {high}")
+
+    return convert
+
+
+def _choice(*names: str):
+    return lambda text: text if text in names else Wrong(f"{text!r} is none of {', '.join(names)}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "train.py",
+        description="Fine-tune Qwen3-VL with LoRA on visual question answering. Without --train: the embedded demo.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    count, positive, share = _number(int, 0), _number(int, 1), _number(float, 0, 1)
+    add = parser.add_argument_group("data").add_argument
+    add("--train", default="", help="rows to train on, JSON array or JSON lines; empty: the embedded demo")
+    add("--val", default="", help="rows to evaluate on during training; empty: none")
+    add("--images", default="", help="folder that image names start from; empty: the folder of --train")
+    add("--min-pixels", type=count, default=0, help="pixels of an image at least, after resizing; 0: the model's own")
+    add("--max-pixels", type=count, default=0, help="pixels of an image at most, after resizing; 0: the model's own")
+    add("--system", default="", help="system prompt of rows that have none; empty: none")
+    add("--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="go on without rows that can't be used")
+    add("--allow-outside-images", action=argparse.BooleanOptionalAction, default=False, help="images outside --images")
+    add("--workers", type=count, default=4, help="processes a rank that decode images; 0: in the training process")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="Qwen/Qwen3-VL-8B-Instruct", help="hub name or folder of a Qwen3-VL model")
+    add("--dtype", type=_choice("auto", "bfloat16", "float32"), default="auto",
+        help="of the frozen weights and of autocast; auto: bfloat16 on CUDA, float32 elsewhere")  # fmt: skip
+    add("--lora-r", type=positive, default=16, help="rank of the LoRA matrices")
+    add("--lora-alpha", type=_number(float, 0), default=32.0, help="LoRA output is scaled by alpha / r")
+    add("--lora-dropout", type=share, default=0.05, help="dropout before LoRA; 0: none")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=positive, default=3, help="passes over the questions")
+    add("--batch-size", type=positive, default=128, help="questions an optimizer step, over all GPUs")
+    add("--questions-per-image", type=count, default=0, help="branches a tree at most; 0: all, 1: no sharing")
+    add("--max-tokens", type=positive, default=8192, help="tokens a micro-batch at most; bounds memory")
+    add("--lr", type=_number(float, 0), default=1e-4, help="peak learning rate")
+    add("--schedule", type=_choice("cosine", "linear", "constant"), default="cosine", help="learning rate after warm-up")
+    add("--warmup", type=_number(float, 0), default=0.03, help="steps, or below 1 a share of all steps; 0: none")
+    add("--weight-decay", type=_number(float, 0), default=0.0, help="AdamW's; 0: none")
+    add("--max-grad-norm", type=_number(float, 0), default=1.0, help="gradient clipping; 0: none")
+    add("--seed", type=count, default=0, help="of the LoRA weights, the order and dropout")
+    add("--max-steps", type=count, default=0, help="optimizer steps at most; 0: all epochs")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", default="", help="folder of the run; empty: the next free runs/NAME-N")
+    add("--eval-every", type=count, default=200, help="steps between evaluations; 0: only at the end")
+    add("--save-every", type=count, default=200, help="steps between checkpoints; 0: only at the end")
+    add("--keep", type=positive, default=3, help="newest checkpoints kept, besides the best one")
+    add("--resume", default="none", help="none, auto (newest checkpoint in --output) or a checkpoint folder")
+    add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
+    parser.add_argument("--config", default="", help="TOML file of settings by these names; the command line overrides")
+    return parser
+
+
+def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Namespace:
+    """Settings from `defaults`, below the --config file, below the command line. Raises InputError with all problems."""
+    parser = build_parser()
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config", default="")
+    config, problems = peek.parse_known_args(argv)[0].config, []
+    from_file = {}
+    if config:
+        try:
+            from_file = tomllib.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            problems.append(f"--config {config}: {error}")
+    known = {name for action in parser._actions for name in action.option_strings}
+    below = []
+    for name, value in [*(defaults or {}).items(), *from_file.items()]:
+        name = name.replace("_", "-")
+        if f"--{name}" not in known or isinstance(value, dict | list):
+            problems.append(f"--config {config}: no setting {name} = {value!r}")
+        elif isinstance(value, bool):
+            below.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            below.append(f"--{name}={value}")
+    settings, unknown = parser.parse_known_args(below + argv)
+    problems += [f"{word}: no such flag" for word in unknown]
+    for name, value in vars(settings).items():
+        if isinstance(value, Wrong):
+            problems.append(f"--{name.replace('_', '-')}: {value}")
+    if settings.train:
+        problems += _check_paths(settings)
+    if problems:
+        raise InputError("wrong settings:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return settings
+
+
+def _check_paths(settings: argparse.Namespace) -> list[str]:
+    problems = []
+    settings.images = settings.images or str(Path(settings.train).parent)
+    for name in ("train", "val", "images"):
+        path = getattr(settings, name)
+        if path:
+            exists = Path(path).is_dir() if name == "images" else Path(path).is_file()
+            problems += [] if exists else [f"--{name}: {path} does not exist"]
+            setattr(settings, name, str(Path(path).resolve()))
+    if settings.resume == "auto" and not settings.output:
+        problems.append("--resume auto: say where with --output")
+    if settings.resume not in ("none", "auto") and not Path(settings.resume).is_dir():
+        problems.append(f"--resume: {settings.resume} is not a folder")
+    low, high = settings.min_pixels, settings.max_pixels
+    if isinstance(low, int) and isinstance(high, int) and high and low > high:
+        problems.append(f"--min-pixels {low} is over --max-pixels {high}")
+    return problems
+
+
+def to_toml(settings: argparse.Namespace) -> str:
+    """The settings as a file that --config reads: JSON's strings, numbers and booleans are TOML's too."""
+    items = {name: value for name, value in vars(settings).items() if name != "config"}
+    return "".join(f"{name.replace('_', '-')} = {json.dumps(value)}\n" for name, value in items.items())

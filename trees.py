@@ -1,0 +1,208 @@
+"""Trees and the step plan: which samples form optimizer step s, and how they are packed into micro-batches.
+
+A tree is one list of images with questions about it. The plan is a pure function of (samples, settings, seed, epoch);
+ranks only share out a step's micro-batches, so the number of GPUs changes no loss.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+# Cost of a tree in units of one language-model token's matrix products, forward and backward, for Qwen3-VL-8B:
+# a token 4 x 6.95e9 FLOP (frozen weights: no weight gradient), a vision patch 2 x 0.57e9 FLOP forward only, a pair of
+# patches 4 x 1152 x 27 layers, a visible pair of tokens 3.5 x 4 x 4096 x 36 layers. Only ratios matter, for balance.
+PATCH_COST = 0.041
+PATCH_PAIR_COST = 4.5e-6
+TOKEN_PAIR_COST = 7.4e-5
+
+LOOK_AHEAD = 256  # trees searched for one that fits a step's last free places before a tree is split
+RANK_MULTIPLE = 4  # a step has a multiple of this many micro-batches, so that 1, 2 and 4 ranks share it evenly
+
+
+@dataclass(frozen=True)
+class Tree:
+    samples: tuple[int, ...]  # indices into VQAData.samples, one branch each
+    prefix: int  # ids that all branches share (an image counts as one)
+    tokens: int  # language-model tokens of the whole tree
+    cost: float
+
+
+MicroBatch = tuple[Tree, ...]
+Step = list[MicroBatch]
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """An optimizer step as a whole, over all ranks."""
+
+    number: int  # over all epochs, from 0
+    questions: int
+    images: int  # trees
+    answer_tokens: int  # what the step's loss is divided by
+
+
+@dataclass(frozen=True)
+class Work:
+    """One micro-batch for one rank. `number` is its place in its step, the same for any number of ranks."""
+
+    trees: MicroBatch
+    number: int = 0
+    step: StepFacts | None = None  # None in evaluation
+    live: bool = True  # False: a rank without work repeats a micro-batch with weight 0 to take part in the all-reduce
+    last: bool = True  # the rank's last of this step
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    batch_size: int  # questions an optimizer step
+    questions_per_image: int  # branches a tree at most; 0: all
+    max_tokens: int  # of a micro-batch
+    seed: int
+
+
+def grow_tree(samples: list, indices: list[int]) -> Tree:
+    """The tree of these samples: its prefix is what their ids share, short of the token that predicts an answer."""
+    chosen = [samples[i] for i in indices]
+    length = min(int(sample.trained.argmax()) for sample in chosen) - 1
+    for sample in chosen[1:]:
+        differs = chosen[0].ids[:length] != sample.ids[:length]
+        length = int(differs.argmax()) if differs.any() else length
+    images = [n for n, at in zip(chosen[0].image_tokens, chosen[0].image_at) if at < length]
+    prefix = length + sum(images) - len(images)
+    branches = np.array([sample.tokens for sample in chosen]) - prefix
+    patches = np.array([n for k, s in enumerate(chosen) for n, at in zip(s.patches, s.image_at) if not k or at >= length])
+    pairs = prefix**2 / 2 + (branches * (prefix + branches / 2)).sum()
+    cost = prefix + branches.sum() + TOKEN_PAIR_COST * pairs
+    cost += (PATCH_COST * patches + PATCH_PAIR_COST * patches**2).sum()
+    return Tree(tuple(indices), length, int(prefix + branches.sum()), float(cost))
+
+
+def group_samples(samples: list) -> list[list[int]]:
+    """Samples that can share a tree: the same images in the same rendering, all of them before the first answer."""
+    groups = {}
+    for index, sample in enumerate(samples):
+        end = sample.image_at[-1] + 1 if sample.images else 0
+        can_share = sample.images and end < int(sample.trained.argmax())
+        key = (sample.images, sample.ids[:end].tobytes()) if can_share else index
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
+    """The steps of an epoch, ceil(samples / batch_size) of them, each sample once.
+
+    Images are shuffled, and the questions of each. A step takes trees in that order until `batch_size` questions are
+    reached, the last places by the next tree that fits; where none does, a tree is split over two steps.
+    """
+    random = np.random.default_rng([settings.seed, epoch])
+    cap = min(settings.questions_per_image or settings.batch_size, settings.batch_size)
+    waiting = []
+    for group in group_samples(samples):
+        parts = -(-len(group) // cap)
+        waiting += [part.tolist() for part in np.array_split(random.permutation(group), parts)]
+    waiting = [waiting[i] for i in random.permutation(len(waiting))]
+
+    steps = []
+    while waiting:
+        chosen, room = [], settings.batch_size
+        while room and waiting:
+            fits = (i for i, part in enumerate(waiting[:LOOK_AHEAD]) if len(part) <= room)
+            if (place := next(fits, None)) is None:
+                part, waiting[0] = waiting[0][:room], waiting[0][room:]
+            else:
+                part = waiting.pop(place)
+            chosen.append(part)
+            room -= len(part)
+        trees = [tree for part in chosen for tree in _within(samples, part, settings.max_tokens)]
+        steps.append(pack(trees, settings.max_tokens))
+    return steps
+
+
+def whole_trees(samples: list, max_tokens: int) -> list[MicroBatch]:
+    """Every sample once, in order, in as few micro-batches as the budget allows: the plan of an evaluation."""
+    batches, tokens = [[]], 0
+    for group in group_samples(samples):
+        for tree in _within(samples, group, max_tokens):
+            if tokens + tree.tokens > max_tokens and batches[-1]:
+                batches.append([])
+                tokens = 0
+            batches[-1].append(tree)
+            tokens += tree.tokens
+    return [tuple(batch) for batch in batches if batch]
+
+
+def _within(samples: list, indices: list[int], max_tokens: int) -> list[Tree]:
+    tree = grow_tree(samples, indices)
+    if tree.tokens <= max_tokens or len(indices) == 1:
+        return [tree]
+    half = len(indices) // 2
+    return _within(samples, indices[:half], max_tokens) + _within(samples, indices[half:], max_tokens)
+
+
+def pack(trees: list[Tree], max_tokens: int) -> Step:
+    """Micro-batches of near-equal cost within the token budget, a multiple of RANK_MULTIPLE where trees suffice."""
+    count = -(-sum(tree.tokens for tree in trees) // max_tokens)
+    while True:
+        count = min(len(trees), -(-count // RANK_MULTIPLE) * RANK_MULTIPLE)
+        bins = [[] for _ in range(count)]
+        for tree in sorted(trees, key=lambda tree: -tree.cost):
+            free = [b for b in bins if sum(t.tokens for t in b) + tree.tokens <= max_tokens]
+            if not free and count < len(trees):
+                break
+            min(free or bins, key=lambda b: sum(t.cost for t in b)).append(tree)
+        else:
+            return [tuple(b) for b in sorted(bins, key=cost_of, reverse=True)]
+        count += 1
+
+
+def cost_of(batch) -> float:
+    return sum(tree.cost for tree in batch)
+
+
+def share_out(batches: list[MicroBatch], ranks: int) -> list[list[int]]:
+    """Indices of each rank's micro-batches: the costliest first, each to the rank with the least so far."""
+    shares, loads = [[] for _ in range(ranks)], [0.0] * ranks
+    for index in sorted(range(len(batches)), key=lambda i: -cost_of(batches[i])):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += cost_of(batches[index])
+    return shares
+
+
+def rank_efficiency(plan: list[Step], ranks: int) -> float:
+    """Mean cost over greatest cost of the ranks in a step, over the plan: the share of GPU time that is not waiting."""
+    busy = sum(cost_of(batch) for step in plan for batch in step)
+    longest = sum(max(sum(cost_of(step[i]) for i in share) for share in share_out(step, ranks)) for step in plan)
+    return busy / (ranks * longest)
+
+
+class StepSampler(DistributedSampler):
+    """This rank's micro-batches of an epoch, step by step, as `Work`. `first_step` skips an epoch's done part."""
+
+    def __init__(self, samples: list, settings: PlanSettings, rank: int, world_size: int):
+        super().__init__(samples, num_replicas=world_size, rank=rank, seed=settings.seed)
+        self.settings = settings
+        self.first_step = 0
+
+    def plan(self) -> list[Step]:
+        return make_plan(self.dataset, self.settings, self.epoch)
+
+    def __iter__(self):
+        steps = self.plan()
+        for number in range(self.first_step, len(steps)):
+            step, facts = steps[number], self._facts(steps[number], number)
+            share = share_out(step, self.num_replicas)[self.rank]
+            for index in share:
+                yield Work(step[index], index, facts, last=index == share[-1])
+            if not share:  # fewer micro-batches than ranks: take part in the all-reduce with the cheapest one
+                yield Work(step[-1], len(step) - 1, facts, live=False)
+
+    def _facts(self, step: Step, number: int) -> StepFacts:
+        indices = [i for batch in step for tree in batch for i in tree.samples]
+        tokens = sum(int(self.dataset[i].trained.sum()) for i in indices)
+        return StepFacts(self.epoch * len(self) + number, len(indices), sum(len(batch) for batch in step), tokens)
+
+    def __len__(self) -> int:
+        """Steps of an epoch, the same on every rank (not micro-batches, whose number differs)."""
+        return -(-len(self.dataset) // self.settings.batch_size)
