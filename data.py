@@ -402,7 +402,9 @@ def describe_sample(sample: Sample, tokenizer) -> str:
     """The sample's text as trained, its trained tokens between ⟦ and ⟧, each image as its number of tokens."""
     edges = np.flatnonzero(np.diff(sample.trained)) + 1
     text, counts = "", iter(sample.image_tokens)
-    for piece in np.split(np.arange(len(sample.ids)), sorted({*edges, *sample.image_at, *(at + 1 for at in sample.image_at)})):
+    for piece in np.split(
+        np.arange(len(sample.ids)), sorted({*edges, *sample.image_at, *(at + 1 for at in sample.image_at)})
+    ):
         if not len(piece):
             continue
         is_image = piece[0] in sample.image_at
@@ -416,5 +418,3 @@ def length_histogram(lengths: list[int], bins: int = 8) -> str:
     counts, edges = np.histogram(lengths, bins=bins)
     rows = zip(counts, edges, edges[1:])
     return "\n".join(f"  {a:7,.0f} to {b:7,.0f}  {n:7,}  {'█' * round(40 * n / max(counts))}" for n, a, b in rows)
-
-

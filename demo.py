@@ -48,8 +48,8 @@ SIDE = 96  # pixels of a demo picture; every length in a Scene is a share of the
 
 TISSUE = {"colonoscopy": (206, 112, 108), "gastroscopy": (204, 148, 84)}
 POLYP_COLOURS = {"red": (165, 20, 30), "white": (238, 230, 224), "yellow": (232, 206, 50), "purple": (112, 48, 132)}
-POLYP_RADII = {"<5mm": (0.045, 0.06), "5-10mm": (0.08, 0.1), "11-20mm": (0.125, 0.15)}
-INSTRUMENT_COLOURS = {"biopsy forceps": (105, 150, 165), "polyp snare": (60, 165, 80), "tube": (55, 80, 190)}
+POLYP_RADII = {"<5mm": (0.055, 0.065), "5-10mm": (0.09, 0.105), "11-20mm": (0.135, 0.155)}
+INSTRUMENT_COLOURS = {"biopsy forceps": (150, 152, 158), "polyp snare": (40, 190, 185), "tube": (45, 70, 200)}
 BOX_COLOURS = {"green": (20, 150, 50), "black": (8, 8, 10)}
 CELLS = [f"{v}-{h}".replace("center-center", "center") for v in ("upper", "center", "lower")
          for h in ("left", "center", "right")]  # fmt: skip
@@ -221,7 +221,7 @@ def draw_instrument(canvas: ImageDraw.ImageDraw, kind: str, tip, base, unit: flo
             canvas.line((x, y, *end), (225, 235, 240), round(0.03 * unit))
     else:
         x, y, r = x + 1.5 * r * math.cos(angle), y + 1.5 * r * math.sin(angle), 1.5 * r
-        canvas.ellipse((x - r, y - r, x + r, y + r), None, (190, 240, 120), round(0.025 * unit))
+        canvas.ellipse((x - r, y - r, x + r, y + r), None, (190, 250, 240), round(0.025 * unit))
 
 
 def draw(scene: Scene, width: int, height: int) -> Image.Image:
@@ -245,12 +245,10 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
         arc = (left + 0.2 * w, height - 0.8 * h, left + 0.7 * w, height - 0.2 * h)
         canvas.arc(arc, rng.randrange(360), rng.randrange(180, 720), (190, 190, 90), outline)
     if scene.text != "none":
-        font = ImageFont.load_default(size=round(0.1 * unit))
-        for line in range(2):
-            letters = "".join(rng.choices("ABCDEFGHKLMNPRSTUVXYZ0123456789:.", k=rng.randint(4, 6)))
-            left = 0.02 * unit if scene.text == "left" else width - 0.02 * unit
-            anchor = "lt" if scene.text == "left" else "rt"
-            canvas.text((left, (0.02 + 0.11 * line) * unit), letters, (250, 250, 250), font, anchor)
+        letters = "".join(rng.choices("ABCDEFGHKLMNPRSTUVXYZ0123456789:.", k=rng.randint(5, 7)))
+        left, anchor = (0.02 * unit, "lt") if scene.text == "left" else (width - 0.02 * unit, "rt")
+        font = ImageFont.load_default(size=round(0.11 * unit))
+        canvas.text((left, 0.015 * unit), letters, (250, 250, 250), font, anchor)
     return picture
 
 
@@ -375,7 +373,8 @@ def initialise(model: Qwen3VLForConditionalGeneration) -> None:
     filters = vision.patch_embed.proj.weight
     t = (torch.arange(filters.shape[-1]) + 0.5) * math.pi / filters.shape[-1]
     waves = torch.stack([torch.cos(i * t)[:, None] * torch.cos(j * t) / 2 ** (i + j) for i in range(3) for j in range(3)])
-    mixture = torch.randn(filters.shape[0], 3, len(waves))
+    opponent = torch.tensor([[0.5, 0.5, 0.5], [1.5, -1.5, 0.0], [-0.75, -0.75, 1.5]])  # light, red-green, blue-yellow
+    mixture = torch.einsum("okw,kc->ocw", torch.randn(filters.shape[0], 3, len(waves)), opponent)
     filters.copy_(torch.einsum("ocw,wyx->ocyx", mixture, waves)[:, :, None] / filters[0, 0, 0].numel() / 2)
 
     # positions: sines of row and column at three wave lengths, mixed at random, (16 x 16, hidden)

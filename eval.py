@@ -1,8 +1,8 @@
 """Evaluation: loss and exact match by teacher forcing (used in training), and generated answers with their accuracy.
 
-    python eval.py --ckpt runs/kvasir                                  # the run's best checkpoint on its own --val rows
-    torchrun --nproc_per_node=4 eval.py --ckpt runs/kvasir/checkpoint-000600 --data test.jsonl --images pictures
-    python eval.py --model Qwen/Qwen3-VL-8B-Instruct --data test.jsonl --images pictures    # the base model
+python eval.py --ckpt runs/kvasir                                  # the run's best checkpoint on its own --val rows
+torchrun --nproc_per_node=4 eval.py --ckpt runs/kvasir/checkpoint-000600 --data test.jsonl --images pictures
+python eval.py --model Qwen/Qwen3-VL-8B-Instruct --data test.jsonl --images pictures    # the base model
 """
 
 import argparse
@@ -37,7 +37,9 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
-def make_loader(dataset: TreeDataset, sampler, workers: int, device: torch.device, persistent: bool = False) -> DataLoader:
+def make_loader(
+    dataset: TreeDataset, sampler, workers: int, device: torch.device, persistent: bool = False
+) -> DataLoader:
     """One item is one micro-batch: `batch_size` is the plan's business."""
     return DataLoader(
         dataset,
@@ -129,8 +131,14 @@ def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> l
     """
     cache = DynamicCache(config=model.base.config.text_config)
     features = model.encode_images(batch)
-    hidden = model.hidden_states(batch.ids, batch.positions, tree_mask(batch), batch.image_at, features, cache)[batch.answer_at]
-    tree, branch, position = batch.tree[batch.answer_at], batch.branch[batch.answer_at], batch.positions[:, batch.answer_at]
+    hidden = model.hidden_states(batch.ids, batch.positions, tree_mask(batch), batch.image_at, features, cache)[
+        batch.answer_at
+    ]
+    tree, branch, position = (
+        batch.tree[batch.answer_at],
+        batch.branch[batch.answer_at],
+        batch.positions[:, batch.answer_at],
+    )
     tree_k, branch_k = batch.tree, batch.branch
     answers = [[] for _ in batch.samples]
     running = list(range(len(answers)))
@@ -154,7 +162,9 @@ def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> l
     return answers
 
 
-def answer_all(model: TreeModel, data: VQAData, ranks: Ranks, dtype, tokenizer, max_tokens, max_new_tokens, workers) -> list:
+def answer_all(
+    model: TreeModel, data: VQAData, ranks: Ranks, dtype, tokenizer, max_tokens, max_new_tokens, workers
+) -> list:
     """Generate an answer to every sample, over all ranks. Returns one prediction a sample, in the order of the rows."""
     model.eval()
     dataset = TreeDataset(data, model.settings, padding(ranks.device), prompts_only=True)
@@ -220,17 +230,25 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("eval.py", description="Answer questions with a checkpoint or a base model, and score.")
-    parser.add_argument("--ckpt", default="", help="checkpoint, or a run's folder for its best one; empty: the base model")
+    parser = argparse.ArgumentParser(
+        "eval.py", description="Answer questions with a checkpoint or a base model, and score."
+    )
+    parser.add_argument(
+        "--ckpt", default="", help="checkpoint, or a run's folder for its best one; empty: the base model"
+    )
     parser.add_argument("--data", default="", help="rows to answer; empty: the validation rows of the checkpoint's run")
     parser.add_argument("--images", default="", help="folder that image names start from; empty: the folder of --data")
     parser.add_argument("--model", default="", help="base model; empty: the checkpoint's, or Qwen/Qwen3-VL-8B-Instruct")
-    parser.add_argument("--output", default="", help="folder for predictions.jsonl; empty: CKPT/eval, or runs/eval-base")
+    parser.add_argument(
+        "--output", default="", help="folder for predictions.jsonl; empty: CKPT/eval, or runs/eval-base"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer at most")
     parser.add_argument("--max-tokens", type=int, default=16384, help="prompt tokens that are run at once, at most")
     parser.add_argument("--min-pixels", type=int, default=0, help="0: the checkpoint's, or the model's own")
     parser.add_argument("--max-pixels", type=int, default=0, help="0: the checkpoint's, or the model's own")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on CUDA")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on CUDA"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="go on without rows that can't be used")
     parser.add_argument("--allow-outside-images", action="store_true", help="images outside --images")
     parser.add_argument("--workers", type=int, default=4, help="processes a rank that decode images")
@@ -269,9 +287,7 @@ def main(argv: list[str]) -> None:
     print0(f"{len(data.samples):,} questions of {rows}, {ckpt or 'base model ' + name}, {ranks.world_size} rank(s)")
     base = load_base(folder, dtype, ranks.device)
     model = TreeModel(load_adapter(base, ckpt) if ckpt else base, settings)
-    predictions = answer_all(
-        model, data, ranks, dtype, tokenizer, args.max_tokens, args.max_new_tokens, args.workers
-    )
+    predictions = answer_all(model, data, ranks, dtype, tokenizer, args.max_tokens, args.max_new_tokens, args.workers)
     if ranks.is_main:
         with open(output / "predictions.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in predictions)

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from data import Batch, ImageSettings
 from rows import InputError
 
+# anchored to the language model: the vision tower has projections of the same names
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FLEX_BLOCK = 128  # FlexAttention wants lengths that are multiples of its block (pytorch#153799)
@@ -102,10 +103,8 @@ class PatchProjection(nn.Linear):
 
 def add_lora(base: nn.Module, name: str, r: int, alpha: float, dropout: float) -> PeftModel:
     """LoRA in float32 on q, k, v, o, gate, up and down of every language-model layer, and nowhere else."""
-    config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, base_model_name_or_path=name
-    )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS))
+    model.peft_config["default"].base_model_name_or_path = name  # what others will load, not where it lies here
     counts = lora_table(model)
     layers = base.config.text_config.num_hidden_layers
     assert {kind: count for kind, (count, _) in counts.items()} == dict.fromkeys(PROJECTIONS, layers), counts
@@ -162,7 +161,9 @@ class TreeModel(nn.Module):
         if not len(batch.grid):
             return None
         visual = self.base.model.visual
-        mean, std = (torch.tensor(v, device=batch.patches.device)[:, None] for v in (self.settings.mean, self.settings.std))
+        mean, std = (
+            torch.tensor(v, device=batch.patches.device)[:, None] for v in (self.settings.mean, self.settings.std)
+        )
         pixels = (batch.patches / 255 - mean) / std  # (patches, 3, p * p)
         pixels = pixels[:, :, None].expand(-1, -1, self.settings.temporal_patch_size, -1)
         out = visual(pixels.flatten(1).to(visual.dtype), grid_thw=batch.grid)

@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-pixels", type=count, default=0, help="pixels of an image at least, after resizing; 0: the model's own")
     add("--max-pixels", type=count, default=0, help="pixels of an image at most, after resizing; 0: the model's own")
     add("--system", default="", help="system prompt of rows that have none; empty: none")
-    add("--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="go on without rows that can't be used")
+    add(
+        "--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="go on without rows that can't be used"
+    )
     add("--allow-outside-images", action=argparse.BooleanOptionalAction, default=False, help="images outside --images")
     add("--workers", type=count, default=4, help="processes a rank that decode images; 0: in the training process")
     add = parser.add_argument_group("model").add_argument
@@ -58,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--questions-per-image", type=count, default=0, help="branches a tree at most; 0: all, 1: no sharing")
     add("--max-tokens", type=positive, default=8192, help="tokens a micro-batch at most; bounds memory")
     add("--lr", type=_number(float, 0), default=1e-4, help="peak learning rate")
-    add("--schedule", type=_choice("cosine", "linear", "constant"), default="cosine", help="learning rate after warm-up")
+    add(
+        "--schedule", type=_choice("cosine", "linear", "constant"), default="cosine", help="learning rate after warm-up"
+    )
     add("--warmup", type=_number(float, 0), default=0.03, help="steps, or below 1 a share of all steps; 0: none")
     add("--weight-decay", type=_number(float, 0), default=0.0, help="AdamW's; 0: none")
     add("--max-grad-norm", type=_number(float, 0), default=1.0, help="gradient clipping; 0: none")

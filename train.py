@@ -1,9 +1,9 @@
 """Fine-tune Qwen3-VL with LoRA on visual question answering: a hand-written DDP loop over trees.
 
-    torchrun --nproc_per_node=2 train.py                                            # the embedded demo, CPU or GPU
-    torchrun --nproc_per_node=4 train.py --train train.jsonl --val val.jsonl --images pictures --output runs/kvasir
-    torchrun --nproc_per_node=4 train.py --config recipes/default.toml --train train.jsonl --images pictures
-    torchrun --nproc_per_node=4 train.py --config runs/kvasir/settings.toml --resume auto        # go on where it stopped
+torchrun --nproc_per_node=2 train.py                                            # the embedded demo, CPU or GPU
+torchrun --nproc_per_node=4 train.py --train train.jsonl --val val.jsonl --images pictures --output runs/kvasir
+torchrun --nproc_per_node=4 train.py --config recipes/default.toml --train train.jsonl --images pictures
+torchrun --nproc_per_node=4 train.py --config runs/kvasir/settings.toml --resume auto        # go on where it stopped
 """
 
 import argparse
@@ -65,7 +65,9 @@ def main(argv: list[str]) -> None:
 
     # Model, optimizer, and where a run goes on.
     seed_everything(args.seed)
-    peft_model = add_lora(load_base(model_folder, dtype, device), args.model, args.lora_r, args.lora_alpha, args.lora_dropout)
+    peft_model = add_lora(
+        load_base(model_folder, dtype, device), args.model, args.lora_r, args.lora_alpha, args.lora_dropout
+    )
     describe_lora(peft_model)
     model = dist_utils.wrap(TreeModel(peft_model, images), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -155,7 +157,9 @@ def train_step(model, optimizer, micro_batches, lr, max_grad_norm, ranks: Ranks,
         loss_sums.append(loss_sum.detach())
     loss = dist_utils.all_reduce_sum(torch.stack(loss_sums).double().sum()).item() / work.step.answer_tokens
     trained = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = clip_grad_norm_(trained, max_grad_norm or math.inf).item()  # the gradients are reduced: equal everywhere
+    grad_norm = clip_grad_norm_(
+        trained, max_grad_norm or math.inf
+    ).item()  # the gradients are reduced: equal everywhere
     if math.isfinite(loss) and math.isfinite(grad_norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -211,7 +215,9 @@ def rehearse(model, optimizer, dataset, sampler, args, ranks: Ranks, dtype, outp
         ) from None
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (parameter.grad is None or not parameter.grad.isfinite().all()):
-            raise RuntimeError(f"{name} gets no finite gradient from sample {dataset.data.samples[batch.samples[0]].where}")
+            raise RuntimeError(
+                f"{name} gets no finite gradient from sample {dataset.data.samples[batch.samples[0]].where}"
+            )
     optimizer.zero_grad(set_to_none=True)
     memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if ranks.device.type == "cuda" else ""
     if ranks.is_main:
@@ -243,7 +249,9 @@ def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
     """Say what will be trained: sizes, lengths, the plan, and one sample with its trained tokens marked."""
     for name, data in (("train", train), ("val", val)):
         if data:
-            print0(f"{name}: {len(data.samples):,} questions, {len(data.grids):,} images, {len(data.bad):,} rows left out")
+            print0(
+                f"{name}: {len(data.samples):,} questions, {len(data.grids):,} images, {len(data.bad):,} rows left out"
+            )
     shared = set(train.grids) & set(val.grids) if val else set()
     if shared:
         print0(f"warning: {len(shared):,} validation images are also trained on, {Path(min(shared)).name} for one")
@@ -338,7 +346,9 @@ def save_checkpoint(output: Path, step: int, model, optimizer, run: dict, best: 
     """Write checkpoint-STEP under a temporary name, rename it, mark the best, drop all but it and the last `keep`."""
     name = f"checkpoint-{step:06d}"
     partial = output / f"tmp-{name}-{os.getpid()}"
-    write_checkpoint(partial, model, {"format": 1, "step": step, "best": best, "optimizer": optimizer.state_dict(), **run})
+    write_checkpoint(
+        partial, model, {"format": 1, "step": step, "best": best, "optimizer": optimizer.state_dict(), **run}
+    )
     shutil.rmtree(output / name, ignore_errors=True)
     os.rename(partial, output / name)
     if best:

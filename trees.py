@@ -71,7 +71,9 @@ def grow_tree(samples: list, indices: list[int]) -> Tree:
     images = [n for n, at in zip(chosen[0].image_tokens, chosen[0].image_at) if at < length]
     prefix = length + sum(images) - len(images)
     branches = np.array([sample.tokens for sample in chosen]) - prefix
-    patches = np.array([n for k, s in enumerate(chosen) for n, at in zip(s.patches, s.image_at) if not k or at >= length])
+    patches = np.array(
+        [n for k, s in enumerate(chosen) for n, at in zip(s.patches, s.image_at) if not k or at >= length]
+    )
     pairs = prefix**2 / 2 + (branches * (prefix + branches / 2)).sum()
     cost = prefix + branches.sum() + TOKEN_PAIR_COST * pairs
     cost += (PATCH_COST * patches + PATCH_PAIR_COST * patches**2).sum()

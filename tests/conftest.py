@@ -1,0 +1,15 @@
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return tiny.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """The memory of checked images goes into a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

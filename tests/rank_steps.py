@@ -1,0 +1,41 @@
+"""Run under torchrun by test_ranks.py: the optimizer steps of two epochs; rank 0 writes losses, gradients, samples."""
+
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+
+import dist_utils
+from data import TreeDataset
+from eval import make_loader
+from train import by_step, train_step
+from trees import PlanSettings, StepSampler
+
+world, out, batch_size, per_image, dropout = sys.argv[1:]
+ranks = dist_utils.start()
+data, dataset = tiny.load_world(Path(world))
+settings = PlanSettings(int(batch_size), int(per_image), 600, seed=1)
+sampler = StepSampler(data.samples, settings, ranks.rank, ranks.world_size)
+model = dist_utils.wrap(tiny.lora_model(Path(world), float(dropout)), ranks)
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+result = {"losses": [], "norms": [], "samples": [], "counts": [], "gradients": None}
+for epoch in range(2):
+    sampler.set_epoch(epoch)
+    for micro_batches in by_step(make_loader(TreeDataset(data, dataset.settings), sampler, 0, ranks.device)):
+        loss, norm, _ = train_step(model, optimizer, micro_batches, 1e-3, 1.0, ranks, torch.float32, 0)
+        result["losses"].append(loss)
+        result["norms"].append(norm)
+        mine = [i for batch in micro_batches if batch.work.live for i in batch.samples]
+        shards = dist_utils.gather_to_all(mine)
+        result["samples"].append(sorted(i for shard in shards for i in shard))
+        result["counts"].append([len(shard) for shard in shards])
+        if result["gradients"] is None:  # after the first step, clipped alike everywhere
+            named = dist_utils.unwrap(model).named_parameters()
+            result["gradients"] = {name: p.grad.clone() for name, p in named if p.requires_grad}
+result["weights"] = torch.cat([p.detach().flatten() for p in trained])
+if ranks.is_main:
+    torch.save(result, out)
+del model, optimizer, trained
+dist_utils.stop()

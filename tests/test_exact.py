@@ -1,0 +1,182 @@
+"""Promise 1: loss and every LoRA gradient of a step equal those of the same samples one by one through transformers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import model as model_file
+from data import build_batch, load_patches, rotary_positions
+from dist_utils import Ranks
+from train import train_step
+from trees import PlanSettings, StepFacts, Work, group_samples, grow_tree, make_plan, pack
+
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    return tiny.Reference(world, tiny.lora_model(world), tmp_path_factory.mktemp("adapter")).loss_and_gradients(rows)
+
+
+def run_step(world, trees_of_batches, dropout=0.0, seed=0):
+    """One step of the product over the given micro-batches of trees: its loss and gradients."""
+    data, dataset = tiny.load_world(world)
+    model = tiny.lora_model(world, dropout)
+    tokens = sum(int(sample.trained.sum()) for sample in data.samples)
+    facts = StepFacts(0, len(data.samples), 0, tokens)
+    last = len(trees_of_batches) - 1
+    works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loss, *_ = train_step(model, optimizer, [dataset[w] for w in works], 0.0, 0.0, ALONE, torch.float32, seed)
+    return loss, {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(samples):
+    return [grow_tree(samples, group) for group in group_samples(samples)]
+
+
+def assert_exact(result, reference):
+    assert result[0] == pytest.approx(reference[0], rel=1e-5)
+    assert tiny.relative_error(result[1], reference[1]) < 1e-5
+
+
+def test_the_mixed_step_has_trees_of_1_9_and_17_branches_and_every_kind_of_row(world):
+    data, _ = tiny.load_world(world)
+    trees = whole(data.samples)
+    assert sorted(len(tree.samples) for tree in trees) == [1, 1, 1, 1, 1, 9, 19]
+    assert len({sample.images for sample in data.samples}) == 7
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_a_step_equals_its_samples_one_by_one_in_any_number_of_micro_batches(world, reference, micro_batches):
+    trees = whole(tiny.load_world(world)[0].samples)
+    assert_exact(run_step(world, [trees[n::micro_batches] for n in range(micro_batches)]), reference)
+
+
+def test_trees_of_one_branch_and_split_trees_equal_whole_ones(world, reference):
+    samples = tiny.load_world(world)[0].samples
+    ones = [grow_tree(samples, [index]) for index in range(len(samples))]
+    assert_exact(run_step(world, [ones]), reference)
+    split = [
+        grow_tree(samples, part.tolist()) for g in group_samples(samples) for part in np.array_split(g, len(g) // 4 + 1)
+    ]
+    assert_exact(run_step(world, [split[:3], split[3:]]), reference)
+
+
+def test_the_plan_s_own_packing_is_exact(world, reference):
+    samples = tiny.load_world(world)[0].samples
+    (step,) = make_plan(samples, PlanSettings(len(samples), 5, 400, 3), epoch=0)
+    assert len(step) >= 4
+    assert_exact(run_step(world, step), reference)
+
+
+def test_padding_changes_nothing(world, reference, monkeypatch):
+    data, dataset = tiny.load_world(world)
+    model = tiny.lora_model(world)
+    work = Work(tuple(whole(data.samples)))
+    plain, padded = (build_batch(data, work, dataset.settings, pad_to) for pad_to in (1, 128))
+    assert len(padded.ids) % 128 == 0 and len(padded.ids) > len(plain.ids)
+    losses = [model(batch, model.encode_images(batch))[0] for batch in (plain, padded)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+MUTANTS = {
+    "plain causal": lambda tree_q, b_q, tree_k, b_k, q, k: (tree_q[:, None] == tree_k) & (k <= q[:, None]),
+    "branches don't see their prefix": lambda tree_q, b_q, tree_k, b_k, q, k: (
+        (tree_q[:, None] == tree_k) & (k <= q[:, None]) & (b_k == b_q[:, None])
+    ),
+    "trees see each other": lambda tree_q, b_q, tree_k, b_k, q, k: (
+        (k <= q[:, None]) & ((b_k == 0) | (b_k == b_q[:, None]))
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_wrong_masks_are_noticed(world, reference, monkeypatch, mutant):
+    monkeypatch.setattr(model_file, "visible", MUTANTS[mutant])
+    _, gradients = run_step(world, [whole(tiny.load_world(world)[0].samples)])
+    assert tiny.relative_error(gradients, reference[1]) > 0.05
+
+
+def test_positions_that_do_not_restart_are_noticed(world, reference, monkeypatch):
+    import data as data_file
+
+    def running(sample, grids, merge):
+        positions = rotary_positions(sample, grids, merge)
+        return positions + (np.arange(positions.shape[1]) > 40) * len(sample.ids)
+
+    monkeypatch.setattr(data_file, "rotary_positions", running)
+    _, gradients = run_step(world, [whole(tiny.load_world(world)[0].samples)])
+    assert tiny.relative_error(gradients, reference[1]) > 0.05
+
+
+def test_one_branch_does_not_leak_into_another(world):
+    data, dataset = tiny.load_world(world)
+    model = tiny.lora_model(world)
+    tree = next(tree for tree in whole(data.samples) if len(tree.samples) == 9)
+    batch = dataset[Work((tree,))]
+    changed = replace(batch, ids=torch.where(batch.branch == 2, 300, batch.ids))
+    before, after = (model(b, model.encode_images(b))[0] for b in (batch, changed))
+    others = batch.question != 1
+    assert torch.equal(before[others], after[others]) and not torch.equal(before[~others], after[~others])
+
+
+def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world, reference):
+    trees = whole(tiny.load_world(world)[0].samples)
+    draws = [run_step(world, [trees], dropout=0.2, seed=seed)[1] for seed in range(24)]
+    again = run_step(world, [trees], dropout=0.2, seed=0)[1]
+    assert tiny.relative_error(again, draws[0]) == 0
+    mean = {name: torch.stack([draw[name] for draw in draws]).mean(0) for name in again}
+    one = tiny.relative_error(draws[0], reference[1])
+    assert 0.01 < tiny.relative_error(mean, reference[1]) < one / 2
+
+
+def test_rotary_positions_equal_the_installed_model_s(world):
+    data, _ = tiny.load_world(world)
+    model = tiny.lora_model(world).base.model
+    for sample in data.samples:
+        repeats = np.ones(len(sample.ids), int)
+        repeats[list(sample.image_at)] = sample.image_tokens
+        ids = torch.from_numpy(np.repeat(sample.ids, repeats)).long()[None]
+        grid = torch.tensor([(1, *data.grids[path]) for path in sample.images]).reshape(-1, 3)
+        types = (ids == model.config.image_token_id).int()
+        expected, _ = model.get_rope_index(ids, types, image_grid_thw=grid)
+        np.testing.assert_array_equal(rotary_positions(sample, data.grids, 2), expected[:, 0].numpy())
+
+
+def test_patches_equal_the_image_processor_s(world):
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    data, dataset = tiny.load_world(world)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(world / "model")
+    for path, grid in data.grids.items():
+        expected = processor([Image.open(path)], return_tensors="pt")
+        assert tuple(expected["image_grid_thw"][0, 1:].tolist()) == grid
+        patches = torch.from_numpy(load_patches(path, grid, dataset.settings))
+        ours = ((patches / 255 - 0.5) / 0.5)[:, :, None].expand(-1, -1, 2, -1).flatten(1)
+        torch.testing.assert_close(ours, expected["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_patch_projection_equals_the_conv3d(world):
+    from transformers import AutoModelForImageTextToText
+
+    visual = AutoModelForImageTextToText.from_pretrained(world / "model").model.visual
+    patches = torch.randn(7, 3 * 2 * 8 * 8)
+    expected = visual.patch_embed(patches)
+    visual.patch_embed.proj = model_file.PatchProjection(visual.patch_embed.proj)
+    torch.testing.assert_close(visual.patch_embed(patches), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packing_keeps_to_the_token_budget(world):
+    samples = tiny.load_world(world)[0].samples
+    trees = whole(samples)
+    for budget in (500, 800, 2000):
+        step = pack(trees, budget)
+        assert sorted(t.samples for b in step for t in b) == sorted(t.samples for t in trees)
+        assert all(len(b) == 1 or sum(t.tokens for t in b) <= budget for b in step)

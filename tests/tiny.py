@@ -1,0 +1,150 @@
+"""A tiny Qwen3-VL folder, pictures of several sizes, rows of every kind, and the reference that exactness is held to:
+each sample alone through the unmodified transformers model with `labels`. Nothing here uses the product's tokenizing,
+masks, positions or losses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import demo
+from data import TreeDataset, VQAData, image_settings, load_data
+from model import TreeModel, add_lora, load_base
+
+SIZES = {"a.png": (96, 96), "b.png": (160, 64), "c.png": (70, 131), "d.png": (200, 120)}
+
+
+def turn(role: str, text: str, images: int = 0) -> dict:
+    return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+def single(image: str, question: str, answer: str) -> dict:
+    return {"image": image, "question": question, "answer": answer}
+
+
+def mixed_rows() -> list[dict]:
+    """Trees of 1, 9 and 17 branches, two images in a row, a text-only row, two turns, an image after an answer."""
+    rows = [
+        single("a.png", f"How many polyps are in part {i}?", f"{i}" if i % 3 else f"about {i} or more")
+        for i in range(17)
+    ]
+    rows += [single("b.png", f"Where is finding {i}?", f"upper left {i}") for i in range(9)]
+    rows += [single("c.png", "Is there text?", "yes")]
+    rows += [single("a.png", "Is there text?", "no"), single("a.png", "Is there text?", "no text")]  # same question
+    rows += [{"image": ["c.png", "d.png"], "question": "Which is larger?", "answer": "the second"}]
+    rows += [{"question": "What is a polyp?", "answer": "a growth"}]
+    rows += [{"messages": [turn("user", "What colour?", 1), turn("assistant", "red"), turn("user", "And how many?"),
+                           turn("assistant", "two of them")], "images": ["d.png"]}]  # fmt: skip
+    rows += [{"messages": [turn("user", "Is this sharp?", 1), turn("assistant", "yes"), turn("user", "And this?", 1),
+                           turn("assistant", "no, blurred")], "images": ["b.png", "a.png"]}]  # fmt: skip
+    return rows
+
+
+def write_model(folder: Path, rows: list[dict]) -> None:
+    tokenizer = demo.make_tokenizer(["user\nassistant\nsystem\n" + json.dumps(row) for row in rows])
+    tokenizer.save_pretrained(folder)
+    demo.make_model(tokenizer).save_pretrained(folder)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"shortest_edge": 256, "longest_edge": 65536}
+    )
+    processor.save_pretrained(folder)
+
+
+def write_world(folder: Path, rows: list[dict] | None = None) -> Path:
+    """model/, images/ and rows.jsonl under `folder`."""
+    rows = rows or mixed_rows()
+    write_model(folder / "model", rows)
+    (folder / "images").mkdir()
+    random = np.random.default_rng(0)
+    for name, (width, height) in SIZES.items():
+        small = random.integers(0, 256, (height // 10, width // 10, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((width, height)).save(folder / "images" / name)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def load_world(folder: Path) -> tuple[VQAData, TreeDataset]:
+    tokenizer, settings = AutoTokenizer.from_pretrained(folder / "model"), image_settings(folder / "model")
+    data = load_data(folder / "rows.jsonl", folder / "images", tokenizer, settings, 100_000)
+    assert not data.bad, data.bad
+    return data, TreeDataset(data, settings)
+
+
+def lora_model(folder: Path, dropout: float = 0.0) -> TreeModel:
+    """The product's model with LoRA matrices that are not zero."""
+    torch.manual_seed(0)
+    model = add_lora(load_base(folder / "model", torch.float32, torch.device("cpu")), "tiny", 4, 8, dropout)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    return TreeModel(model, image_settings(folder / "model"))
+
+
+class Reference:
+    """transformers' own model and PEFT's own LoRA with the same weights, one sample at a time."""
+
+    def __init__(self, folder: Path, ours: TreeModel, adapter: Path):
+        ours.model.save_pretrained(adapter)
+        base = AutoModelForImageTextToText.from_pretrained(
+            folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+        )
+        self.model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "model")
+        self.folder = folder
+
+    def inputs(self, row: dict, answered: bool = True) -> dict:
+        """Model inputs and labels of a row, tokenized piece by piece from the chat template's text."""
+        if "messages" in row:
+            messages, names = row["messages"], row["images"]
+        else:
+            names = row.get("image", [])
+            names = names if isinstance(names, list) else [names]
+            messages = [turn("user", row["question"], len(names)), turn("assistant", row["answer"])]
+        pictures = [Image.open(self.folder / "images" / name) for name in names]
+        vision = self.processor(pictures, return_tensors="pt") if names else {}
+        counts = iter((vision["image_grid_thw"].prod(-1) // 4).tolist() if names else [])
+        ids, labels = [], []
+        for message in messages:
+            text = "".join("<|vision_start|><|image_pad|><|vision_end|>" if part["type"] == "image" else part["text"]
+                           for part in message["content"])  # fmt: skip
+            head = self.encode(f"<|im_start|>{message['role']}\n")
+            body = self.encode(text + "<|im_end|>")
+            pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            body = [token for t in body for token in [t] * (next(counts) if t == pad else 1)]
+            spoken = message["role"] == "assistant"
+            ids += head + body + self.encode("\n")
+            labels += [-100] * len(head) + (body if spoken else [-100] * len(body)) + [-100]
+        if not answered:
+            keep = len(ids) - len(body) - 1
+            ids, labels = ids[:keep], labels[:keep]
+        ids = torch.tensor([ids])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([labels]), **vision}
+        return inputs | {"mm_token_type_ids": (ids == pad).int()}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def loss_and_gradients(self, rows: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
+        """Sum of all answer tokens' cross-entropy over their number, and its gradient by parameter name."""
+        all_inputs = [self.inputs(row) for row in rows]
+        count = sum(int((inputs["labels"] != -100).sum()) for inputs in all_inputs)
+        total = 0.0
+        self.model.zero_grad()
+        for inputs in all_inputs:
+            loss = self.model(**inputs).loss * (inputs["labels"] != -100).sum() / count
+            loss.backward()
+            total += loss.item()
+        return total, {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def relative_error(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """The largest ||ours - reference|| / ||reference|| over the tensors."""
+    assert ours.keys() == reference.keys()
+    return max(((ours[k] - reference[k]).norm() / reference[k].norm()).item() for k in reference)
