@@ -46,9 +46,9 @@ SIDE = 96  # pixels of a demo picture; every length in a Scene is a share of the
 
 # ---------------------------------------------------------------- scenes
 
-TISSUE = {"colonoscopy": (206, 112, 108), "gastroscopy": (204, 148, 84)}
-POLYP_COLOURS = {"red": (165, 20, 30), "white": (238, 230, 224), "yellow": (232, 206, 50), "purple": (112, 48, 132)}
-POLYP_RADII = {"<5mm": (0.055, 0.065), "5-10mm": (0.09, 0.105), "11-20mm": (0.135, 0.155)}
+TISSUE = {"colonoscopy": (206, 112, 108), "gastroscopy": (186, 140, 104)}
+POLYP_COLOURS = {"red": (165, 20, 30), "white": (238, 230, 224), "yellow": (240, 215, 30), "purple": (112, 48, 132)}
+POLYP_RADII = {"<5mm": (0.065, 0.072), "5-10mm": (0.1, 0.11), "11-20mm": (0.145, 0.16)}
 INSTRUMENT_COLOURS = {"biopsy forceps": (150, 152, 158), "polyp snare": (40, 190, 185), "tube": (45, 70, 200)}
 BOX_COLOURS = {"green": (20, 150, 50), "black": (8, 8, 10)}
 CELLS = [f"{v}-{h}".replace("center-center", "center") for v in ("upper", "center", "lower")
@@ -106,7 +106,7 @@ def make_scene(seed: int) -> Scene:
     size = rng.choice(list(POLYP_RADII))
     polyps = [
         Polyp(cell, *cell_point(rng, cell, 0.03), rng.uniform(*POLYP_RADII[size]))
-        for cell in sorted(cells[: rng.choices((0, 1, 2, 3), (3, 3, 2, 2))[0]])
+        for cell in sorted(cells[: rng.choices((0, 1, 2), (3, 4, 3))[0]])
     ]
     return Scene(
         procedure=rng.choice(list(TISSUE)),
@@ -186,10 +186,10 @@ def draw_tissue(scene: Scene, width: int, height: int) -> Image.Image:
     rows, columns = round(96 * height / min(width, height)), round(96 * width / min(width, height))
     y, x = (np.mgrid[:rows, :columns] + 0.5) / np.array([rows, columns])[:, None, None]
     distance = np.hypot(x - scene.lumen[0], (y - scene.lumen[1]) * 1.2)
-    light = 1 - 0.9 * np.exp(-((distance / 0.13) ** 4)) + 0.05 * np.sin(distance * 40 + noise.uniform(0, 6))
+    light = 1 - 0.9 * np.exp(-((distance / 0.13) ** 4)) + 0.03 * np.sin(distance * 40 + noise.uniform(0, 6))
     patches = Image.fromarray(noise.normal(0, 0.04, (8, 8)).astype(np.float32)).resize((columns, rows), Image.BICUBIC)
     light = (light + np.asarray(patches)) * noise.uniform(0.92, 1.05)
-    colour = np.array(TISSUE[scene.procedure]) + noise.normal(0, 5, 3)
+    colour = np.array(TISSUE[scene.procedure]) + noise.normal(0, 3, 3)
     inside = np.maximum(np.abs(x - 0.5), np.abs(y - 0.5)) < 0.485
     inside &= np.abs(x - 0.5) + np.abs(y - 0.5) < 0.82
     pixels = np.where(inside, light, 0.03)[..., None] * colour + noise.normal(0, 2, (rows, columns, 3))

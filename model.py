@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.logging import disable_progress_bar
 
 from data import Batch, ImageSettings
 from rows import InputError
@@ -80,6 +81,7 @@ def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Modul
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen3_vl":
         raise InputError(f"{folder} is a {config.model_type} model; this program trains dense Qwen3-VL (qwen3_vl) only")
+    disable_progress_bar()  # one a rank, for seconds
     attention = {"text_config": "onelook_tree", "vision_config": "sdpa"}
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
@@ -170,7 +172,7 @@ class TreeModel(nn.Module):
         return Features(out.pooler_output, out.deepstack_features)
 
     def hidden_states(self, ids, positions, mask, image_at=None, features=None, past=None) -> torch.Tensor:
-        """Last hidden states (T, D) of token ids (T,) at rotary positions (3, T); `past` is a cache to read and extend."""
+        """Last hidden states (T, D) of token ids (T,) at rotary positions (3, T). `past`: a cache to read and extend."""
         language_model = self.base.model.language_model
         embeds, is_image = language_model.embed_tokens(ids), None
         if features is not None:

@@ -31,7 +31,7 @@ from eval import accuracy_table, autocast, evaluate, make_loader, padding, pick_
 from model import TreeModel, add_lora, load_base, lora_table, resolve_model, save_adapter
 from rows import InputError
 from settings import parse_settings, to_toml
-from trees import PlanSettings, StepSampler, Work, rank_efficiency, whole_trees
+from trees import PlanSettings, StepSampler, Work, make_plan, rank_efficiency, whole_trees
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
     dataset = TreeDataset(train_data, images, padding(device))
-    rehearse(model, optimizer, dataset, sampler, args, ranks, dtype, output)
+    rehearse(model, optimizer, dataset, heaviest(train_data.samples, plan_settings, args.epochs), ranks, dtype, output)
     base_result = None
     if val_batches:
         few = evaluate(unwrap(model), val_data, val_batches[: ranks.world_size], ranks, dtype, 0)
@@ -198,13 +198,17 @@ def report_skipped(step, loss, grad_norm, micro_batches, loss_sums, data: VQADat
     print0(f"\nstep {step} skipped on all ranks: loss {loss}, gradient norm {grad_norm}, samples {', '.join(ids)}")
 
 
-def rehearse(model, optimizer, dataset, sampler, args, ranks: Ranks, dtype, output: Path) -> None:
+def heaviest(samples: list, settings: PlanSettings, epochs: int) -> Work:
+    """The micro-batch of most tokens in the whole run."""
+    batches = (batch for epoch in range(epochs) for step in make_plan(samples, settings, epoch) for batch in step)
+    return Work(max(batches, key=lambda batch: sum(tree.tokens for tree in batch)))
+
+
+def rehearse(model, optimizer, dataset: TreeDataset, work: Work, ranks: Ranks, dtype, output: Path) -> None:
     """Run the heaviest micro-batch and a trial save before step 1. Raises InputError when memory does not suffice and
     RuntimeError when a trained weight gets no finite gradient. Leaves weights and optimizer as they were."""
-    plan = sampler.plan()
-    heaviest = max((batch for step in plan for batch in step), key=lambda batch: sum(tree.tokens for tree in batch))
-    tokens = sum(tree.tokens for tree in heaviest)
-    batch = dataset[Work(heaviest)].to(ranks.device)
+    tokens = sum(tree.tokens for tree in work.trees)
+    batch = dataset[work].to(ranks.device)
     try:
         with autocast(ranks.device, dtype):
             token_losses, _ = model(batch, unwrap(model).encode_images(batch))
@@ -227,7 +231,7 @@ def rehearse(model, optimizer, dataset, sampler, args, ranks: Ranks, dtype, outp
     print0(f"rehearsed the heaviest micro-batch ({tokens:,} tokens{memory}) and a save")
 
 
-# ---------------------------------------------------------------------------------------------- data, output and metrics
+# --------------------------------------------------------------------------------------------- data, output and metrics
 
 
 def demo_files(folder: Path) -> dict[str, str]:

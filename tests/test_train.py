@@ -1,0 +1,201 @@
+"""train.py and eval.py as their users run them, on a tiny model."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_ranks import HERE, torchrun
+
+import eval as evaluation
+import train
+from model import TreeModel
+from rows import InputError
+
+
+def arguments(world: Path, output: Path, **settings) -> list[str]:
+    """A run of 6 steps of 8 questions with evaluation and checkpoints every 2."""
+    given = {"train": world / "rows.jsonl", "val": world / "rows.jsonl", "images": world / "images"}
+    given |= {"model": world / "model", "output": output, "batch-size": 8, "max-steps": 6, "max-tokens": 700}
+    given |= {
+        "lr": 0.02,
+        "eval-every": 2,
+        "save-every": 2,
+        "log-every": 1,
+        "workers": 0,
+        "keep": 2,
+        "lora-dropout": 0.1,
+    }
+    return [f"--{name.replace('_', '-')}={value}" for name, value in (given | settings).items()]
+
+
+def lines(output: Path, event: str) -> list[dict]:
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["event"] == event]
+
+
+def adapter(output: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(output / f"checkpoint-{step:06d}" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """One undisturbed run."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    train.main(arguments(world, output))
+    return output
+
+
+def test_a_run_leaves_settings_metrics_and_checkpoints(world, finished):
+    settings = tomllib.loads((finished / "settings.toml").read_text())
+    assert settings["lr"] == 0.02 and settings["train"] == str(world / "rows.jsonl") and len(settings) >= 29
+    assert [line["step"] for line in lines(finished, "train")] == [1, 2, 3, 4, 5, 6]
+    assert all(
+        line["loss"] > 0 and line["grad_norm"] > 0 and line["questions_per_s"] > 0 for line in lines(finished, "train")
+    )
+    evals = lines(finished, "eval")
+    assert [line["step"] for line in evals] == [2, 4, 6]
+    assert all({"exact_match", "loss", "questions", "by_type"} <= line.keys() for line in evals)
+    best = json.loads((finished / "best.json").read_text())
+    assert best["exact_match"] == max(line["exact_match"] for line in evals)
+    kept = sorted(path.name for path in finished.glob("checkpoint-*"))
+    assert kept == sorted({"checkpoint-000004", "checkpoint-000006", best["checkpoint"]})
+    assert not list(finished.glob("tmp-*"))
+
+
+def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, tmp_path):
+    """Loaded with transformers and peft alone, against the product's own model with the same weights."""
+    from transformers import AutoTokenizer
+
+    from data import build_batch, image_settings
+    from model import load_adapter, load_base
+    from trees import Work, grow_tree
+
+    folder = finished / "checkpoint-000006"
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "state.pt", "README.md"
+    }  # fmt: skip
+    assert all(".language_model.layers." in name for name in load_file(folder / "adapter_model.safetensors"))
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(world / "model")
+    base = load_base(str(world / "model"), torch.float32, torch.device("cpu"))
+    ours = TreeModel(load_adapter(base, folder), image_settings(world / "model")).eval()
+    reference = tiny.Reference(world, ours, tmp_path)
+    reference.model.eval()
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    data, dataset = tiny.load_world(world)
+    for index in (0, 20, 29, 32):
+        batch = build_batch(data, Work((grow_tree(data.samples, [index]),)), dataset.settings)
+        inputs = reference.inputs(rows[index])
+        plain = reference.model(**inputs).loss
+        mine, _ = ours(batch, ours.encode_images(batch))
+        torch.testing.assert_close(mine.mean(), plain, rtol=1e-5, atol=1e-6)
+    assert AutoTokenizer.from_pretrained(world / "model")
+
+
+@pytest.mark.parametrize("done", [2, 4])  # 2 is mid-epoch
+def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(world, finished, tmp_path, done):
+    output = tmp_path / "out"
+    train.main(arguments(world, output, keep=9))
+    for folder in output.glob("checkpoint-*"):
+        if int(folder.name[-6:]) > done:
+            shutil.rmtree(folder)
+    train.main(arguments(world, output, keep=9, resume="auto"))
+    resumed, undisturbed = adapter(output, 6), adapter(finished, 6)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    for event in ("train", "eval"):
+        mine, theirs = lines(output, event), lines(finished, event)
+        assert [(line["step"], line["loss"]) for line in mine] == [(line["step"], line["loss"]) for line in theirs]
+
+
+def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_path):
+    output = tmp_path / "out"
+    settings = {"max-steps": 80, "epochs": 16, "lr": 0.005, "lora-dropout": 0.0, "eval-every": 0, "save-every": 0}
+    done = torchrun(2, HERE.parent / "train.py", *arguments(world, output, **settings))
+    assert done.returncode == 0, done.stderr
+    assert "⟦" in done.stdout and "rehearsed the heaviest micro-batch" in done.stdout and "q_proj" in done.stdout
+    alone = tmp_path / "alone"
+    train.main(arguments(world, alone, **settings))
+    losses, expected = ([line["loss"] for line in lines(folder, "train")] for folder in (output, alone))
+    assert losses[:10] == pytest.approx(expected[:10], rel=1e-4)
+    assert losses[-1] < losses[0] / 2
+
+    teacher_forced = lines(output, "eval")[-1]
+    answered = torchrun(2, HERE.parent / "eval.py", "--ckpt", output, "--max-new-tokens", 16, "--workers", 0)
+    assert answered.returncode == 0, answered.stderr
+    found = (output / "checkpoint-000080" / "eval" / "predictions.jsonl").read_text().splitlines()
+    result = evaluation.score([json.loads(line) for line in found])
+    assert result["exact_match"] == teacher_forced["exact_match"] and 0.1 < result["exact_match"]
+    assert result["by_type"] == teacher_forced["by_type"]
+
+
+def test_the_base_model_is_scored_without_a_checkpoint(world, tmp_path, capsys):
+    rows, out = world / "rows.jsonl", tmp_path / "base"
+    words = ["--model", world / "model", "--data", rows, "--images", world / "images", "--output", out]
+    evaluation.main([*map(str, words), "--max-new-tokens", "2", "--workers", "0"])
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == len(rows.read_text().splitlines())
+    assert "base model" in capsys.readouterr().out
+
+
+def poison(monkeypatch, steps: range):
+    """Make the loss of these steps NaN."""
+    forward = TreeModel.forward
+
+    def poisoned(self, batch, features):
+        losses, right = forward(self, batch, features)
+        spoiled = self.training and batch.work.step is not None and batch.work.step.number in steps
+        return (losses * float("nan") if spoiled else losses), right
+
+    monkeypatch.setattr(TreeModel, "forward", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_samples_named(world, tmp_path, monkeypatch):
+    poison(monkeypatch, range(2, 3))
+    output = tmp_path / "out"
+    train.main(arguments(world, output))
+    (skipped,) = lines(output, "skipped")
+    assert skipped["step"] == 3 and len(skipped["samples"]) == 8
+    assert all(torch.isfinite(weight).all() for weight in adapter(output, 6).values())
+
+
+def test_one_rank_s_nan_skips_the_step_on_all_ranks(world, tmp_path):
+    output = tmp_path / "out"
+    done = torchrun(2, HERE / "nan_on_one_rank.py", *arguments(world, output))
+    assert done.returncode == 0, done.stderr
+    (skipped,) = lines(output, "skipped")
+    assert skipped["step"] == 3 and 0 < len(skipped["samples"]) < 8  # those of rank 1 only
+    assert [line["step"] for line in lines(output, "train")][-1] == 6
+    assert all(torch.isfinite(weight).all() for weight in adapter(output, 6).values())
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(world, tmp_path, monkeypatch):
+    poison(monkeypatch, range(1, 100))
+    with pytest.raises(RuntimeError, match="10 steps in a row"):
+        train.main(arguments(world, tmp_path / "out", **{"max-steps": 40, "epochs": 9}))
+    assert len(lines(tmp_path / "out", "skipped")) == 10
+
+
+def test_another_run_s_folder_is_not_overwritten(world, finished):
+    with pytest.raises(InputError, match="holds a run"):
+        train.main(arguments(world, finished))
+
+
+def test_resuming_on_other_rows_is_refused(world, finished, tmp_path):
+    rows = (world / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "fewer.jsonl").write_text("\n".join(rows[:-1]))
+    with pytest.raises(InputError, match="other rows"):
+        train.main(arguments(world, finished, train=tmp_path / "fewer.jsonl", resume="auto"))
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])
+def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
+    args = train.parse_settings(["--lr=1", "--warmup=10", f"--schedule={schedule}"])
+    rates = [train.learning_rate(step, 110, args) for step in range(110)]
+    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)]) and rates[10] == 1.0
+    assert rates[-1] == pytest.approx(last, abs=0.02)
+    assert rates[60] == pytest.approx(1.0 if schedule == "constant" else 0.5)
+    share = train.parse_settings(["--lr=1", "--warmup=0.1", "--schedule=constant"])
+    assert train.learning_rate(5, 100, share) == pytest.approx(6 / 11)
