@@ -4,8 +4,10 @@
 `TreeDataset` turns one micro-batch of that plan into a `Batch`.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +19,20 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from transformers import AutoConfig
 from transformers.image_transforms import convert_to_rgb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from rows import BadRow, InputError, Row, read_rows
 from trees import Work
 
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_LISTED = 50  # bad rows told on the console; the file has all
-EXIF_ORIENTATION, TURNED_BY_90_DEGREES = 0x0112, (5, 6, 7, 8)
 HIGH_BIT_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -40,6 +47,7 @@ class ImageSettings:
     max_pixels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    position_side: int  # of the vision tower's square table of learned positions
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (down, across) of a picture of this size. Raises ValueError beyond an aspect ratio of 200."""
@@ -91,7 +99,7 @@ class VQAData:
 def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageSettings:
     """The model's own image settings; 0 leaves its pixel limits as they are."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
-    return ImageSettings(
+    settings = ImageSettings(
         processor.patch_size,
         processor.merge_size,
         processor.temporal_patch_size,
@@ -99,7 +107,14 @@ def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) 
         max_pixels or processor.size["longest_edge"],
         tuple(processor.image_mean),
         tuple(processor.image_std),
+        math.isqrt(AutoConfig.from_pretrained(model_folder).vision_config.num_position_embeddings),
     )
+    if settings.min_pixels > settings.max_pixels:
+        low, high = settings.min_pixels, settings.max_pixels
+        raise InputError(
+            f"at least {low:,} and at most {high:,} pixels an image: set both --min-pixels and --max-pixels"
+        )
+    return settings
 
 
 def load_data(
@@ -113,26 +128,29 @@ def load_data(
 ) -> VQAData:
     """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
 
-    `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample.
+    `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample. Raises
+    InputError when the file can't be read or the system prompt holds special tokens.
     """
-    rows, bad = read_rows(Path(path))
-    for row in rows:
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if literal := [token for token in special if token in system]:
+        raise InputError(f"the system prompt holds the special token {literal[0]}")
+    parsed, bad = read_rows(Path(path))
+    rows = []
+    for row in parsed:
         row.images, reason = _resolve(row.images, Path(images_dir), allow_outside_images)
         if reason:
             bad.append(BadRow(row.where, reason, row.fields))
-    failed = {one.where for one in bad}
-    rows = [row for row in rows if row.where not in failed]
+        else:
+            rows.append(row)
     sizes = check_images(sorted({image for row in rows for image in row.images}))
+    grids = {image: _grid(size, settings) for image, size in sizes.items()}
 
-    data = VQAData(str(path), [], {}, bad)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     kept, segments = [], []
     for row in rows:
         try:
             for image in row.images:
-                if isinstance(sizes[image], str):
-                    raise ValueError(f"image {image}: {sizes[image]}")
-                data.grids[image] = settings.grid(*sizes[image])
+                if isinstance(grids[image], str):
+                    raise ValueError(f"image {image}: {grids[image]}")
             _refuse_special_tokens(row, special)
             segments.append(_segments(row.messages, tokenizer, system))
             kept.append(row)
@@ -142,16 +160,18 @@ def load_data(
     texts = [text for segment in segments for text, _ in segment]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
     image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    samples = []
     for row, segment in zip(kept, segments):
         pieces = [(next(encoded), trained) for _, trained in segment]
-        sample = _sample(row, pieces, image_token, data.grids, settings.merge_size**2)
+        sample = _sample(row, pieces, image_token, grids, settings.merge_size**2)
         if sample.tokens > max_tokens:
             reason = f"{sample.tokens:,} tokens, over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
             bad.append(BadRow(row.where, reason, row.fields))
         else:
-            data.samples.append(sample)
-    bad.sort(key=lambda one: int(one.where.rpartition(":")[2]))
-    return data
+            samples.append(sample)
+    bad.sort(key=lambda one: [int(number) for number in one.where.rpartition(":")[2].split(" row ")])
+    used = {image for sample in samples for image in sample.images}
+    return VQAData(str(path), samples, {image: grids[image] for image in sorted(used)}, bad)
 
 
 def _resolve(names: list[str], folder: Path, allow_outside: bool) -> tuple[list[str], str]:
@@ -159,15 +179,24 @@ def _resolve(names: list[str], folder: Path, allow_outside: bool) -> tuple[list[
     paths = []
     for name in names:
         path = folder / name
-        if not path.suffix:
-            path = next((p for end in (".jpg", ".jpeg", ".png") if (p := folder / f"{name}{end}").exists()), path)
+        if not os.path.isfile(path):  # unlike Path.is_file this never raises, whatever stands in the row
+            named = (folder / f"{name}{end}" for end in (".jpg", ".jpeg", ".png"))
+            path = next((one for one in named if os.path.isfile(one)), path)
         path = Path(os.path.abspath(path))
         if not allow_outside and not path.is_relative_to(os.path.abspath(folder)):
             return [], f"image {name} lies outside {folder} (--allow-outside-images permits that)"
-        if not path.is_file():
-            return [], f"image {path} is missing"
+        if not os.path.isfile(path):
+            return [], f"image {str(path)[:300]} is {'a folder' if os.path.isdir(path) else 'missing'}"
         paths.append(str(path))
     return paths, ""
+
+
+def _grid(size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int] | str:
+    """The patch grid of a picture of this size, or what is wrong with the picture."""
+    try:
+        return size if isinstance(size, str) else settings.grid(*size)
+    except ValueError as error:
+        return str(error)
 
 
 def _refuse_special_tokens(row: Row, special: list[str]) -> None:
@@ -214,11 +243,12 @@ def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge: int) -
 
 
 def stop_or_skip_bad(data: list[VQAData], skip_bad: bool, output: Path) -> None:
-    """Write every bad row to output/bad_rows.jsonl. Raises InputError that lists them, unless they are to be skipped."""
+    """Write every bad row to output/bad_rows.jsonl. Raises InputError that lists them, unless they may be skipped."""
     bad = [(one.path, row) for one in data for row in one.bad]
     if not bad:
+        (output / "bad_rows.jsonl").unlink(missing_ok=True)  # of a start before the rows were mended
         return
-    with open(output / "bad_rows.jsonl", "w", encoding="utf-8") as file:
+    with open(output / "bad_rows.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps({"file": path, **vars(row)}, ensure_ascii=False) + "\n" for path, row in bad)
     listed = "".join(f"\n  {row.where}: {row.reason}" for _, row in bad[:MAX_LISTED])
     if len(bad) > MAX_LISTED:
@@ -236,35 +266,45 @@ def stop_or_skip_bad(data: list[VQAData], skip_bad: bool, output: Path) -> None:
 def check_images(paths: list[str]) -> dict[str, tuple[int, int] | str]:
     """Decode every image once: its (height, width) as displayed, or what is wrong with it.
 
-    Results are remembered by path, size and time in the user's cache folder, so that a second start reads no image.
+    Sizes are remembered by path, size and time of the file in the user's cache folder, so that a second start opens
+    no image. What is wrong is not remembered: it may lie with the disk or its permissions.
     """
-    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onelook" / "images.json"
-    known = json.loads(memory.read_text()) if memory.exists() else {}
+    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onelook" / "image_sizes.json"
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):  # not there yet, or damaged
+        known = {}
     stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
     new = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
-    if new:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
-            found = list(tqdm(pool.map(_check_image, new), "checking images", len(new), disable=len(new) < 1000))
-        known |= {path: {"stamp": stamps[path], "size": size} for path, size in zip(new, found)}
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(known))
-        os.replace(partial, memory)
-    return {path: known[path]["size"] for path in paths}
+    # Pillow decodes outside the interpreter lock. Its warnings of large pictures are silenced out here, before threads.
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
+        checked = dict(
+            zip(new, tqdm(pool.map(_check_image, new), "checking images", len(new), disable=len(new) < 1000))
+        )
+    good = {path: {"stamp": stamps[path], "size": size} for path, size in checked.items() if not isinstance(size, str)}
+    if good:
+        known |= good
+        with contextlib.suppress(OSError):  # a folder that can't be written costs the next start time, no more
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            partial = memory.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(known))
+            os.replace(partial, memory)
+    return {path: checked[path] if path in checked else tuple(known[path]["size"]) for path in paths}
 
 
 def _check_image(path: str) -> tuple[int, int] | str:
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_IMAGE_PIXELS:
-                return f"{width} x {height} is over 100 megapixels"
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                return f"{image.width} x {image.height} is over 100 megapixels"
+            if image.mode in ("I", "F"):
+                return f"mode {image.mode}, 32 bits a pixel, has no fixed range: save it with 8 or 16"
             image.load()
-            turned = image.getexif().get(EXIF_ORIENTATION) in TURNED_BY_90_DEGREES
-            return (width, height) if turned else (height, width)
+            ImageOps.exif_transpose(image, in_place=True)
+            return image.height, image.width
     except Image.DecompressionBombError:
         return "over 100 megapixels"
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged files
+    except Exception as error:  # on damaged files Pillow's decoders raise almost anything
         return f"unreadable or truncated ({error})"
 
 
@@ -303,12 +343,14 @@ class Batch:
     question: torch.Tensor  # (N,) int64: which of the batch's samples each belongs to
     patches: torch.Tensor  # (sum of grids, 3, patch_size**2) uint8
     grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
+    vision: dict  # what the vision tower derives from the grid, made here so that the GPU need not wait for it
     samples: list[int]  # indices into VQAData.samples
     work: Work
 
     def _map(self, function) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(t) for name, t in tensors.items() if torch.is_tensor(t)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        vision = {name: function(v) if torch.is_tensor(v) else v for name, v in self.vision.items()}
+        return replace(self, **{name: function(v) for name, v in values.items() if torch.is_tensor(v)}, vision=vision)
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -353,13 +395,14 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
             images += [path for path, at in zip(sample.images, sample.image_at) if branch == 1 or at >= tree.prefix]
             samples.append(index)
             offset += end - first
-    if padding := -offset % pad_to:
+    if pad_to > 1 and (padding := max(-(-offset // pad_to), 2) * pad_to - offset):  # one block would be a special case
         zeros = np.zeros(padding, int)
         parts.append((zeros, np.stack([np.arange(padding)] * 3), zeros - 1, zeros, zeros.astype(bool)))
 
     ids, positions, tree, branch, is_image = (torch.from_numpy(np.concatenate(part, axis=-1)) for part in zip(*parts))
     answer_at, targets, question = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers))
     loaded = {path: load_patches(path, data.grids[path], settings) for path in dict.fromkeys(images)}
+    grid = torch.tensor([(1, *data.grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
     no_patches = np.zeros((0, 3, settings.patch_size**2), np.uint8)
     return Batch(
         ids=ids.long(),
@@ -371,10 +414,25 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
         targets=targets.long(),
         question=question,
         patches=torch.from_numpy(np.concatenate([no_patches, *(loaded[path] for path in images)])),
-        grid=torch.tensor([(1, *data.grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3),
+        grid=grid,
+        vision=_vision_inputs(grid, settings) if images else {},
         samples=samples,
         work=work,
     )
+
+
+def _vision_inputs(grid: torch.Tensor, settings: ImageSettings) -> dict:
+    """The vision tower's keyword arguments for these images, by transformers' own functions."""
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid, settings.position_side, align_corners=True, spatial_merge_size=settings.merge_size
+    )
+    return {
+        "interp_indices": indices,
+        "interp_weights": weights,
+        "position_ids": get_vision_position_ids(grid, settings.merge_size),
+        "cu_seqlens": get_vision_cu_seqlens(grid),
+        "max_seqlen": int(grid.prod(-1).max()),
+    }
 
 
 def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -47,9 +47,9 @@ SIDE = 96  # pixels of a demo picture; every length in a Scene is a share of the
 # ---------------------------------------------------------------- scenes
 
 TISSUE = {"colonoscopy": (206, 112, 108), "gastroscopy": (186, 140, 104)}
-POLYP_COLOURS = {"red": (165, 20, 30), "white": (238, 230, 224), "yellow": (240, 215, 30), "purple": (112, 48, 132)}
-POLYP_RADII = {"<5mm": (0.065, 0.072), "5-10mm": (0.1, 0.11), "11-20mm": (0.145, 0.16)}
-INSTRUMENT_COLOURS = {"biopsy forceps": (150, 152, 158), "polyp snare": (40, 190, 185), "tube": (45, 70, 200)}
+POLYP_COLOURS = {"red": (160, 5, 20), "white": (245, 240, 235), "yellow": (245, 220, 20)}
+POLYP_RADII = {"<5mm": (0.075, 0.085), "5-10mm": (0.115, 0.125), "11-20mm": (0.16, 0.175)}
+INSTRUMENT_COLOURS = {"biopsy forceps": (140, 50, 170), "polyp snare": (30, 190, 160), "tube": (40, 70, 210)}
 BOX_COLOURS = {"green": (20, 150, 50), "black": (8, 8, 10)}
 CELLS = [f"{v}-{h}".replace("center-center", "center") for v in ("upper", "center", "lower")
          for h in ("left", "center", "right")]  # fmt: skip
@@ -210,9 +210,9 @@ def draw_instrument(canvas: ImageDraw.ImageDraw, kind: str, tip, base, unit: flo
     """A shaft from the border with its tip: open jaws, a wire loop, or the dark mouth of a tube. All in pixels."""
     colour, (x, y) = INSTRUMENT_COLOURS[kind], tip
     angle = math.atan2(y - base[1], x - base[0])
-    canvas.line((*base, *tip), tuple(c // 2 for c in colour), round(0.1 * unit))
-    canvas.line((*base, *tip), colour, round(0.075 * unit))
-    r = 0.05 * unit
+    canvas.line((*base, *tip), tuple(c // 2 for c in colour), round(0.14 * unit))
+    canvas.line((*base, *tip), colour, round(0.11 * unit))
+    r = 0.065 * unit
     if kind == "tube":
         canvas.ellipse((x - r, y - r, x + r, y + r), (15, 15, 40), colour, max(1, round(0.015 * unit)))
     elif kind == "biopsy forceps":

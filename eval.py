@@ -17,9 +17,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
 
 import dist_utils
+from attention import FLEX_BLOCK, tree_mask, visible
 from data import ImageSettings, TreeDataset, VQAData, image_settings, load_data, stop_or_skip_bad
 from dist_utils import Ranks, print0
-from model import FLEX_BLOCK, TreeModel, load_adapter, load_base, resolve_model, tree_mask, visible
+from model import TreeModel, load_adapter, load_base, resolve_model
 from rows import InputError
 from trees import MicroBatch, Work, share_out, whole_trees
 

@@ -5,68 +5,31 @@ The base model is transformers' own, unedited. It is given three things: a tree 
 """
 
 import re
+import types
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
+import torch._dynamo.config
+import torch._functorch.config
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
+from attention import tree_mask
 from data import Batch, ImageSettings
 from rows import InputError
 
 # anchored to the language model: the vision tower has projections of the same names
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+# activation memory budget -> share of a layer's activations that are kept (measured on Qwen3-VL-8B, 4,460 tokens)
+MEMORY_BUDGETS = {1.0: 1.03, 0.5: 0.55, 0.2: 0.30, 0.0: 0.13}
+MEMORY_MARGIN = 4 * 2**30  # bytes: the vision tower, logits, the optimizer, fragmentation
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FLEX_BLOCK = 128  # FlexAttention wants lengths that are multiples of its block (pytorch#153799)
-
-# --------------------------------------------------------------------------------------------------------- attention
-
-
-def tree_mask(batch: Batch) -> torch.Tensor | BlockMask:
-    """Who sees whom in a batch: a FlexAttention block mask on CUDA, a boolean (1, 1, T, T) elsewhere."""
-    if batch.ids.device.type == "cuda":
-        return _block_mask(batch.tree, batch.branch)
-    order = torch.arange(len(batch.ids), device=batch.ids.device)
-    return visible(batch.tree, batch.branch, batch.tree, batch.branch, order, order)[None, None]
-
-
-def visible(tree_q, branch_q, tree_k, branch_k, order_q, order_k) -> torch.Tensor:
-    """(Q, K) bool: the same tree, not later, and in the prefix (branch 0) or in the same branch."""
-    same_tree = tree_q[:, None] == tree_k
-    return same_tree & (order_k <= order_q[:, None]) & ((branch_k == 0) | (branch_k == branch_q[:, None]))
-
-
-def _block_mask(tree: torch.Tensor, branch: torch.Tensor) -> BlockMask:
-    def mask(_batch, _head, q, k):
-        return (tree[q] == tree[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
-
-    return _compiled(create_block_mask)(mask, None, None, len(tree), len(tree), device=tree.device)
-
-
-@cache
-def _compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
-def tree_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """transformers' attention interface: (1, heads, Q, d) and (1, kv_heads, K, d) to ((1, Q, heads, d), None)."""
-    if isinstance(attention_mask, BlockMask):
-        out = _compiled(flex_attention)(
-            query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal=False)
-
-
-AttentionInterface.register("onelook_tree", tree_attention)
 
 # ----------------------------------------------------------------------------------------------------------- loading
 
@@ -87,7 +50,17 @@ def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Modul
         folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
     )
     model.model.visual.patch_embed.proj = PatchProjection(model.model.visual.patch_embed.proj)
+    language_model = model.model.language_model
+    language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
+    if device.type == "cuda" and dtype != torch.float32:
+        model.model.visual.config._attn_implementation = "onelook_flash_vision"
     return model.requires_grad_(False)
+
+
+def _add_deepstack(_language_model, hidden: torch.Tensor, image_at: torch.Tensor, features: torch.Tensor):
+    """Add vision features (I, D) to (1, T, D) at image tokens: by index, where transformers' boolean mask would make
+    the CPU wait for the GPU."""
+    return hidden.index_add(1, image_at, features[None].to(hidden.dtype))
 
 
 class PatchProjection(nn.Linear):
@@ -110,7 +83,7 @@ def add_lora(base: nn.Module, name: str, r: int, alpha: float, dropout: float) -
     counts = lora_table(model)
     layers = base.config.text_config.num_hidden_layers
     assert {kind: count for kind, (count, _) in counts.items()} == dict.fromkeys(PROJECTIONS, layers), counts
-    return model
+    return use_lean_lora(model)
 
 
 def lora_table(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -125,13 +98,59 @@ def lora_table(model: nn.Module) -> dict[str, tuple[int, int]]:
     return table
 
 
+def use_lean_lora(model: PeftModel) -> PeftModel:
+    """Give every LoRA layer a shorter forward, x W' + s drop(x) A' B' with float32 A and B cast once to x's dtype and
+    the addition inside the last product. PEFT still owns the weights, saves and loads them."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.forward = types.MethodType(_lean_forward, module)
+    return model
+
+
+def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    y = F.linear(x, layer.base_layer.weight)
+    if layer.disable_adapters:
+        return y
+    a = layer.lora_A["default"].weight.to(x.dtype)  # (r, in)
+    b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(x.dtype)  # (out, r)
+    low = layer.lora_dropout["default"](x).flatten(0, -2) @ a.T  # (T, r)
+    return torch.addmm(y.flatten(0, -2), low, b.T).view_as(y)
+
+
+def choose_memory_budget(config, tokens: int, device: torch.device) -> float:
+    """The highest memory budget at which a micro-batch of `tokens` tokens should fit beside what is allocated now.
+
+    Estimated from the activations that a decoder layer keeps, two bytes each: 8 of hidden and 3 of intermediate size a
+    token at budget 1. The rehearsal has the last word.
+    """
+    text = config.text_config
+    kept = 2 * (8 * text.hidden_size + 3 * text.intermediate_size) * text.num_hidden_layers * tokens
+    total = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
+    free = min(total - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0])
+    fitting = [budget for budget, share in MEMORY_BUDGETS.items() if share * kept + MEMORY_MARGIN < free]
+    return fitting[0] if fitting else min(MEMORY_BUDGETS)
+
+
+def compile_layers(model: PeftModel, memory_budget: float) -> None:
+    """Compile each decoder layer and vision block in place, for any length; names and checkpoints stay as they are.
+
+    `memory_budget` is the share of activations kept for the backward pass, the rest being computed again: 1 is fastest.
+    """
+    torch._dynamo.reset()  # of a budget that did not fit
+    torch._functorch.config.activation_memory_budget = memory_budget
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # silently slow otherwise
+    base = model.get_base_model().model
+    for layer in [*base.language_model.layers, *base.visual.blocks]:
+        layer.compile(dynamic=True)
+
+
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write a plain PEFT adapter folder."""
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def load_adapter(base: nn.Module, folder: Path, trainable: bool = False) -> PeftModel:
-    return PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+    return use_lean_lora(PeftModel.from_pretrained(base, folder, is_trainable=trainable))
 
 
 # ------------------------------------------------------------------------------------------------------ running trees
@@ -168,21 +187,20 @@ class TreeModel(nn.Module):
         )
         pixels = (batch.patches / 255 - mean) / std  # (patches, 3, p * p)
         pixels = pixels[:, :, None].expand(-1, -1, self.settings.temporal_patch_size, -1)
-        out = visual(pixels.flatten(1).to(visual.dtype), grid_thw=batch.grid)
+        out = visual(pixels.flatten(1).to(visual.dtype), grid_thw=batch.grid, **batch.vision)
         return Features(out.pooler_output, out.deepstack_features)
 
     def hidden_states(self, ids, positions, mask, image_at=None, features=None, past=None) -> torch.Tensor:
-        """Last hidden states (T, D) of token ids (T,) at rotary positions (3, T). `past`: a cache to read and extend."""
+        """Last hidden states (T, D) of token ids (T,) at rotary positions (3, T). `past`: a cache to extend."""
         language_model = self.base.model.language_model
-        embeds, is_image = language_model.embed_tokens(ids), None
+        embeds = language_model.embed_tokens(ids)
         if features is not None:
             embeds = embeds.index_copy(0, image_at, features.embeds.to(embeds.dtype))
-            is_image = torch.zeros_like(ids, dtype=torch.bool).index_fill(0, image_at, True)[None]
         return language_model(
             inputs_embeds=embeds[None],
             position_ids=positions[:, None],
             attention_mask=mask,
-            visual_pos_masks=is_image,
+            visual_pos_masks=image_at,
             deepstack_visual_embeds=features.deepstack if features is not None else None,
             past_key_values=past,
             use_cache=past is not None,

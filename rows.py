@@ -4,24 +4,27 @@ Formats are told apart by their fields (README.md shows an example of each):
 flat (`question`, `answer`), LLaVA (`conversations`) and messages (`messages`). Files are JSON arrays or JSON lines.
 """
 
+import codecs
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-IMAGE_KEYS = ("image", "image_filename", "image_id")
+IMAGE_KEYS = ("image", "images")
+FLAT_IMAGE_KEYS = (*IMAGE_KEYS, "image_filename", "image_id")
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+REST_UNREAD = "the rest of the file was not read"
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message names all of it and the remedy, and is shown without a traceback."""
+    """Something the user gave is wrong; the message names all of it and the remedy and is shown without a traceback."""
 
 
 @dataclass
 class Row:
     """One usable row: `images` are as the row names them, in the order of the image parts of `messages`."""
 
-    where: str  # file:line
+    where: str  # file:line, with the row's number where rows share a line
     messages: list[dict]  # {"role", "content": [{"type": "text", "text"} or {"type": "image"}]}
     images: list[str]
     fields: dict  # question, answer, and id, question_type, options where the row has them
@@ -36,57 +39,96 @@ class BadRow:
 
 def read_rows(path: Path) -> tuple[list[Row], list[BadRow]]:
     """Read every row of a JSON array or JSON-lines file; what can't be used comes back with its line and reason."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"rows {path}: {error.strerror}") from None
     good, bad = [], []
-    for line, value, error in _json_values(path.read_bytes()):
-        where = f"{path.name}:{line}"
+    for place, value, error in _json_values(raw.removeprefix(codecs.BOM_UTF8)):
+        where = f"{path.name}:{place}"
         try:
             if error:
                 raise ValueError(error)
             good.append(_parse_row(where, value))
         except ValueError as reason:
             bad.append(BadRow(where, str(reason), value))
+    if not good and not bad:
+        bad.append(BadRow(f"{path.name}:1", "no rows in the file"))
     return good, bad
 
 
 def _json_values(raw: bytes):
-    """Yield (line number, value, None) for each row, or (line number, text, error) where it is not JSON."""
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield raw[: error.start].count(b"\n") + 1, None, f"not UTF-8 text: {error.reason}"
+    """Yield (place, value, None) for each row, or (place, text, error) where it is not JSON. A place is a line, and in
+    an array the number of the row where its line has several."""
+    if _is_array(raw):
+        yield from _array_values(raw)
         return
-    if not text.lstrip().startswith("["):
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    yield number, decoder.decode(line), None
-                except ValueError as error:
-                    yield number, line, f"not valid JSON: {error}"
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        if line.strip():
+            try:
+                yield str(number), STRICT.decode(line.decode()), None
+            except json.JSONDecodeError as error:
+                yield str(number), line.decode(), f"not valid JSON: {error.msg} at column {error.colno}"
+            except (ValueError, RecursionError) as error:
+                yield str(number), line.decode(errors="replace"), f"not valid JSON: {error}"
+
+
+def _is_array(raw: bytes) -> bool:
+    """Whether a file is one array; JSON lines may start with a bad row that is a whole list."""
+    first, _, rest = raw.strip().partition(b"\n")
+    if not first.startswith(b"["):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return not rest
+
+
+def _array_values(raw: bytes):
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        yield str(raw[: error.start].count(b"\n") + 1), None, f"not UTF-8 text: {error.reason}; {REST_UNREAD}"
         return
     separator = re.compile(r"\s*,?\s*")
     at = text.index("[") + 1
-    line, counted = 1, 0
+    number, line, counted = 0, 1, 0
     while True:
         at = separator.match(text, at).end()
-        line, counted = line + text.count("\n", counted, at), at
-        if at < len(text) and text[at] == "]":
+        new_lines, counted = text.count("\n", counted, at), at
+        number, line = number + 1, line + new_lines
+        place = str(line) if new_lines or number == 1 else f"{line} row {number}"
+        if text.startswith("]", at):
+            if text[at + 1 :].strip():
+                yield place, text[at + 1 : at + 81], f"the array ends here, but text follows; {REST_UNREAD}"
             return
         try:
-            value, at = decoder.raw_decode(text, at)
-        except ValueError as error:
-            yield line, text[at : at + 80], f"not valid JSON: {error}"
-            return
-        yield line, value, None
+            value, at = STRICT.raw_decode(text, at)
+            yield place, value, None
+        except (ValueError, RecursionError) as error:
+            start = at
+            try:  # where the end of the row can be found all the same, as after NaN, go on there
+                at = json.JSONDecoder(strict=False).raw_decode(text, at)[1]
+            except (ValueError, RecursionError):
+                yield place, text[start : start + 80], f"not valid JSON: {error}; {REST_UNREAD}"
+                return
+            yield place, text[start:at], f"not valid JSON: {error}"
 
 
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is not a JSON value")
 
 
+STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def _parse_row(where: str, row) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
+    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # raises for half a surrogate pair and for 1e999
+    if row.get("video") or row.get("videos"):
+        raise ValueError("a video can't be used, only images")
     if "messages" in row:
         messages, images = _from_messages(row)
     elif "conversations" in row:
@@ -96,13 +138,13 @@ def _parse_row(where: str, row) -> Row:
     else:
         raise ValueError(f"no question, conversations or messages field among: {', '.join(row) or 'no fields at all'}")
     _check_turns(messages)
-    kept = {key: row[key] for key in ("id", "question_type", "options") if key in row}
+    kept = {key: row[key] for key in ("id", "question_type", "options") if row.get(key) is not None}
     fields = {"id": where, **kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
     return Row(where, messages, images, fields)
 
 
 def _from_flat(row: dict) -> tuple[list[dict], list[str]]:
-    images = _image_list(next((row[key] for key in IMAGE_KEYS if row.get(key) is not None), []))
+    images = _images_of(row, FLAT_IMAGE_KEYS)
     question, answer = row["question"], row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question is empty or not a string")
@@ -111,45 +153,42 @@ def _from_flat(row: dict) -> tuple[list[dict], list[str]]:
     parts = _split_placeholders(question)
     if not any(part["type"] == "image" for part in parts):
         parts = [{"type": "image"}] * len(images) + parts
-    _check_image_count(parts, images)
+    _check_image_count(sum(part["type"] == "image" for part in parts), images)
     return [{"role": "user", "content": parts}, _answer(str(answer))], images
 
 
 def _from_llava(row: dict) -> tuple[list[dict], list[str]]:
-    images = _image_list(row.get("image") if row.get("image") is not None else row.get("images") or [])
+    images = _images_of(row, IMAGE_KEYS)
     messages = []
     for turn in _list_of_dicts(row["conversations"], "conversations"):
-        role = LLAVA_ROLES.get(turn.get("from"))
+        role = LLAVA_ROLES.get(str(turn.get("from")))
         if role is None or not isinstance(turn.get("value"), str):
             raise ValueError(f"a turn needs `from` (human, gpt or system) and a text `value`, found {turn}")
         messages.append(_turn(role, turn["value"]))
-    _check_image_count([part for message in messages for part in message["content"]], images)
+    _check_image_count(sum(part["type"] == "image" for turn in messages for part in turn["content"]), images)
     return messages, images
 
 
 def _from_messages(row: dict) -> tuple[list[dict], list[str]]:
-    listed = _image_list(row.get("images") or [])
-    waiting, images, messages = iter(listed), [], []
+    listed = _images_of(row, IMAGE_KEYS)
+    images, messages = [], []
     for message in _list_of_dicts(row["messages"], "messages"):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"unknown role {role!r}; known: system, user, assistant")
-        parts = _turn(role, content)["content"] if isinstance(content, str) else _typed_parts(content)
-        for part in parts:
-            if part["type"] == "image":
-                images.append(part.pop("image", None) or next(waiting, None))
+        parts = _turn(role, content)["content"] if isinstance(content, str) else _typed_parts(role, content)
+        images += [part.pop("image", None) for part in parts if part["type"] == "image"]
         messages.append({"role": role, "content": parts})
-    if None in images or next(waiting, None) is not None:
-        count = sum(part["type"] == "image" for message in messages for part in message["content"])
-        raise ValueError(f"{count} image placeholders for {len(listed)} images")
-    return messages, images
+    _check_image_count(sum(not image for image in images), listed)
+    waiting = iter(listed)
+    return messages, [image or next(waiting) for image in images]
 
 
-def _typed_parts(content) -> list[dict]:
+def _typed_parts(role: str, content) -> list[dict]:
     parts = []
     for part in _list_of_dicts(content, "content"):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
+            parts += _turn(role, part["text"])["content"]
         elif part.get("type") == "image" and isinstance(part.get("image"), str | None):
             parts.append({"type": "image", "image": part.get("image")})
         else:
@@ -179,7 +218,8 @@ def _split_placeholders(text: str) -> list[dict]:
     return parts
 
 
-def _image_list(value) -> list[str]:
+def _images_of(row: dict, keys: tuple[str, ...]) -> list[str]:
+    value = next((row[key] for key in keys if row.get(key) not in (None, [])), [])
     images = value if isinstance(value, list) else [value]
     if not all(isinstance(image, str) and image for image in images):
         raise ValueError(f"an image must be a file name, found {value!r}")
@@ -192,23 +232,23 @@ def _list_of_dicts(value, name: str) -> list[dict]:
     return value
 
 
-def _check_image_count(parts: list[dict], images: list[str]) -> None:
-    count = sum(part["type"] == "image" for part in parts)
+def _check_image_count(count: int, images: list[str]) -> None:
     if count != len(images):
         raise ValueError(f"{count} image placeholders for {len(images)} images")
 
 
 def _check_turns(messages: list[dict]) -> None:
-    """After an optional system turn, user and assistant alternate, and every assistant turn says something."""
+    """After an optional system turn, user and assistant alternate. Each says something, and only users show images."""
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError(f"turns must alternate user, assistant and end with an answer, found: {', '.join(roles)}")
-    for message in turns[1::2]:
-        if any(part["type"] == "image" for part in message["content"]):
-            raise ValueError("an answer can't hold an image")
+    for message in messages:
+        if message["role"] != "user" and any(part["type"] == "image" for part in message["content"]):
+            raise ValueError(f"only a question can hold an image, found one in a turn of role {message['role']}")
+    for message in turns:
         if not _text_of(message).strip():
-            raise ValueError("no answer: an assistant turn is empty")
+            raise ValueError(f"no {'question' if message['role'] == 'user' else 'answer'}: a turn has no text")
 
 
 def _text_of(message: dict) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -12,13 +13,13 @@ class Wrong(str):
     """What is wrong with a value. Kept in the value's place until all problems can be told together."""
 
 
-def _number(kind: type, low: float, high: float = float("inf")):
+def _number(kind: type, low: float, high: float = math.inf):
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
             return Wrong(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
-        return value if low <= value <= high else Wrong(f"{text} is not between {low} and {high}")
+        return value if low <= value <= high and value != math.inf else Wrong(f"{text} is not between {low} and {high}")
 
     return convert
 
@@ -27,8 +28,19 @@ def _choice(*names: str):
     return lambda text: text if text in names else Wrong(f"{text!r} is none of {', '.join(names)}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises where argparse would print its usage and exit, so that the other problems are told too."""
+
+    def error(self, message: str):
+        raise InputError(message.removeprefix("argument "))
+
+
+def _budget(text: str):
+    return text if text == "auto" else _number(float, 0, 1)(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "train.py",
         description="Fine-tune Qwen3-VL with LoRA on visual question answering. Without --train: the embedded demo.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -51,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", default="Qwen/Qwen3-VL-8B-Instruct", help="hub name or folder of a Qwen3-VL model")
     add("--dtype", type=_choice("auto", "bfloat16", "float32"), default="auto",
         help="of the frozen weights and of autocast; auto: bfloat16 on CUDA, float32 elsewhere")  # fmt: skip
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers on CUDA: faster, leaner")
+    add("--memory-budget", type=_budget, default="auto", help="share of activations kept, 0 to 1; auto: what fits")
     add("--lora-r", type=positive, default=16, help="rank of the LoRA matrices")
     add("--lora-alpha", type=_number(float, 0), default=32.0, help="LoRA output is scaled by alpha / r")
     add("--lora-dropout", type=share, default=0.05, help="dropout before LoRA; 0: none")
@@ -80,34 +94,42 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Namespace:
-    """Settings from `defaults`, below the --config file, below the command line. Raises InputError with all problems."""
+    """Settings from `defaults`, below the --config file, below the command line. Raises InputError of all problems."""
     parser = build_parser()
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--config", default="")
+    peek.add_argument("--config", nargs="?", default="")
     config, problems = peek.parse_known_args(argv)[0].config, []
     from_file = {}
     if config:
         try:
-            from_file = tomllib.loads(Path(config).read_text(encoding="utf-8"))
+            from_file = tomllib.loads(Path(config).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             problems.append(f"--config {config}: {error}")
-    known = {name for action in parser._actions for name in action.option_strings}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     below = []
     for name, value in [*(defaults or {}).items(), *from_file.items()]:
-        name = name.replace("_", "-")
-        if f"--{name}" not in known or isinstance(value, dict | list):
+        action = actions.get(name.replace("-", "_"))
+        is_switch = isinstance(action, argparse.BooleanOptionalAction)
+        if action is None or isinstance(value, dict | list):
             problems.append(f"--config {config}: no setting {name} = {value!r}")
-        elif isinstance(value, bool):
-            below.append(f"--{name}" if value else f"--no-{name}")
+        elif is_switch != isinstance(value, bool):
+            kind = "true or false" if is_switch else "a value, not true or false"
+            problems.append(f"--config {config}: {name} = {value!r}: must be {kind}")
+        elif is_switch:
+            below.append(action.option_strings[0 if value else 1])  # --name, --no-name
         else:
-            below.append(f"--{name}={value}")
-    settings, unknown = parser.parse_known_args(below + argv)
-    problems += [f"{word}: no such flag" for word in unknown]
-    for name, value in vars(settings).items():
-        if isinstance(value, Wrong):
-            problems.append(f"--{name.replace('_', '-')}: {value}")
-    if settings.train:
-        problems += _check_paths(settings)
+            below.append(f"{action.option_strings[0]}={value}")
+    try:
+        settings, unknown = parser.parse_known_args(below + argv)
+    except InputError as error:  # a flag without its value: argparse can't go on
+        problems.append(str(error))
+    else:
+        problems += [f"{word}: no such flag" for word in unknown]
+        for name, value in vars(settings).items():
+            if isinstance(value, Wrong):
+                problems.append(f"--{name.replace('_', '-')}: {value}")
+        if settings.train:
+            problems += _check_paths(settings)
     if problems:
         raise InputError("wrong settings:\n" + "\n".join(f"  {problem}" for problem in problems))
     return settings
@@ -133,6 +155,8 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
 
 
 def to_toml(settings: argparse.Namespace) -> str:
-    """The settings as a file that --config reads: JSON's strings, numbers and booleans are TOML's too."""
+    """The settings as a file that --config reads: JSON's strings, numbers and booleans are TOML's too, but for the
+    characters that only one of them wants escaped."""
     items = {name: value for name, value in vars(settings).items() if name != "config"}
-    return "".join(f"{name.replace('_', '-')} = {json.dumps(value)}\n" for name, value in items.items())
+    lines = (f"{name.replace('_', '-')} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in items.items())
+    return "".join(lines).replace("\x7f", "\\u007f")

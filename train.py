@@ -28,7 +28,17 @@ import dist_utils
 from data import TreeDataset, VQAData, describe_sample, image_settings, length_histogram, load_data, stop_or_skip_bad
 from dist_utils import Ranks, no_sync, print0, seed_everything, unwrap
 from eval import accuracy_table, autocast, evaluate, make_loader, padding, pick_dtype
-from model import TreeModel, add_lora, load_base, lora_table, resolve_model, save_adapter
+from model import (
+    MEMORY_BUDGETS,
+    TreeModel,
+    add_lora,
+    choose_memory_budget,
+    compile_layers,
+    load_base,
+    lora_table,
+    resolve_model,
+    save_adapter,
+)
 from rows import InputError
 from settings import parse_settings, to_toml
 from trees import PlanSettings, StepSampler, Work, make_plan, rank_efficiency, whole_trees
@@ -69,6 +79,8 @@ def main(argv: list[str]) -> None:
         load_base(model_folder, dtype, device), args.model, args.lora_r, args.lora_alpha, args.lora_dropout
     )
     describe_lora(peft_model)
+    heavy = heaviest(train_data.samples, plan_settings, args.epochs)
+    budgets = plan_compile(args, peft_model, heavy, ranks)
     model = dist_utils.wrap(TreeModel(peft_model, images), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -78,7 +90,10 @@ def main(argv: list[str]) -> None:
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
     dataset = TreeDataset(train_data, images, padding(device))
-    rehearse(model, optimizer, dataset, heaviest(train_data.samples, plan_settings, args.epochs), ranks, dtype, output)
+    rehearse(model, optimizer, dataset, heavy, ranks, dtype, budgets)
+    if ranks.is_main:
+        write_checkpoint(output / "tmp-rehearsal", model, {})
+        shutil.rmtree(output / "tmp-rehearsal")
     base_result = None
     if val_batches:
         few = evaluate(unwrap(model), val_data, val_batches[: ranks.world_size], ranks, dtype, 0)
@@ -204,31 +219,58 @@ def heaviest(samples: list, settings: PlanSettings, epochs: int) -> Work:
     return Work(max(batches, key=lambda batch: sum(tree.tokens for tree in batch)))
 
 
-def rehearse(model, optimizer, dataset: TreeDataset, work: Work, ranks: Ranks, dtype, output: Path) -> None:
-    """Run the heaviest micro-batch and a trial save before step 1. Raises InputError when memory does not suffice and
-    RuntimeError when a trained weight gets no finite gradient. Leaves weights and optimizer as they were."""
-    tokens = sum(tree.tokens for tree in work.trees)
+def plan_compile(args, peft_model, heavy: Work, ranks: Ranks) -> list[float]:
+    """Memory budgets to try, the most promising first; none where nothing is compiled."""
+    if not args.compile or ranks.device.type != "cuda":
+        return []
+    if args.memory_budget != "auto":
+        return [args.memory_budget]
+    tokens = sum(tree.tokens for tree in heavy.trees)
+    chosen = choose_memory_budget(peft_model.get_base_model().config, tokens, ranks.device)
+    chosen = min(dist_utils.gather_to_all(chosen))
+    return [budget for budget in MEMORY_BUDGETS if budget <= chosen]
+
+
+def rehearse(model, optimizer, dataset: TreeDataset, work: Work, ranks: Ranks, dtype, budgets: list[float]) -> None:
+    """Compile, and run the heaviest micro-batch before step 1, on all ranks at the highest memory budget that fits all.
+
+    Raises InputError when memory does not suffice and RuntimeError when a trained weight gets no finite gradient.
+    Leaves weights and optimizer as they were.
+    """
+    tokens, started = sum(tree.tokens for tree in work.trees), time.perf_counter()
     batch = dataset[work].to(ranks.device)
-    try:
-        with autocast(ranks.device, dtype):
-            token_losses, _ = model(batch, unwrap(model).encode_images(batch))
-        token_losses.mean().backward()
-    except torch.OutOfMemoryError as error:
+    for budget in budgets or [None]:
+        if budget is not None:
+            print0(f"compiling for a memory budget of {budget}: this takes a minute or two")
+            compile_layers(unwrap(model).model, budget)
+        if fits := all(dist_utils.gather_to_all(_try_micro_batch(model, batch, ranks, dtype))):
+            break
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+    if not fits:
         raise InputError(
-            f"the heaviest micro-batch ({tokens:,} tokens) does not fit: lower --max-tokens or --max-pixels\n{error}"
-        ) from None
+            f"the heaviest micro-batch ({tokens:,} tokens) does not fit: lower --max-tokens or --max-pixels"
+        )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (parameter.grad is None or not parameter.grad.isfinite().all()):
-            raise RuntimeError(
-                f"{name} gets no finite gradient from sample {dataset.data.samples[batch.samples[0]].where}"
-            )
+            raise RuntimeError(f"{name} gets no finite gradient from {dataset.data.samples[batch.samples[0]].where}")
     optimizer.zero_grad(set_to_none=True)
-    memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if ranks.device.type == "cuda" else ""
-    if ranks.is_main:
-        trial = output / "tmp-rehearsal"
-        write_checkpoint(trial, model, {})
-        shutil.rmtree(trial)
-    print0(f"rehearsed the heaviest micro-batch ({tokens:,} tokens{memory}) and a save")
+    text = f"rehearsed the heaviest micro-batch ({tokens:,} tokens) in {time.perf_counter() - started:.0f} s"
+    if ranks.device.type == "cuda":
+        text += f", memory budget {budget}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    print0(text)
+
+
+def _try_micro_batch(model, batch, ranks: Ranks, dtype) -> bool:
+    """Forward and backward without a collective, so that a rank that runs out of memory leaves none waiting."""
+    try:
+        with no_sync(model, skip=True):
+            with autocast(ranks.device, dtype):
+                token_losses, _ = model(batch, unwrap(model).encode_images(batch))
+            token_losses.mean().backward()
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------- data, output and metrics

@@ -8,8 +8,8 @@ import tiny
 import torch
 from test_exact import whole
 
+from attention import tree_attention, tree_mask, visible
 from data import build_batch
-from model import tree_attention, tree_mask, visible
 from trees import Work
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

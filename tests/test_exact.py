@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+import attention as attention_file
 import model as model_file
 from data import build_batch, load_patches, rotary_positions
 from dist_utils import Ranks
@@ -98,7 +99,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_wrong_masks_are_noticed(world, reference, monkeypatch, mutant):
-    monkeypatch.setattr(model_file, "visible", MUTANTS[mutant])
+    monkeypatch.setattr(attention_file, "visible", MUTANTS[mutant])
     _, gradients = run_step(world, [whole(tiny.load_world(world)[0].samples)])
     assert tiny.relative_error(gradients, reference[1]) > 0.05
 

@@ -1,0 +1,66 @@
+"""Attention on trees: who sees whom, FlexAttention on CUDA, dense SDPA elsewhere, and the vision tower's attention.
+
+Reached through transformers' `AttentionInterface`; the model's own code stays as it is.
+"""
+
+from functools import cache
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from data import Batch
+
+FLEX_BLOCK = 128  # FlexAttention wants lengths that are multiples of its block (pytorch#153799)
+
+
+def tree_mask(batch: Batch) -> torch.Tensor | BlockMask:
+    """Who sees whom in a batch: a FlexAttention block mask on CUDA, a boolean (1, 1, T, T) elsewhere."""
+    if batch.ids.device.type == "cuda":
+        return _block_mask(batch.tree, batch.branch)
+    order = torch.arange(len(batch.ids), device=batch.ids.device)
+    return visible(batch.tree, batch.branch, batch.tree, batch.branch, order, order)[None, None]
+
+
+def visible(tree_q, branch_q, tree_k, branch_k, order_q, order_k) -> torch.Tensor:
+    """(Q, K) bool: the same tree, not later, and in the prefix (branch 0) or in the same branch."""
+    same_tree = tree_q[:, None] == tree_k
+    return same_tree & (order_k <= order_q[:, None]) & ((branch_k == 0) | (branch_k == branch_q[:, None]))
+
+
+def _block_mask(tree: torch.Tensor, branch: torch.Tensor) -> BlockMask:
+    def mask(_batch, _head, q, k):
+        return (tree[q] == tree[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
+
+    return _compiled(create_block_mask)(mask, None, None, len(tree), len(tree), device=tree.device)
+
+
+@cache
+def _compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """transformers' attention interface: (1, heads, Q, d) and (1, kv_heads, K, d) to ((1, Q, heads, d), None)."""
+    if isinstance(attention_mask, BlockMask):
+        attend = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+        grouped = query.shape[1] != key.shape[1]
+        out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal=False)
+
+
+def vision_flash_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs):
+    """All images of a micro-batch in one call, each seeing itself: (1, heads, patches, d) to (1, patches, heads, d).
+
+    Flash rather than cuDNN, which is faster for large images but builds a plan, 0.5 s, for every new size.
+    """
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (patches, heads, d)
+    out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
+    return out[None], None
+
+
+AttentionInterface.register("onelook_tree", tree_attention)
+AttentionInterface.register("onelook_flash_vision", vision_flash_attention)  # "flash": transformers passes cu_seqlens

@@ -1,0 +1,151 @@
+"""Settings: all that is wrong is told at once, the command line is over the file is over the defaults."""
+
+from pathlib import Path
+
+import pytest
+
+from rows import InputError
+from settings import build_parser, parse_settings, to_toml
+
+
+@pytest.fixture
+def rows_file(tmp_path) -> str:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    return str(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text: str) -> list[str]:
+        (tmp_path / "settings.toml").write_text(text, encoding="utf-8")
+        return ["--config", str(tmp_path / "settings.toml")]
+
+    return write
+
+
+def problems_of(argv, defaults=None) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        parse_settings(argv, defaults)
+    return str(caught.value).split("\n  ")[1:]
+
+
+# name: (arguments, what the one problem says)
+WRONG = {
+    "not a whole number": (["--epochs", "three"], "--epochs: 'three' is not a whole number"),
+    "a part of one": (["--batch-size", "1.5"], "--batch-size: '1.5' is not a whole number"),
+    "not a number": (["--lr", "fast"], "--lr: 'fast' is not a number"),
+    "negative": (["--lr", "-1"], "--lr: -1 is not between 0"),
+    "zero": (["--lora-r", "0"], "--lora-r: 0 is not between 1"),
+    "over one": (["--lora-dropout", "1.5"], "--lora-dropout: 1.5 is not between 0 and 1"),
+    "nan": (["--lr", "nan"], "--lr: nan is not"),
+    "inf": (["--lr", "inf"], "--lr: inf is not"),
+    "choice": (["--schedule", "sine"], "--schedule: 'sine' is none of cosine, linear, constant"),
+    "unknown flag": (["--learning-rate=1"], "--learning-rate=1: no such flag"),
+    "shortened flag": (["--epoch=1"], "--epoch=1: no such flag"),
+    "word without a flag": (["train.jsonl"], "train.jsonl: no such flag"),
+    "flag without its value": (["--epochs"], "--epochs: expected one argument"),
+    "config without its value": (["--config"], "--config: expected one argument"),
+    "switch with a value": (["--skip-bad=yes"], "--skip-bad"),
+    "missing config": (["--config", "nowhere.toml"], "--config nowhere.toml: "),
+    "missing rows": (["--train", "nowhere.jsonl"], "--train: nowhere.jsonl does not exist"),
+    "missing images": (["--images", "nowhere"], "--images: nowhere does not exist"),
+    "missing validation rows": (["--val", "nowhere.jsonl"], "--val: nowhere.jsonl does not exist"),
+    "rows are a folder": (["--val", "/"], "--val: / does not exist"),
+    "pixels": (["--min-pixels", "900", "--max-pixels", "800"], "--min-pixels 900 is over --max-pixels 800"),
+    "resume without output": (["--resume", "auto"], "--resume auto: say where with --output"),
+    "missing checkpoint": (["--resume", "nowhere"], "--resume: nowhere is not a folder"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_setting_is_named_with_its_flag(rows_file, name):
+    argv, told = WRONG[name]
+    (problem,) = problems_of(["--train", rows_file, *argv])
+    assert problem.startswith(told.split(" ")[0]) and told in problem
+
+
+def test_all_wrong_settings_are_told_at_once(rows_file, config):
+    stops_argparse = ("flag without its value", "switch with a value")
+    once = {argv[0]: argv for name, (argv, _) in WRONG.items() if name not in stops_argparse and argv[0] != "--config"}
+    argv = [word for words in once.values() for word in words]  # of the same flag the last one
+    problems = problems_of([*argv, *config("no-such-setting = 3\nkeep = 0\n")])
+    assert len(problems) == len(once) + 2
+    for flag in once:
+        assert any(flag in problem for problem in problems)
+    assert any("no setting no-such-setting = 3" in problem for problem in problems)
+    assert any("--keep: 0 is not between 1" in problem for problem in problems)
+
+
+def test_a_flag_without_its_value_hides_no_problem_of_the_file(config):
+    problems = problems_of([*config("no-such-setting = 3\n"), "--epochs"])
+    assert len(problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("learning-rate = 1e-4", "no setting learning-rate = 0.0001"),
+        ("lr = [1e-4]", "no setting lr = [0.0001]"),
+        ("[optimization]\nlr = 1e-4", "no setting optimization = "),
+        ("help = true", "no setting help = True"),
+        ("config = 'other.toml'", "no setting config = 'other.toml'"),
+        ("no-skip-bad = true", "no setting no-skip-bad = True"),
+        ("skip-bad = 'yes'", "skip-bad = 'yes': must be true or false"),
+        ("epochs = true", "epochs = True: must be a value, not true or false"),
+        ("epochs = 1.5", "--epochs: '1.5' is not a whole number"),
+        ("dtype = 'float16'", "--dtype: 'float16' is none of auto, bfloat16, float32"),
+        ("epochs = 1 2", "line 1"),
+    ],
+)
+def test_a_wrong_line_of_the_settings_file_is_named(config, line, told):
+    (problem,) = problems_of(config(line))
+    assert told in problem
+
+
+def test_the_command_line_is_over_the_file_is_over_the_defaults(config):
+    defaults = {"epochs": 7, "batch_size": 7, "lora_r": 7}
+    settings = parse_settings([*config("epochs = 8\nbatch-size = 8\n"), "--epochs", "9"], defaults)
+    assert (settings.epochs, settings.batch_size, settings.lora_r) == (9, 8, 7)
+    assert settings.keep == build_parser().get_default("keep")
+
+
+def test_false_on_the_command_line_is_over_true_in_the_file(config):
+    assert parse_settings(config("skip-bad = true")).skip_bad is True
+    assert parse_settings([*config("skip-bad = true"), "--no-skip-bad"]).skip_bad is False
+    assert parse_settings(config("skip-bad = false"), {"skip_bad": True}).skip_bad is False
+
+
+def test_keys_are_written_with_dashes_or_underscores(config):
+    settings = parse_settings(config("\ufefflora-r = 4\nlora_alpha = 9\nallow_outside_images = true\n"))
+    assert (settings.lora_r, settings.lora_alpha, settings.allow_outside_images) == (4, 9.0, True)
+
+
+@pytest.mark.parametrize(
+    "system", ["", "Antworte kurz: «ja» 🩺 = \\ \"x\" 'y'", "two\nlines\t\x7f\x01", "--system", "#"]
+)
+def test_the_written_file_reads_back_to_the_same_settings(rows_file, config, system):
+    argv = ["--train", rows_file, f"--system={system}", "--lr", "1e-5", "--warmup", "20", "--skip-bad", "--max-steps=7"]
+    settings = parse_settings(argv)
+    written = to_toml(settings)
+    again = parse_settings(config(written))
+    assert vars(again) | {"config": ""} == vars(settings)
+    assert to_toml(again) == written
+
+
+def test_the_defaults_read_back_too(config):
+    settings = parse_settings([])
+    assert vars(parse_settings(config(to_toml(settings)))) | {"config": ""} == vars(settings)
+
+
+def test_paths_are_kept_whole_and_images_start_beside_the_rows(rows_file, monkeypatch):
+    folder = Path(rows_file).parent
+    monkeypatch.chdir(folder)
+    settings = parse_settings(["--train", "rows.jsonl", "--val", "rows.jsonl"])
+    assert settings.train == settings.val == rows_file and settings.images == str(folder)
+
+
+def test_every_flag_has_a_help_text():
+    actions = build_parser()._actions
+    assert len(actions) > 30
+    assert [action.dest for action in actions if not action.help] == []
+    assert "--allow-outside-images" in build_parser().format_help()
