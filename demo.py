@@ -31,14 +31,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 
 DEMO_VERSION = "1"  # raise it when anything below changes what is written
 SETTINGS = dict(
-    epochs=20,
-    batch_size=128,  # questions an optimizer step, about 14 pictures
-    questions_per_image=0,  # all
-    lr=4e-3,
+    epochs=16,
+    batch_size=128,  # about 14 pictures
+    questions_per_image=0,
+    max_tokens=400,  # a picture with all its questions is 350; attention's cost grows with the square
+    lr=5e-3,
     schedule="cosine",
     warmup=20,
-    lora_r=16,
-    lora_alpha=32,
+    lora_r=32,
+    lora_alpha=64,
     lora_dropout=0.0,
 )
 TRAIN_PICTURES, VAL_PICTURES = 480, 60
@@ -133,7 +134,11 @@ def listed(names) -> str:
     return "; ".join(names) or "none"
 
 
-QUESTIONS = (  # (type, question, answer of a scene), after Kvasir-VQA
+def where(things) -> str | None:
+    return None if len(things) > 1 else listed(CELLS[thing.cell] for thing in things)
+
+
+QUESTIONS = (  # (type, question, answer of a scene, None where it can't be asked), after Kvasir-VQA
     ("yes/no", "Does this image contain any finding?", lambda s: yes(s.polyps)),
     ("yes/no", "Is there more than one polyp?", lambda s: yes(len(s.polyps) > 1)),
     ("yes/no", "Is there an instrument in the image?", lambda s: yes(s.instruments)),
@@ -148,8 +153,8 @@ QUESTIONS = (  # (type, question, answer of a scene), after Kvasir-VQA
     ("count", "How many instruments are in the image?", lambda s: str(len(s.instruments))),
     ("size", "What is the size of the polyp?", lambda s: s.polyp_size if s.polyps else "none"),
     ("colour", "What color is the abnormality?", lambda s: s.polyp_colour if s.polyps else "none"),
-    ("location", "Where in the image is the abnormality?", lambda s: listed(CELLS[p.cell] for p in s.polyps)),
-    ("location", "Where in the image is the instrument?", lambda s: listed(CELLS[i.cell] for i in s.instruments)),
+    ("location", "Where in the image is the abnormality?", lambda s: where(s.polyps)),
+    ("location", "Where in the image is the instrument?", lambda s: where(s.instruments)),
     (
         "choice",
         "Are there any instruments in the image? Check all that are present.",
@@ -170,10 +175,11 @@ def make_rows(split: str, number: int, seed: int) -> list[tuple[dict, Scene]]:
         scene = make_scene(rng.randrange(2**32))
         # Kvasir-VQA's validation pictures: 39% have one question, 8% have eight, 28% seventeen, 9.0 on average
         count = rng.choices((1, 8, 9, 12, 13, 15, 16, 17), (39, 9, 5, 5, 6, 4, 4, 28))[0]
-        for k in sorted(rng.sample(range(len(QUESTIONS)), count)):
-            kind, question, answer = QUESTIONS[k]
+        asked = [(kind, question, answer(scene)) for kind, question, answer in QUESTIONS if answer(scene) is not None]
+        for k in sorted(rng.sample(range(len(asked)), min(count, len(asked)))):
+            kind, question, answer = asked[k]
             row = {"id": f"{split}-{index:04d}-{k:02d}", "image": f"images/{split}-{index:04d}.png"}
-            rows.append((row | {"question": question, "answer": answer(scene), "question_type": kind}, scene))
+            rows.append((row | {"question": question, "answer": answer, "question_type": kind}, scene))
     return rows
 
 
@@ -245,9 +251,9 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
         arc = (left + 0.2 * w, height - 0.8 * h, left + 0.7 * w, height - 0.2 * h)
         canvas.arc(arc, rng.randrange(360), rng.randrange(180, 720), (190, 190, 90), outline)
     if scene.text != "none":
-        letters = "".join(rng.choices("ABCDEFGHKLMNPRSTUVXYZ0123456789:.", k=rng.randint(5, 7)))
+        letters = "".join(rng.choices("ABCDEFGHKLMNPRSTUVXYZ0123456789:.", k=rng.randint(4, 5)))
         left, anchor = (0.02 * unit, "lt") if scene.text == "left" else (width - 0.02 * unit, "rt")
-        font = ImageFont.load_default(size=round(0.11 * unit))
+        font = ImageFont.load_default(size=round(0.15 * unit))
         canvas.text((left, 0.015 * unit), letters, (250, 250, 250), font, anchor)
     return picture
 
@@ -308,11 +314,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    """A Qwen3-VL of about a million random weights, with an initialisation that LoRA can work on.
-
-    The vision tower stays frozen, so it has to be a useful random-feature map: patch filters are smooth (they keep
-    colours and rough shapes), positions are sines of row and column, and its blocks change little.
-    """
+    """A Qwen3-VL of about a million weights, fixed by the seed; see the two functions below for what they are."""
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}  # fmt: skip
     config = Qwen3VLConfig(
@@ -321,11 +323,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLForC
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            head_dim=16,
             max_position_embeddings=32768,
-            rope_parameters=dict(rope_type="default", rope_theta=1000.0, mrope_section=[6, 5, 5], mrope_interleaved=True),
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 2, 2], mrope_interleaved=True),
             pad_token_id=ids["endoftext"],
         ),
         vision_config=dict(
@@ -349,41 +351,71 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLForC
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(config)
-        initialise(model)
+        initialise_language(model.model.language_model, model.lm_head)
+        wire_vision(model.model.visual)
     model.generation_config.eos_token_id = [ids["im_end"], ids["endoftext"]]
     model.generation_config.pad_token_id = ids["endoftext"]
     return model
 
 
 @torch.no_grad()
-def initialise(model: Qwen3VLForConditionalGeneration) -> None:
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2 and "pos_embed" not in name:
-            gain = 0.3 if "visual.blocks" in name else 1.0
-            torch.nn.init.normal_(weight, std=gain / math.sqrt(weight.shape[1]))
-        elif name.endswith("bias") and "norm" not in name:
-            torch.nn.init.normal_(weight, std=0.3 if "merger" in name else 0.0)
-    language, vision = model.model.language_model, model.model.visual
+def initialise_language(language, lm_head) -> None:
+    """Random weights on which LoRA learns fast: blocks that add little, decided attention, answers far apart."""
+    for weight in language.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1]))
     torch.nn.init.normal_(language.embed_tokens.weight, std=1.0)
+    torch.nn.init.normal_(lm_head.weight, std=3 / math.sqrt(lm_head.weight.shape[1]))
     for layer in language.layers:
+        layer.self_attn.o_proj.weight.mul_(0.5)
+        layer.mlp.down_proj.weight.mul_(0.5)
         layer.self_attn.q_norm.weight.fill_(1.5)
         layer.self_attn.k_norm.weight.fill_(1.5)
 
-    # patch filters: random mixtures of the lowest cosine waves, (hidden, 3 colours, 2 frames, 8, 8)
-    filters = vision.patch_embed.proj.weight
-    t = (torch.arange(filters.shape[-1]) + 0.5) * math.pi / filters.shape[-1]
-    waves = torch.stack([torch.cos(i * t)[:, None] * torch.cos(j * t) / 2 ** (i + j) for i in range(3) for j in range(3)])
-    opponent = torch.tensor([[0.5, 0.5, 0.5], [1.5, -1.5, 0.0], [-0.75, -0.75, 1.5]])  # light, red-green, blue-yellow
-    mixture = torch.einsum("okw,kc->ocw", torch.randn(filters.shape[0], 3, len(waves)), opponent)
-    filters.copy_(torch.einsum("ocw,wyx->ocyx", mixture, waves)[:, :, None] / filters[0, 0, 0].numel() / 2)
 
-    # positions: sines of row and column at three wave lengths, mixed at random, (16 x 16, hidden)
+@torch.no_grad()
+def wire_vision(vision) -> None:
+    """Set the frozen vision tower by hand to the least that a trained one gives: which colours a token shows, and where.
+
+    Hidden channels of a patch: 3 mean colours, 12 sines of its row and column, 2 large constants that keep the layer
+    norms from rescaling the rest, and detectors of colour. The block's MLP fills the detectors: half spaces of colour,
+    in directions spread evenly around the middle of all. The mergers average a token's four patches and mix the channels
+    at random. With random weights instead, the same training reaches an exact match of 0.56 where this reaches 0.77.
+    """
+    hidden = vision.pos_embed.weight.shape[1]
+    colour, place, constant, detectors = slice(0, 3), slice(3, 15), slice(15, 17), slice(17, hidden)
+    for name, weight in vision.named_parameters():
+        if "norm" not in name:
+            weight.zero_()
+    filters = vision.patch_embed.proj.weight  # (hidden, 3 colours, 2 frames, 8, 8)
+    for channel in range(3):
+        filters[channel, channel] = 1 / filters[channel, channel].numel()
+    vision.patch_embed.proj.bias[constant] = torch.tensor([4.0, -4.0])
+    norm = 4 * math.sqrt(2 / hidden)  # what the layer norms divide by, about
+
     side = math.isqrt(vision.pos_embed.weight.shape[0])
-    t = torch.linspace(0, 1, side)[:, None] * torch.tensor([0.5, 1.0, 2.0]) * math.pi
-    waves = torch.cat([t.sin(), t.cos()], dim=1)
+    angles = torch.linspace(0, 1, side)[:, None] * torch.tensor([0.5, 1.0, 2.0]) * math.pi
+    waves = 0.6 * torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)
-    vision.pos_embed.weight.copy_(grid @ torch.randn(grid.shape[1], vision.pos_embed.weight.shape[1]) / 3)
+    vision.pos_embed.weight[:, place] = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+    number = hidden - detectors.start
+    k = torch.arange(number) + 0.5  # Fibonacci lattice on the sphere
+    z, turn = 1 - 2 * k / number, k * math.pi * (1 + math.sqrt(5))
+    directions = torch.stack([(1 - z**2).sqrt() * turn.cos(), (1 - z**2).sqrt() * turn.sin(), z], dim=1)
+    middle, sharpness = torch.tensor([0.5, -0.05, -0.15]), 4.0  # of all pictures, on the scale -1 to 1: tissue
+    mlp = vision.blocks[0].mlp
+    mlp.linear_fc1.weight[:number, colour] = sharpness * norm * directions
+    mlp.linear_fc1.bias[:number] = -sharpness * (directions @ middle + 0.2)
+    mlp.linear_fc2.weight[detectors, :number] = torch.eye(number) * 2 / sharpness
+
+    for merger in (vision.merger, *vision.deepstack_merger_list):
+        merger.linear_fc1.weight[:hidden] = torch.eye(hidden).repeat(1, 4) / 4
+        merger.linear_fc1.bias.fill_(4.0)  # where GELU is the identity
+        mixture = 0.6 * torch.randn(merger.linear_fc2.weight.shape[0], hidden)
+        mixture[:, constant] = 0
+        merger.linear_fc2.weight[:, :hidden] = mixture
+        merger.linear_fc2.bias.copy_(-4 * mixture.sum(1))
 
 
 # ---------------------------------------------------------------- writing

@@ -45,15 +45,20 @@ def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Modul
     if config.model_type != "qwen3_vl":
         raise InputError(f"{folder} is a {config.model_type} model; this program trains dense Qwen3-VL (qwen3_vl) only")
     disable_progress_bar()  # one a rank, for seconds
-    attention = {"text_config": "onelook_tree", "vision_config": "sdpa"}
     model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
+        folder, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
     )
-    model.model.visual.patch_embed.proj = PatchProjection(model.model.visual.patch_embed.proj)
-    language_model = model.model.language_model
+    return prepare_base(model)
+
+
+def prepare_base(model: nn.Module) -> nn.Module:
+    """Freeze a Qwen3-VL and give this instance what makes it run trees, and run them without waiting for the GPU."""
+    visual, language_model = model.model.visual, model.model.language_model
+    visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
+    language_model.config._attn_implementation = "onelook_tree"
     language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
-    if device.type == "cuda" and dtype != torch.float32:
-        model.model.visual.config._attn_implementation = "onelook_flash_vision"
+    if visual.device.type == "cuda" and visual.dtype != torch.float32:  # flash kernels know half precision only
+        visual.config._attn_implementation = "onelook_flash_vision"
     return model.requires_grad_(False)
 
 

@@ -479,8 +479,15 @@ def test_all_rows_of_kvasir_vqa_are_used_and_trained_on_exactly_their_answers(kv
     )
 
 
-def test_four_ranks_wait_little_for_each_other_on_kvasir_vqa(kvasir):
-    _, data, _ = kvasir
-    plan = make_plan(data.samples, PlanSettings(128, 0, 8192, seed=0), epoch=0)
+# A step of 128 questions has about 14 trees: pictures of one size leave 4 ranks 3 or 4 of them each.
+EVEN_SIZES = pytest.mark.xfail(strict=True, reason="0.911 of 0.93: trees.py does not yet divide such steps evenly")
+
+
+@pytest.mark.parametrize("image_tokens", [0, pytest.param(2700, marks=EVEN_SIZES)], ids=["mixed sizes", "2,700 tokens"])
+def test_four_ranks_wait_little_for_each_other_on_kvasir_vqa(kvasir, image_tokens):
+    samples = kvasir[1].samples
+    if image_tokens:
+        samples = [replace(one, image_tokens=(image_tokens,), patches=(4 * image_tokens,)) for one in samples]
+    plan = make_plan(samples, PlanSettings(128, 0, 8192, seed=0), epoch=0)
     assert len(plan) == -(-8786 // 128)
     assert rank_efficiency(plan, 4) >= 0.93

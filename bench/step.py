@@ -1,0 +1,334 @@
+"""Step time on one GPU: the usual recipe against trees, in one run on one machine.
+
+    python bench/step.py                                          # Qwen3-VL-8B with random weights, full resolution
+    python bench/step.py --preset tiny                            # a minute on a CPU: that it runs, not how fast
+    python bench/step.py --cases tree-9 --profile                 # and where its time goes
+
+Random weights cost what real ones cost. The workload is the reference job's: 2,700 image tokens and 195 tokens a
+question. The recipe runs one question a sequence, padded to 2,900, with full logits and every layer checkpointed.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import ImageSettings, Sample, VQAData, build_batch
+from eval import autocast, padding
+from model import LORA_TARGETS, TreeModel, add_lora, compile_layers, prepare_base
+from trees import StepFacts, Work, grow_tree
+
+QWEN3_VL_8B = {
+    "text_config": {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True,
+                            "mrope_section": [24, 20, 20]},
+    },
+    "vision_config": {
+        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
+        "out_hidden_size": 4096, "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
+    },
+}  # fmt: skip
+TINY = {
+    "text_config": {
+        "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True,
+                            "mrope_section": [4, 2, 2]},
+    },
+    "vision_config": {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 16,
+        "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+    },
+}  # fmt: skip
+IMAGE_TOKEN = 5
+
+
+@dataclass
+class Preset:
+    config: dict
+    size: tuple[int, int]  # picture, width and height in pixels
+    question_tokens: int  # question, answer and their template, after the image
+    answer_tokens: int
+    padded: int  # what the recipe pads to
+    repeats: int
+
+
+PRESETS = {
+    "8b": Preset(QWEN3_VL_8B, (1920, 1440), 195, 32, 2900, 5),
+    "tiny": Preset(TINY, (128, 96), 20, 4, 40, 2),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- workload
+
+
+def random_model(config: dict, dtype: torch.dtype, device: torch.device) -> Qwen3VLForConditionalGeneration:
+    """A model of random weights, made where it is needed."""
+    config = Qwen3VLConfig(**config, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False)
+    config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(config).to(dtype)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.02)
+            else:
+                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+    for module in model.modules():  # rotary tables are buffers, not weights
+        if hasattr(module, "original_inv_freq"):
+            module.__init__(module.config)
+            module.to(device)
+    return model.requires_grad_(False)
+
+
+def make_data(preset: Preset, questions: int, folder: Path) -> tuple[VQAData, ImageSettings]:
+    """One picture with `questions` questions, which share what comes before them."""
+    settings = ImageSettings(
+        16,
+        2,
+        2,
+        1024,
+        2**24,
+        (0.5,) * 3,
+        (0.5,) * 3,
+        int(preset.config["vision_config"]["num_position_embeddings"] ** 0.5),
+    )
+    width, height = preset.size
+    random = np.random.default_rng(0)
+    picture = folder / "picture.png"
+    Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(picture)
+    grid = settings.grid(height, width)
+    samples = []
+    for number in range(questions):
+        ids = random.integers(10, 1000, 5 + preset.question_tokens).astype(np.int32)
+        ids[:5] = [1, 2, 3, IMAGE_TOKEN, 4]
+        ids[5] = 10 + number  # questions differ from their first token on
+        trained = np.arange(len(ids)) >= len(ids) - preset.answer_tokens
+        tokens = grid[0] * grid[1] // 4
+        samples.append(
+            Sample(str(number), f"bench:{number}", (str(picture),), ids, trained, (3,), (tokens,), (4 * tokens,), {})
+        )
+    return VQAData("bench", samples, {str(picture): grid}), settings
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+
+
+def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path):
+    """transformers + PEFT: one question a sequence, padded, full logits, every layer checkpointed. One step of one."""
+    model = random_model(preset.config, dtype, device)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=LORA_TARGETS))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    data, settings = make_data(preset, 1, folder)
+    batch = build_batch(data, Work((grow_tree(data.samples, [0]),)), settings).to(device)
+    short = preset.padded - len(batch.ids)
+    ids = torch.nn.functional.pad(batch.ids, (0, short))[None]
+    mask = torch.nn.functional.pad(torch.ones_like(batch.ids), (0, short))[None]
+    labels = torch.full_like(ids, -100)
+    labels[0, batch.answer_at + 1] = batch.targets
+    pixels = ((batch.patches / 255 - 0.5) / 0.5)[:, :, None].expand(-1, -1, 2, -1).flatten(1)
+
+    def step():
+        with autocast(device, dtype):
+            out = model(
+                input_ids=ids, attention_mask=mask, labels=labels, pixel_values=pixels, image_grid_thw=batch.grid.to(device),
+                mm_token_type_ids=(ids == IMAGE_TOKEN).int(),
+            )  # fmt: skip
+        out.loss.backward()
+
+    return model, step
+
+
+def tree_model(preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path, args) -> TreeModel:
+    base = prepare_base(random_model(preset.config, dtype, device))
+    model = TreeModel(add_lora(base, "random", 8, 16, 0.05), make_data(preset, 1, folder)[1])
+    if device.type == "cuda" and args.compile:
+        compile_layers(model.model, args.memory_budget)
+    return model.train()
+
+
+def tree_step(model: TreeModel, preset: Preset, questions: int, device: torch.device, dtype: torch.dtype, folder: Path):
+    """Our step on one tree, without the optimizer and the feed, as for the recipe."""
+    data, settings = make_data(preset, questions, folder)
+    tree = grow_tree(data.samples, list(range(questions)))
+    batch = build_batch(data, Work((tree,), 0, StepFacts(0, questions, 1, 1)), settings, padding(device)).to(device)
+
+    def step():
+        with autocast(device, dtype):
+            losses, _ = model(batch, model.encode_images(batch))
+        losses.mean().backward()
+
+    return tree.tokens, step
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(step, model, device: torch.device, repeats: int) -> dict:
+    """Median milliseconds of a forward and backward pass, seconds of the first one, and peak memory in GiB."""
+    started = time.perf_counter()
+    step()
+    synchronize(device)
+    first = time.perf_counter() - started
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        model.zero_grad(set_to_none=True)
+        synchronize(device)
+        started = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    return {"ms": 1000 * float(np.median(times)), "first_s": first, "peak_gib": peak}
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of a large matrix product on random data, the ceiling that a step is compared to."""
+    side = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    synchronize(device)
+    return 10 * 2 * side**3 / (time.perf_counter() - started) / 1e12
+
+
+def step_flops(config: dict, patches: int, prefix: int, branches: list[int], answers: int) -> float:
+    """Floating-point operations that one tree needs, forward and backward, without recomputation.
+
+    A frozen matrix of m weights costs 2 m a token forward and 2 m backward (no weight gradient); LoRA, norms and
+    softmax are left out (under 1%). Attention costs 4 d a pair and head dimension forward and 2.5 times that backward.
+    The vision tower runs forward only.
+    """
+    text, vision = config["text_config"], config["vision_config"]
+    h, i, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
+    q, kv = (text[n] * text["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
+    tokens = prefix + sum(branches)
+    pairs = prefix * (prefix + 1) / 2 + sum(b * prefix + b * (b + 1) / 2 for b in branches)
+    language = 4 * layers * (h * (2 * q + 2 * kv) + 3 * h * i) * tokens + 4 * h * text["vocab_size"] * answers
+    language += 3.5 * 4 * q * layers * pairs
+    v, merged = vision["hidden_size"], 4 * vision["hidden_size"]
+    tower = 2 * vision["depth"] * (4 * v * v + 2 * v * vision["intermediate_size"]) * patches
+    tower += 4 * v * vision["depth"] * patches**2 + 2 * 1536 * v * patches
+    mergers = 1 + len(vision["deepstack_visual_indexes"])
+    tower += 2 * mergers * (merged * merged + merged * vision["out_hidden_size"]) * patches / 4
+    return language + tower
+
+
+def profile(step, device: torch.device) -> str:
+    """The ten costliest kernels of a step, and its time by kind of work."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=activities) as prof:
+        step()
+        synchronize(device)
+    events = [e for e in prof.key_averages() if device.type == "cpu" or e.device_type.name == "CUDA"]
+    cost = (
+        (lambda e: e.self_device_time_total / 1000)
+        if device.type == "cuda"
+        else (lambda e: e.self_cpu_time_total / 1000)
+    )
+    kinds = {
+        "attention": ("flash", "flex", "attention", "fmha", "cudnn"),
+        "matrix products": ("gemm", "nvjet", "cutlass", "mm", "sm90"),
+    }
+    totals = dict.fromkeys([*kinds, "rest"], 0.0)
+    for event in events:
+        kind = next((k for k, words in kinds.items() if any(w in event.key.lower() for w in words)), "rest")
+        totals[kind] += cost(event)
+    top = sorted(events, key=cost, reverse=True)[:10]
+    lines = [f"  {kind:<16} {ms:8.1f} ms" for kind, ms in totals.items()]
+    return "\n".join([*lines, *(f"  {cost(e):8.2f} ms {e.count:5} x {e.key[:90]}" for e in top)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Step time on one GPU: the usual recipe against trees.")
+    parser.add_argument("--preset", choices=PRESETS, default="8b")
+    parser.add_argument("--cases", default="recipe,tree-1,tree-9,tree-17")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--memory-budget", type=float, default=1.0)
+    parser.add_argument("--profile", action="store_true", help="where the time of the last case goes")
+    parser.add_argument("--name", default="step")
+    parser.add_argument("--json", default="", help="file for the results")
+    args = parser.parse_args()
+    preset = PRESETS[args.preset]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ceiling = matmul_tflops(device, dtype)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
+    print(f"{name}: matrix products {ceiling:.0f} TFLOP/s", flush=True)
+    rows, ours = [], None
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        patches = (preset.size[0] // 16) * (preset.size[1] // 16)
+        for case in args.cases.split(","):
+            questions = 1 if case == "recipe" else int(case.split("-")[1])
+            if case == "recipe":
+                model, step = recipe_step(preset, device, dtype, folder)
+                tokens = preset.padded
+            else:
+                model = ours = ours or tree_model(preset, device, dtype, folder, args)
+                tokens, step = tree_step(ours, preset, questions, device, dtype, folder)
+            row = {"case": case, **measure(step, model, device, preset.repeats)}
+            if args.profile and case == args.cases.split(",")[-1]:
+                print(f"where the time of {case} goes:\n{profile(step, device)}", flush=True)
+            prefix = patches // 4 + 5
+            flops = step_flops(
+                preset.config, patches, prefix, [preset.question_tokens] * questions, questions * preset.answer_tokens
+            )
+            row |= {"ms_per_question": row["ms"] / questions, "tokens_per_s": 1000 * tokens / row["ms"]}
+            row |= {"tflops": flops / row["ms"] / 1e9, "share": flops / row["ms"] / 1e9 / ceiling}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if case == "recipe":
+                del model, step
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+    recipe = next((row["ms_per_question"] for row in rows if row["case"] == "recipe"), None)
+    print(
+        f"{'case':<10}{'ms/question':>12}{'x recipe':>10}{'tokens/s':>10}{'TFLOP/s':>9}{'share':>7}{'GiB':>7}{'first s':>9}"
+    )
+    for row in rows:
+        ratio = f"{recipe / row['ms_per_question']:.1f}" if recipe else "-"
+        print(f"{row['case']:<10}{row['ms_per_question']:>12.1f}{ratio:>10}{row['tokens_per_s']:>10,.0f}{row['tflops']:>9.0f}"
+              f"{row['share']:>7.0%}{row['peak_gib'] or 0:>7.1f}{row['first_s']:>9.1f}")  # fmt: skip
+    if args.json:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        result = {"name": args.name, "device": name, "matmul_tflops": ceiling, "versions": versions}
+        result |= {"commit": found.stdout.strip(), "command": " ".join(sys.argv), "rows": rows}
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
