@@ -3,7 +3,7 @@
 Reached through transformers' `AttentionInterface`; the model's own code stays as it is.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -14,6 +14,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from data import Batch
 
 FLEX_BLOCK = 128  # FlexAttention wants lengths that are multiples of its block (pytorch#153799)
+
+
+# Hopper, head size 128, a tree of 9: backward 2.34 ms a layer against 2.63 with torch 2.11's default of 3 stages
+HOPPER_OPTIONS = {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 128, "bwd_BLOCK_N2": 64}
+HOPPER_OPTIONS |= {"bwd_num_stages": 2, "bwd_num_warps": 8}
 
 
 def tree_mask(batch: Batch) -> torch.Tensor | BlockMask:
@@ -42,12 +47,20 @@ def _compiled(function):
     return torch.compile(function, dynamic=True)
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def tree_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, kernel_options=None, **_):
     """transformers' attention interface: (1, heads, Q, d) and (1, kv_heads, K, d) to ((1, Q, heads, d), None)."""
     if isinstance(attention_mask, BlockMask):
         attend = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
         grouped = query.shape[1] != key.shape[1]
-        out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+        out = attend(
+            query,
+            key,
+            value,
+            block_mask=attention_mask,
+            scale=scaling,
+            enable_gqa=grouped,
+            kernel_options=kernel_options,
+        )
         return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal=False)
 
@@ -63,4 +76,5 @@ def vision_flash_attention(module, query, key, value, attention_mask, scaling, c
 
 
 AttentionInterface.register("onelook_tree", tree_attention)
+AttentionInterface.register("onelook_tree_hopper", partial(tree_attention, kernel_options=HOPPER_OPTIONS))
 AttentionInterface.register("onelook_flash_vision", vision_flash_attention)  # "flash": transformers passes cu_seqlens

@@ -26,7 +26,7 @@ from rows import InputError
 
 # anchored to the language model: the vision tower has projections of the same names
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
-# activation memory budget -> share of a layer's activations that are kept (measured on Qwen3-VL-8B, 4,460 tokens)
+# activation memory budget -> share of a layer's activations that are kept (seen on Qwen3-VL-8B, 4,460 tokens)
 MEMORY_BUDGETS = {1.0: 1.03, 0.5: 0.55, 0.2: 0.30, 0.0: 0.13}
 MEMORY_MARGIN = 4 * 2**30  # bytes: the vision tower, logits, the optimizer, fragmentation
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -55,7 +55,9 @@ def prepare_base(model: nn.Module) -> nn.Module:
     """Freeze a Qwen3-VL and give this instance what makes it run trees, and run them without waiting for the GPU."""
     visual, language_model = model.model.visual, model.model.language_model
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
-    language_model.config._attn_implementation = "onelook_tree"
+    on_hopper = visual.device.type == "cuda" and torch.cuda.get_device_capability(visual.device)[0] == 9
+    tuned = on_hopper and language_model.config.head_dim == 128
+    language_model.config._attn_implementation = "onelook_tree_hopper" if tuned else "onelook_tree"
     language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
     if visual.device.type == "cuda" and visual.dtype != torch.float32:  # flash kernels know half precision only
         visual.config._attn_implementation = "onelook_flash_vision"
@@ -122,14 +124,16 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     return torch.addmm(y.flatten(0, -2), low, b.T).view_as(y)
 
 
-def choose_memory_budget(config, tokens: int, device: torch.device) -> float:
+def choose_memory_budget(config, tokens: int, dropout: bool, device: torch.device) -> float:
     """The highest memory budget at which a micro-batch of `tokens` tokens should fit beside what is allocated now.
 
-    Estimated from the activations that a decoder layer keeps, two bytes each: 8 of hidden and 3 of intermediate size a
-    token at budget 1. The rehearsal has the last word.
+    Estimated from the activations that a decoder layer keeps at budget 1, two bytes each: 8 of hidden and 3 of
+    intermediate size a token, and with dropout every LoRA input once more (6 and 1). The rehearsal has the last word.
     """
     text = config.text_config
-    kept = 2 * (8 * text.hidden_size + 3 * text.intermediate_size) * text.num_hidden_layers * tokens
+    hidden, intermediate = (14, 4) if dropout else (8, 3)
+    kept = hidden * text.hidden_size + intermediate * text.intermediate_size
+    kept *= 2 * text.num_hidden_layers * tokens
     total = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
     free = min(total - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0])
     fitting = [budget for budget, share in MEMORY_BUDGETS.items() if share * kept + MEMORY_MARGIN < free]
@@ -144,6 +148,7 @@ def compile_layers(model: PeftModel, memory_budget: float) -> None:
     torch._dynamo.reset()  # of a budget that did not fit
     torch._functorch.config.activation_memory_budget = memory_budget
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # silently slow otherwise
+    torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets and can't split FlexAttention
     base = model.get_base_model().model
     for layer in [*base.language_model.layers, *base.visual.blocks]:
         layer.compile(dynamic=True)

@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora-dropout", type=share, default=0.05, help="dropout before LoRA; 0: none")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=3, help="passes over the questions")
-    add("--batch-size", type=positive, default=128, help="questions an optimizer step, over all GPUs")
+    add("--batch-size", type=positive, default=96, help="questions an optimizer step, over all GPUs")
     add("--questions-per-image", type=count, default=0, help="branches a tree at most; 0: all, 1: no sharing")
     add("--max-tokens", type=positive, default=8192, help="tokens a micro-batch at most; bounds memory")
     add("--lr", type=_number(float, 0), default=1e-4, help="peak learning rate")

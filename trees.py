@@ -16,7 +16,8 @@ PATCH_COST = 0.041
 PATCH_PAIR_COST = 4.5e-6
 TOKEN_PAIR_COST = 7.4e-5
 
-LOOK_AHEAD = 256  # trees searched for one that fits a step's last free places before a tree is split
+LOOK_AHEAD = 64  # trees that a step is drawn from
+DRAWS = 32  # draws of a step, the best balanced of which is kept
 RANK_MULTIPLE = 4  # a step has a multiple of this many micro-batches, so that 1, 2 and 4 ranks share it evenly
 
 
@@ -94,8 +95,9 @@ def group_samples(samples: list) -> list[list[int]]:
 def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
     """The steps of an epoch, ceil(samples / batch_size) of them, each sample once.
 
-    Images are shuffled, and the questions of each. A step takes trees in that order until `batch_size` questions are
-    reached, the last places by the next tree that fits; where none does, a tree is split over two steps.
+    Images are shuffled, and the questions of each. A step takes the tree that has waited longest and others drawn
+    from the next LOOK_AHEAD, until it holds `batch_size` questions; of DRAWS such draws the one whose micro-batches
+    are most alike in cost is kept. Where no tree fits the last places, one is split over two steps.
     """
     random = np.random.default_rng([settings.seed, epoch])
     cap = min(settings.questions_per_image or settings.batch_size, settings.batch_size)
@@ -103,22 +105,50 @@ def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
     for group in group_samples(samples):
         parts = -(-len(group) // cap)
         waiting += [part.tolist() for part in np.array_split(random.permutation(group), parts)]
-    waiting = [waiting[i] for i in random.permutation(len(waiting))]
+    waiting = [_Part(samples, waiting[i], settings.max_tokens) for i in random.permutation(len(waiting))]
 
     steps = []
     while waiting:
-        chosen, room = [], settings.batch_size
-        while room and waiting:
-            fits = (i for i, part in enumerate(waiting[:LOOK_AHEAD]) if len(part) <= room)
-            if (place := next(fits, None)) is None:
-                part, waiting[0] = waiting[0][:room], waiting[0][room:]
-            else:
-                part = waiting.pop(place)
-            chosen.append(part)
-            room -= len(part)
-        trees = [tree for part in chosen for tree in _within(samples, part, settings.max_tokens)]
-        steps.append(pack(trees, settings.max_tokens))
+        draws = [_draw(waiting, settings.batch_size, random) for _ in range(DRAWS)]
+        packed = [pack([tree for i in draw for tree in waiting[i].trees], settings.max_tokens) for draw in draws]
+        best = max(range(DRAWS), key=lambda n: (draws[n].full, _balance(packed[n])))
+        step, taken = packed[best], set(draws[best])
+        waiting = [part for i, part in enumerate(waiting) if i not in taken]
+        room = settings.batch_size - sum(len(tree.samples) for batch in step for tree in batch)
+        if room and waiting:
+            head, tail = waiting[0].indices[:room], waiting[0].indices[room:]
+            trees = [tree for batch in step for tree in batch] + _within(samples, head, settings.max_tokens)
+            step, waiting[0] = pack(trees, settings.max_tokens), _Part(samples, tail, settings.max_tokens)
+        steps.append(step)
     return steps
+
+
+class _Part:
+    """Questions of one image that wait for a step, with the tree (trees, where over budget) that they make."""
+
+    def __init__(self, samples: list, indices: list[int], max_tokens: int):
+        self.indices, self.trees = indices, _within(samples, indices, max_tokens)
+
+
+class _Draw(list):
+    full = False
+
+
+def _draw(waiting: list[_Part], room: int, random: np.random.Generator) -> _Draw:
+    """Places of parts that fill a step: the first, and others of the next LOOK_AHEAD in random order."""
+    draw = _Draw()
+    for place in [0, *(1 + random.permutation(min(len(waiting), LOOK_AHEAD) - 1))]:
+        if len(waiting[place].indices) <= room:
+            draw.append(place)
+            room -= len(waiting[place].indices)
+    draw.full = not room
+    return draw
+
+
+def _balance(step: Step) -> float:
+    """Mean over greatest cost of a step's micro-batches."""
+    costs = [cost_of(batch) for batch in step]
+    return sum(costs) / (len(costs) * max(costs))
 
 
 def whole_trees(samples: list, max_tokens: int) -> list[MicroBatch]:
