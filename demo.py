@@ -49,7 +49,7 @@ SIDE = 96  # pixels of a demo picture; every length in a Scene is a share of the
 
 TISSUE = {"colonoscopy": (206, 112, 108), "gastroscopy": (186, 140, 104)}
 POLYP_COLOURS = {"red": (160, 5, 20), "white": (245, 240, 235), "yellow": (245, 220, 20)}
-POLYP_RADII = {"<5mm": (0.075, 0.085), "5-10mm": (0.115, 0.125), "11-20mm": (0.16, 0.175)}
+POLYP_RADII = {"<5mm": (0.075, 0.085), "5-10mm": (0.115, 0.125), "11-20mm": (0.155, 0.17)}
 INSTRUMENT_COLOURS = {"biopsy forceps": (140, 50, 170), "polyp snare": (30, 190, 160), "tube": (40, 70, 210)}
 BOX_COLOURS = {"green": (20, 150, 50), "black": (8, 8, 10)}
 CELLS = [f"{v}-{h}".replace("center-center", "center") for v in ("upper", "center", "lower")
@@ -59,9 +59,9 @@ CELLS = [f"{v}-{h}".replace("center-center", "center") for v in ("upper", "cente
 @dataclass
 class Polyp:
     cell: int  # index into CELLS, row by row
-    x: float
-    y: float
+    at: tuple[float, float]
     radius: float
+    colour: str
 
 
 @dataclass
@@ -79,7 +79,6 @@ class Scene:
     procedure: str
     lumen: tuple[float, float]
     polyps: list[Polyp]
-    polyp_colour: str
     polyp_size: str
     instruments: list[Instrument]
     text: str  # "none", "left" or "right"
@@ -96,7 +95,10 @@ def cell_point(rng: random.Random, cell: int, jitter: float = 0.05) -> tuple[flo
 def make_scene(seed: int) -> Scene:
     """Draw the lot for one picture; deterministic from the seed."""
     rng = random.Random(seed)
-    cells = rng.sample(range(9), 5)  # every thing has a cell of its own
+    text, box = rng.choice(("none", "left", "right")), rng.choice(("none", "green", "black"))
+    box_side = rng.choice(("left", "right"))
+    covered = {"left": {0}, "right": {2}}.get(text, set()) | ({6 if box_side == "left" else 8} if box != "none" else set())
+    cells = rng.sample(sorted(set(range(9)) - covered), 5)  # every thing has a cell of its own, in the open
     instruments = []
     for kind in sorted(rng.sample(list(INSTRUMENT_COLOURS), rng.choices((0, 1, 2), (4, 4, 2))[0])):
         cell = cells.pop()
@@ -106,19 +108,18 @@ def make_scene(seed: int) -> Scene:
         instruments.append(Instrument(kind, cell, tip, base))
     size = rng.choice(list(POLYP_RADII))
     polyps = [
-        Polyp(cell, *cell_point(rng, cell, 0.03), rng.uniform(*POLYP_RADII[size]))
-        for cell in sorted(cells[: rng.choices((0, 1, 2), (3, 4, 3))[0]])
+        Polyp(cell := cells.pop(), cell_point(rng, cell, 0.025), rng.uniform(*POLYP_RADII[size]), colour)
+        for colour in sorted(rng.sample(list(POLYP_COLOURS), rng.choices((0, 1, 2, 3), (3, 4, 2, 1))[0]))
     ]
     return Scene(
         procedure=rng.choice(list(TISSUE)),
         lumen=(rng.choice((0.27, 0.73)) + rng.uniform(-0.07, 0.07), rng.uniform(0.35, 0.65)),
         polyps=polyps,
-        polyp_colour=rng.choice(list(POLYP_COLOURS)),
         polyp_size=size,
         instruments=instruments,
-        text=rng.choice(("none", "left", "right")),
-        box=rng.choice(("none", "green", "black")),
-        box_side=rng.choice(("left", "right")),
+        text=text,
+        box=box,
+        box_side=box_side,
         seed=rng.randrange(2**32),
     )
 
@@ -152,7 +153,7 @@ QUESTIONS = (  # (type, question, answer of a scene, None where it can't be aske
     ("count", "How many polyps are in the image?", lambda s: str(len(s.polyps))),
     ("count", "How many instruments are in the image?", lambda s: str(len(s.instruments))),
     ("size", "What is the size of the polyp?", lambda s: s.polyp_size if s.polyps else "none"),
-    ("colour", "What color is the abnormality?", lambda s: s.polyp_colour if s.polyps else "none"),
+    ("colour", "What color is the abnormality?", lambda s: listed(p.colour for p in s.polyps)),
     ("location", "Where in the image is the abnormality?", lambda s: where(s.polyps)),
     ("location", "Where in the image is the instrument?", lambda s: where(s.instruments)),
     (
@@ -240,7 +241,7 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
     picture = draw_tissue(scene, width, height)
     canvas = ImageDraw.Draw(picture)
     for polyp in scene.polyps:
-        draw_polyp(canvas, place((polyp.x, polyp.y)), polyp.radius * unit, POLYP_COLOURS[scene.polyp_colour])
+        draw_polyp(canvas, place(polyp.at), polyp.radius * unit, POLYP_COLOURS[polyp.colour])
     for instrument in scene.instruments:
         draw_instrument(canvas, instrument.kind, place(instrument.tip), place(instrument.base), unit)
     if scene.box != "none":

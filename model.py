@@ -29,6 +29,7 @@ LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|
 # activation memory budget -> share of a layer's activations that are kept (seen on Qwen3-VL-8B, 4,460 tokens)
 MEMORY_BUDGETS = {1.0: 1.03, 0.5: 0.55, 0.2: 0.30, 0.0: 0.13}
 MEMORY_MARGIN = 4 * 2**30  # bytes: the vision tower, logits, the optimizer, fragmentation
+RECOMPILE_LIMIT = 32  # variants (first and other layers, training and evaluation, text and vision) share one function
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -140,18 +141,19 @@ def choose_memory_budget(config, tokens: int, dropout: bool, device: torch.devic
     return fitting[0] if fitting else min(MEMORY_BUDGETS)
 
 
-def compile_layers(model: PeftModel, memory_budget: float) -> None:
+def compile_layers(model: PeftModel, memory_budget: float, backend: str = "inductor") -> None:
     """Compile each decoder layer and vision block in place, for any length; names and checkpoints stay as they are.
 
     `memory_budget` is the share of activations kept for the backward pass, the rest being computed again: 1 is fastest.
     """
     torch._dynamo.reset()  # of a budget that did not fit
     torch._functorch.config.activation_memory_budget = memory_budget
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # silently slow otherwise
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets and can't split FlexAttention
     base = model.get_base_model().model
-    for layer in [*base.language_model.layers, *base.visual.blocks]:
-        layer.compile(dynamic=True)
+    blocks = base.visual.blocks if base.visual.config._attn_implementation == "onelook_flash_vision" else []
+    for layer in [*base.language_model.layers, *blocks]:
+        layer.compile(dynamic=True, backend=backend)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -181,6 +183,12 @@ class TreeModel(nn.Module):
         super().__init__()
         self.model = model
         self.settings = settings
+        self.train()
+
+    def train(self, mode: bool = True) -> "TreeModel":
+        super().train(mode)
+        self.base.model.visual.eval()  # frozen: one mode, compiled once
+        return self
 
     @property
     def base(self) -> nn.Module:

@@ -34,7 +34,7 @@ def test_answers_equal_plain_generation_one_by_one(world, tmp_path, budget):
     free = plain_answers(world, model, tmp_path, never)
     stop_token = free[5][3]  # one that ends some answers early, at different lengths
     expected = plain_answers(world, model, tmp_path, stop_token)
-    assert len({len(answer) for answer in expected}) > 2
+    assert len({len(answer) for answer in expected}) > 1
     data, dataset = tiny.load_world(world)
     for work in (Work(batch) for batch in whole_trees(data.samples, budget)):
         batch = build_batch(data, work, dataset.settings, prompts_only=True)

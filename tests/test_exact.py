@@ -174,6 +174,34 @@ def test_patch_projection_equals_the_conv3d(world):
     torch.testing.assert_close(visual.patch_embed(patches), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_lengths_and_image_sizes_do_not_recompile(world):
+    """Compiled layers, 50 steps of 1 to 18 branches: no new graph after the first few."""
+    data, dataset = tiny.load_world(world)
+    model = tiny.lora_model(world, dropout=0.1)
+    model_file.compile_layers(model.model, 1.0, backend="eager")
+    group = max(group_samples(data.samples), key=len)
+    others = [grow_tree(data.samples, g) for g in group_samples(data.samples)]
+    graphs = []
+    for step in range(50):
+        tree = grow_tree(data.samples, group[: 1 + 7 * step % 18])
+        batch = build_batch(data, Work((tree, others[step % len(others)])), dataset.settings)
+        losses, _ = model(batch, model.encode_images(batch))
+        losses.sum().backward()
+        if step % 10 == 1:  # an evaluation now and then
+            with torch.no_grad():
+                model.eval()(batch, model.encode_images(batch))
+                model.train()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[2] == graphs[-1] > 0
+
+
+def test_training_mode_is_on_from_the_start_and_never_for_the_vision_tower(world):
+    model = tiny.lora_model(world, dropout=0.1)
+    assert model.training and model.model.training and not model.base.model.visual.training
+    assert all(layer.training for layer in model.base.model.language_model.layers)
+
+
 def test_packing_keeps_to_the_token_budget(world):
     samples = tiny.load_world(world)[0].samples
     trees = whole(samples)
