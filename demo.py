@@ -245,12 +245,12 @@ def draw(scene: Scene, width: int, height: int) -> Image.Image:
     for instrument in scene.instruments:
         draw_instrument(canvas, instrument.kind, place(instrument.tip), place(instrument.base), unit)
     if scene.box != "none":
-        w, h = 0.22 * unit, 0.18 * unit
+        w, h = 0.25 * unit, 0.22 * unit
         left = 0 if scene.box_side == "left" else width - w
         outline = max(1, round(0.01 * unit))
         canvas.rectangle((left, height - h, left + w, height), BOX_COLOURS[scene.box], (110, 110, 110), outline)
         arc = (left + 0.2 * w, height - 0.8 * h, left + 0.7 * w, height - 0.2 * h)
-        canvas.arc(arc, rng.randrange(360), rng.randrange(180, 720), (190, 190, 90), outline)
+        canvas.arc(arc, rng.randrange(360), rng.randrange(180, 720), (230, 230, 110), 2 * outline)
     if scene.text != "none":
         letters = "".join(rng.choices("ABCDEFGHKLMNPRSTUVXYZ0123456789:.", k=rng.randint(4, 5)))
         left, anchor = (0.02 * unit, "lt") if scene.text == "left" else (width - 0.02 * unit, "rt")
@@ -378,13 +378,13 @@ def initialise_language(language, lm_head) -> None:
 def wire_vision(vision) -> None:
     """Set the frozen vision tower by hand to the least that a trained one gives: which colours a token shows, and where.
 
-    Hidden channels of a patch: 3 mean colours, 12 sines of its row and column, 2 large constants that keep the layer
+    Hidden channels of a patch: 3 mean colours, 8 sines of its row and column, 2 large constants that keep the layer
     norms from rescaling the rest, and detectors of colour. The block's MLP fills the detectors: half spaces of colour,
     in directions spread evenly around the middle of all. The mergers average a token's four patches and mix the channels
     at random. With random weights instead, the same training reaches an exact match of 0.56 where this reaches 0.77.
     """
     hidden = vision.pos_embed.weight.shape[1]
-    colour, place, constant, detectors = slice(0, 3), slice(3, 15), slice(15, 17), slice(17, hidden)
+    colour, place, constant, detectors = slice(0, 3), slice(3, 11), slice(11, 13), slice(13, hidden)
     for name, weight in vision.named_parameters():
         if "norm" not in name:
             weight.zero_()
@@ -395,8 +395,8 @@ def wire_vision(vision) -> None:
     norm = 4 * math.sqrt(2 / hidden)  # what the layer norms divide by, about
 
     side = math.isqrt(vision.pos_embed.weight.shape[0])
-    angles = torch.linspace(0, 1, side)[:, None] * torch.tensor([0.5, 1.0, 2.0]) * math.pi
-    waves = 0.6 * torch.cat([angles.sin(), angles.cos()], dim=1)
+    angles = torch.linspace(0, 1, side)[:, None] * torch.tensor([1.0, 2.0]) * math.pi
+    waves = 0.8 * torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
     vision.pos_embed.weight[:, place] = torch.cat([rows, columns], dim=-1).flatten(0, 1)
 

@@ -147,12 +147,12 @@ def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder
     labels[0, batch.answer_at + 1] = batch.targets
     pixels = ((batch.patches / 255 - 0.5) / 0.5)[:, :, None].expand(-1, -1, 2, -1).flatten(1)
 
+    vision = {"pixel_values": pixels, "image_grid_thw": batch.grid}
+    types = (ids == IMAGE_TOKEN).int()
+
     def step():
         with autocast(device, dtype):
-            out = model(
-                input_ids=ids, attention_mask=mask, labels=labels, pixel_values=pixels, image_grid_thw=batch.grid.to(device),
-                mm_token_type_ids=(ids == IMAGE_TOKEN).int(),
-            )  # fmt: skip
+            out = model(input_ids=ids, attention_mask=mask, labels=labels, mm_token_type_ids=types, **vision)
         out.loss.backward()
 
     return model, step
@@ -180,7 +180,7 @@ def tree_step(model: TreeModel, preset: Preset, questions: int, device: torch.de
     return tree.tokens, step
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def synchronize(device: torch.device) -> None:
@@ -271,6 +271,45 @@ def profile(step, device: torch.device) -> str:
     return "\n".join([*lines, *(f"  {cost(e):8.2f} ms {e.count:5} x {e.key[:90]}" for e in top)])
 
 
+def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ceiling: float):
+    """Yield one row of results a case."""
+    ours, cases = None, args.cases.split(",")
+    patches = (preset.size[0] // 16) * (preset.size[1] // 16)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for case in cases:
+            if case == "recipe":
+                questions, tokens = 1, preset.padded
+                model, step = recipe_step(preset, device, dtype, folder)
+            else:
+                questions = int(case.removeprefix("tree-"))
+                model = ours = ours or tree_model(preset, device, dtype, folder, args)
+                tokens, step = tree_step(ours, preset, questions, device, dtype, folder)
+            row = {"case": case, **measure(step, model, device, preset.repeats)}
+            branches = [preset.question_tokens] * questions
+            flops = step_flops(preset.config, patches, patches // 4 + 5, branches, questions * preset.answer_tokens)
+            row |= {"ms_per_question": row["ms"] / questions, "tokens_per_s": 1000 * tokens / row["ms"]}
+            row |= {"tflops": flops / row["ms"] / 1e9, "share": flops / row["ms"] / 1e9 / ceiling}
+            if args.profile and case == cases[-1]:
+                print(f"where the time of {case} goes:\n{profile(step, device)}", flush=True)
+            yield row
+            if case == "recipe":
+                del model, step
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def print_table(rows: list[dict]) -> None:
+    recipe = next((row["ms_per_question"] for row in rows if row["case"] == "recipe"), None)
+    print("case      ms/question  x recipe  tokens/s  TFLOP/s  share    GiB  first s")
+    for row in rows:
+        ratio = f"{recipe / row['ms_per_question']:.1f}" if recipe else "-"
+        print(
+            f"{row['case']:<10}{row['ms_per_question']:>11.1f}{ratio:>10}{row['tokens_per_s']:>10,.0f}"
+            f"{row['tflops']:>9.0f}{row['share']:>7.0%}{row['peak_gib'] or 0:>7.1f}{row['first_s']:>9.1f}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Step time on one GPU: the usual recipe against trees.")
     parser.add_argument("--preset", choices=PRESETS, default="8b")
@@ -281,52 +320,19 @@ def main() -> None:
     parser.add_argument("--name", default="step")
     parser.add_argument("--json", default="", help="file for the results")
     args = parser.parse_args()
-    preset = PRESETS[args.preset]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ceiling = matmul_tflops(device, dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
-    print(f"{name}: matrix products {ceiling:.0f} TFLOP/s", flush=True)
-    rows, ours = [], None
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        patches = (preset.size[0] // 16) * (preset.size[1] // 16)
-        for case in args.cases.split(","):
-            questions = 1 if case == "recipe" else int(case.split("-")[1])
-            if case == "recipe":
-                model, step = recipe_step(preset, device, dtype, folder)
-                tokens = preset.padded
-            else:
-                model = ours = ours or tree_model(preset, device, dtype, folder, args)
-                tokens, step = tree_step(ours, preset, questions, device, dtype, folder)
-            row = {"case": case, **measure(step, model, device, preset.repeats)}
-            if args.profile and case == args.cases.split(",")[-1]:
-                print(f"where the time of {case} goes:\n{profile(step, device)}", flush=True)
-            prefix = patches // 4 + 5
-            flops = step_flops(
-                preset.config, patches, prefix, [preset.question_tokens] * questions, questions * preset.answer_tokens
-            )
-            row |= {"ms_per_question": row["ms"] / questions, "tokens_per_s": 1000 * tokens / row["ms"]}
-            row |= {"tflops": flops / row["ms"] / 1e9, "share": flops / row["ms"] / 1e9 / ceiling}
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            if case == "recipe":
-                del model, step
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-    recipe = next((row["ms_per_question"] for row in rows if row["case"] == "recipe"), None)
-    print(
-        f"{'case':<10}{'ms/question':>12}{'x recipe':>10}{'tokens/s':>10}{'TFLOP/s':>9}{'share':>7}{'GiB':>7}{'first s':>9}"
-    )
-    for row in rows:
-        ratio = f"{recipe / row['ms_per_question']:.1f}" if recipe else "-"
-        print(f"{row['case']:<10}{row['ms_per_question']:>12.1f}{ratio:>10}{row['tokens_per_s']:>10,.0f}{row['tflops']:>9.0f}"
-              f"{row['share']:>7.0%}{row['peak_gib'] or 0:>7.1f}{row['first_s']:>9.1f}")  # fmt: skip
+    print(f"{name}: matrix products {ceiling:.2f} TFLOP/s", flush=True)
+    rows = list(run_cases(args, PRESETS[args.preset], device, dtype, ceiling))
+    print_table(rows)
     if args.json:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         result = {"name": args.name, "device": name, "matmul_tflops": ceiling, "versions": versions}
-        result |= {"commit": found.stdout.strip(), "command": " ".join(sys.argv), "rows": rows}
+        result["commit"] = found.stdout.strip() if found.returncode == 0 else ""
+        result |= {"command": " ".join(sys.argv), "rows": rows}
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
