@@ -102,12 +102,13 @@ def main(argv: list[str]) -> None:
         base_result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers)
 
     loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
-    bar = tqdm(total=steps, initial=done, unit="step", disable=not ranks.is_main, mininterval=1)
+    often = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar: a log keeps every one
+    bar = tqdm(total=steps, initial=done, unit="step", disable=not ranks.is_main, mininterval=often, maxinterval=often)
     result, skipped, finished = None, 0, done >= steps
     while not finished:
         sampler.set_epoch(done // len(sampler))
         sampler.first_step = done % len(sampler)
-        for micro_batches in by_step(loader):
+        for micro_batches, waited in by_step(loader):
             # One optimizer step.
             facts = micro_batches[0].work.step
             lr = learning_rate(done, steps, args)
@@ -126,10 +127,12 @@ def main(argv: list[str]) -> None:
                 if skipped == SKIPPED_IN_A_ROW:
                     raise RuntimeError(f"stopped: {skipped} steps in a row had a non-finite loss or gradient")
 
-            metrics.step(done, facts, loss, grad_norm, lr, bar, last=finished or done % args.log_every == 0)
+            metrics.step(done, facts, loss, grad_norm, lr, waited, bar, finished or done % args.log_every == 0)
             is_best = False
             if val_batches and (finished or (args.eval_every and done % args.eval_every == 0)):
+                paused = time.perf_counter()
                 result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers)
+                metrics.started += time.perf_counter() - paused  # speed is that of training alone
                 is_best = result["exact_match"] > best.get("exact_match", -1.0)
                 best = {"exact_match": result["exact_match"], "step": done} if is_best else best
                 metrics.evaluation(done, result, is_best)
@@ -183,13 +186,15 @@ def train_step(model, optimizer, micro_batches, lr, max_grad_norm, ranks: Ranks,
 
 
 def by_step(loader):
-    """Group this rank's micro-batches into its share of each optimizer step."""
-    micro_batches = []
+    """Yield this rank's micro-batches of each optimizer step, and the seconds it waited for them."""
+    micro_batches, waited, started = [], 0.0, time.perf_counter()
     for batch in loader:
+        waited += time.perf_counter() - started
         micro_batches.append(batch)
         if batch.work.last:
-            yield micro_batches
-            micro_batches = []
+            yield micro_batches, waited
+            micro_batches, waited = [], 0.0
+        started = time.perf_counter()
 
 
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
@@ -327,7 +332,8 @@ def open_output(args, name: str) -> Path:
         number = 1
         while (output := Path(f"runs/{name}-{number}")).exists():
             number += 1
-    if args.resume == "none" and (output / "metrics.jsonl").exists():
+    metrics = output / "metrics.jsonl"
+    if args.resume == "none" and metrics.exists() and metrics.stat().st_size:
         raise InputError(f"--output {output} holds a run: --resume auto goes on with it, another folder starts anew")
     output.mkdir(parents=True, exist_ok=True)
     args.output = str(output.resolve())
@@ -340,7 +346,7 @@ class Metrics:
 
     def __init__(self, path: Path, done: int, ranks: Ranks):
         self.ranks, self.started, self.questions = ranks, time.perf_counter(), 0
-        self.losses, self.tokens, self.images = 0.0, 0, 0
+        self.losses, self.tokens, self.images, self.waited = 0.0, 0, 0, 0.0
         if ranks.is_main:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             lines = [line for line in lines if json.loads(line)["step"] <= done]  # a resumed run repeats later ones
@@ -352,11 +358,12 @@ class Metrics:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
 
-    def step(self, done: int, facts, loss: float, grad_norm: float, lr: float, bar: tqdm, last: bool) -> None:
+    def step(self, done: int, facts, loss: float, grad_norm: float, lr: float, waited: float, bar: tqdm, last: bool):
         """Count a step; when `last`, write the mean loss and the speed since the line before."""
         if math.isfinite(loss):
             self.losses, self.tokens = self.losses + loss * facts.answer_tokens, self.tokens + facts.answer_tokens
         self.questions, self.images = self.questions + facts.questions, self.images + facts.images
+        self.waited += waited
         bar.update(1)
         if not last or not self.tokens:
             return
@@ -364,19 +371,23 @@ class Metrics:
         line = {"loss": self.losses / self.tokens, "questions_per_s": self.questions / seconds}
         if self.ranks.device.type == "cuda":
             line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        bar.set_postfix({name: f"{value:.3g}" for name, value in line.items()})
+        bar.set_postfix({name: f"{value:.3g}" for name, value in line.items()}, refresh=False)
         steps_left = (bar.total or done) - done
         line |= {"event": "train", "step": done, "grad_norm": grad_norm, "lr": lr, "questions": self.questions}
-        line |= {"images": self.images, "eta_s": steps_left * facts.questions / line["questions_per_s"]}
+        line |= {
+            "images": self.images,
+            "data_wait": self.waited / seconds,
+            "eta_s": steps_left * facts.questions / line["questions_per_s"],
+        }
         self.write(line)
-        self.started, self.questions, self.losses, self.tokens, self.images = time.perf_counter(), 0, 0.0, 0, 0
+        self.started, self.questions, self.images, self.waited = time.perf_counter(), 0, 0, 0.0
+        self.losses, self.tokens = 0.0, 0
 
     def evaluation(self, done: int, result: dict, is_best: bool) -> None:
         self.write({"event": "eval", "step": done, **result})
         text = f"step {done}: validation loss {result['loss']:.4f}, exact match {100 * result['exact_match']:.1f}%"
         if self.ranks.is_main:
             tqdm.write(text + (" (best)" if is_best else ""))
-        self.started = time.perf_counter()
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

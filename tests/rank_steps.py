@@ -23,7 +23,7 @@ optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
 result = {"losses": [], "norms": [], "samples": [], "counts": [], "gradients": None}
 for epoch in range(2):
     sampler.set_epoch(epoch)
-    for micro_batches in by_step(make_loader(TreeDataset(data, dataset.settings), sampler, 0, ranks.device)):
+    for micro_batches, _ in by_step(make_loader(TreeDataset(data, dataset.settings), sampler, 0, ranks.device)):
         loss, norm, _ = train_step(model, optimizer, micro_batches, 1e-3, 1.0, ranks, torch.float32, 0)
         result["losses"].append(loss)
         result["norms"].append(norm)

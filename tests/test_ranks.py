@@ -12,13 +12,13 @@ import torch
 HERE = Path(__file__).parent
 
 
-def torchrun(ranks: int, *command, timeout: int = 300, env: dict | None = None) -> subprocess.CompletedProcess:
+def torchrun(ranks: int, *command, timeout: int = 300, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Run a script of ours on `ranks` CPU ranks of one thread each."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     paths = os.pathsep.join([str(HERE.parent), str(HERE)])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""} | (env or {})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     words = [*launcher, *map(str, command)]
-    return subprocess.run(words, env=environment, timeout=timeout, capture_output=True, text=True, check=False)
+    return subprocess.run(words, env=environment, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False)
 
 
 def run(world, tmp_path, ranks: int, batch_size: int, per_image: int, dropout: float) -> dict:
