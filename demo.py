@@ -30,16 +30,17 @@ from demo_model import PATCH, make_model, make_tokenizer
 
 DEMO_VERSION = "2"  # raise it when anything below changes what is written
 SETTINGS = dict(
-    epochs=9,
+    epochs=8,
     batch_size=128,  # about 14 pictures
     questions_per_image=0,
-    max_tokens=400,  # a picture with all its questions is 350; attention's cost grows with the square
+    max_tokens=800,
     lr=5e-3,
     schedule="cosine",
     warmup=20,
     lora_r=32,
     lora_alpha=64,
     lora_dropout=0.0,
+    workers=1,
 )
 TRAIN_PICTURES, VAL_PICTURES = 800, 80
 SIDE = 96  # pixels of a demo picture

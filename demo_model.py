@@ -126,7 +126,7 @@ def wire_vision(vision) -> None:
     colour, place, constant, detectors = slice(0, 3), slice(3, 11), slice(11, 13), slice(13, hidden)
     for name, weight in vision.named_parameters():
         if "norm" not in name:
-            torch.nn.init.normal_(weight, std=0.1 / math.sqrt(weight[0].numel()))
+            torch.nn.init.normal_(weight, std=0.03 / math.sqrt(weight[0].numel()))
     filters = vision.patch_embed.proj.weight  # (hidden, 3 colours, 2 frames, PATCH, PATCH)
     for channel in range(3):
         filters[channel, channel] += 1 / filters[channel, channel].numel()
