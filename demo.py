@@ -2,8 +2,8 @@
 
 `train.py` without arguments calls `make_demo` and trains with `SETTINGS`; nothing is downloaded. The pictures copy what
 matters about Kvasir-VQA: tissue on a dark ground, polyps, instruments, overlaid text, a green or black box, and between
-1 and 17 questions a picture, each answerable from the picture alone. The model (`demo_model.py`)
-knows nothing but colours and places; all that training moves are its LoRA matrices.
+1 and 17 questions a picture, each answerable from the picture alone. The model (`demo_model.py`) knows nothing but
+colours and places; all that training moves are its LoRA matrices.
 
     python demo.py --folder demo                                     # write the demo's data and model
     python demo.py --rows rows.jsonl --images pictures               # a stand-in picture for each image that rows name

@@ -120,7 +120,7 @@ def wire_vision(vision) -> None:
     Hidden channels of a patch: 3 mean colours, 8 sines of its row and column, 2 large constants that keep the layer
     norms from rescaling the rest, and detectors of colour. The block's MLP fills the detectors: half spaces of colour,
     in directions spread evenly around the middle of all. The mergers average a token's four patches and mix channels at
-    random. All other weights are small noise. Fully random weights learn the same pictures several times more slowly.
+    random. All other weights are small noise. After 160 steps exact match was 0.77 so, 0.56 with random weights.
     """
     hidden = vision.pos_embed.weight.shape[1]
     colour, place, constant, detectors = slice(0, 3), slice(3, 11), slice(11, 13), slice(13, hidden)
