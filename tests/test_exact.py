@@ -49,7 +49,7 @@ def assert_exact(result, reference):
 def test_the_mixed_step_has_trees_of_1_9_and_17_branches_and_every_kind_of_row(world):
     data, _ = tiny.load_world(world)
     trees = whole(data.samples)
-    assert sorted(len(tree.samples) for tree in trees) == [1, 1, 1, 1, 1, 9, 19]
+    assert sorted(len(tree.samples) for tree in trees) == [1, 1, 1, 1, 3, 9, 17]
     assert len({sample.images for sample in data.samples}) == 7
 
 
@@ -175,7 +175,7 @@ def test_patch_projection_equals_the_conv3d(world):
 
 
 def test_lengths_and_image_sizes_do_not_recompile(world):
-    """Compiled layers, 50 steps of 1 to 18 branches: no new graph after the first few."""
+    """Compiled layers, 50 steps of 1 to 17 branches: no new graph after the first few."""
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world, dropout=0.1)
     model_file.compile_layers(model.model, 1.0, backend="eager")

@@ -35,7 +35,7 @@ def mixed_rows() -> list[dict]:
     ]
     rows += [single("b.png", f"Where is finding {i}?", f"upper left {i}") for i in range(9)]
     rows += [single("c.png", "Is there text?", "yes")]
-    rows += [single("a.png", "Is there text?", "no"), single("a.png", "Is there text?", "no text")]  # same question
+    rows += [single("c.png", "Is there text?", "no"), single("c.png", "Is there text?", "no text")]  # same question
     rows += [{"image": ["c.png", "d.png"], "question": "Which is larger?", "answer": "the second"}]
     rows += [{"question": "What is a polyp?", "answer": "a growth"}]
     rows += [{"messages": [turn("user", "What colour?", 1), turn("assistant", "red"), turn("user", "And how many?"),
