@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_ranks import HERE, torchrun
 
 import eval as evaluation
+import model as model_file
 import train
 from model import TreeModel
 from rows import InputError
@@ -176,6 +177,14 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(world, tmp_path, mo
     with pytest.raises(RuntimeError, match="10 steps in a row"):
         train.main(arguments(world, tmp_path / "out", **{"max-steps": 40, "epochs": 9}))
     assert len(lines(tmp_path / "out", "skipped")) == 10
+
+
+def test_a_hub_name_is_downloaded_and_a_folder_is_used_as_it_is(world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model_file, "snapshot_download", lambda name: asked.append(name) or str(world / "model"))
+    assert model_file.resolve_model(str(world / "model")) == str(world / "model") and not asked
+    assert model_file.resolve_model("Qwen/Qwen3-VL-8B-Instruct") == str(world / "model")
+    assert asked == ["Qwen/Qwen3-VL-8B-Instruct"]
 
 
 def test_another_run_s_folder_is_not_overwritten(world, finished):
