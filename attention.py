@@ -6,6 +6,8 @@ Reached through transformers' `AttentionInterface`; the model's own code stays a
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
@@ -65,16 +67,37 @@ def tree_attention(module, query, key, value, attention_mask, scaling, dropout=0
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal=False)
 
 
-def vision_flash_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs):
-    """All images of a micro-batch in one call, each seeing itself: (1, heads, patches, d) to (1, patches, heads, d).
-
-    Flash rather than cuDNN, which is faster for large images but builds a plan, 0.5 s, for every new size.
-    """
+def vision_flash_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_):
+    """All images of a micro-batch in one call, each seeing itself: (1, heads, patches, d) to (1, patches, heads, d)."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (patches, heads, d)
     out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
     return out[None], None
 
 
+def vision_cudnn_attention(module, query, key, value, attention_mask, scaling, image_starts, **_):
+    """The same by cuDNN, image by image: on Hopper 1.55 ms for 10,800 patches where flash needs 2.46. It plans each new
+    size once, in some 0.04 s."""
+    return attend_within_images(query, key, value, image_starts, scaling), None
+
+
+@torch.library.custom_op("onelook::attend_within_images", mutates_args=())
+def attend_within_images(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, image_starts: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """(1, heads, patches, d) to (1, patches, heads, d); `image_starts` (images + 1,) lies on the CPU."""
+    images = zip(*(tensor.split(image_starts.diff().tolist(), dim=2) for tensor in (query, key, value)))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], set_priority=True):
+        outs = [F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2) for q, k, v in images]
+    return torch.cat(outs, dim=1)
+
+
+@attend_within_images.register_fake
+def _(query, key, value, image_starts, scaling):
+    return query.new_empty(query.transpose(1, 2).shape)
+
+
 AttentionInterface.register("onelook_tree", tree_attention)
 AttentionInterface.register("onelook_tree_hopper", partial(tree_attention, kernel_options=HOPPER_OPTIONS))
-AttentionInterface.register("onelook_flash_vision", vision_flash_attention)  # "flash": transformers passes cu_seqlens
+# by "flash" in the name transformers knows that one call is wanted for all images
+AttentionInterface.register("onelook_flash_vision", vision_flash_attention)
+AttentionInterface.register("onelook_cudnn_flash_vision", vision_cudnn_attention)

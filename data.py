@@ -426,12 +426,14 @@ def _vision_inputs(grid: torch.Tensor, settings: ImageSettings) -> dict:
     indices, weights = get_vision_interpolation_indices_and_weights(
         grid, settings.position_side, align_corners=True, spatial_merge_size=settings.merge_size
     )
+    starts = get_vision_cu_seqlens(grid)
     return {
         "interp_indices": indices,
         "interp_weights": weights,
         "position_ids": get_vision_position_ids(grid, settings.merge_size),
-        "cu_seqlens": get_vision_cu_seqlens(grid),
+        "cu_seqlens": starts,
         "max_seqlen": int(grid.prod(-1).max()),
+        "image_starts": starts.tolist(),
     }
 
 
@@ -453,7 +455,11 @@ class TreeDataset(Dataset):
         return len(self.data.samples)
 
     def __getitem__(self, work: Work) -> Batch:
-        return build_batch(self.data, work, self.settings, self.pad_to, self.prompts_only)
+        try:
+            return build_batch(self.data, work, self.settings, self.pad_to, self.prompts_only)
+        except OSError as error:  # checked before training, so it has changed since
+            first = self.data.samples[work.trees[0].samples[0]].where
+            raise RuntimeError(f"an image of {first} or what follows can't be read any more: {error}") from error
 
 
 def describe_sample(sample: Sample, tokenizer) -> str:

@@ -4,6 +4,7 @@ The base model is transformers' own, unedited. It is given three things: a tree 
 `AttentionInterface.register`, rotary positions, and image features that the frozen vision tower makes once a tree.
 """
 
+import hashlib
 import re
 import types
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ def resolve_model(name: str) -> str:
     return name if Path(name).is_dir() else snapshot_download(name)
 
 
+def fingerprint(folder: str) -> str:
+    """Changes with the model's configuration and the names and sizes of its weight files, not with where they lie."""
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
 def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Load the frozen base model straight onto `device`. Raises InputError for a model that is not Qwen3-VL."""
     config = AutoConfig.from_pretrained(folder)
@@ -56,13 +65,21 @@ def prepare_base(model: nn.Module) -> nn.Module:
     """Freeze a Qwen3-VL and give this instance what makes it run trees, and run them without waiting for the GPU."""
     visual, language_model = model.model.visual, model.model.language_model
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
-    on_hopper = visual.device.type == "cuda" and torch.cuda.get_device_capability(visual.device)[0] == 9
-    tuned = on_hopper and language_model.config.head_dim == 128
+    generation = torch.cuda.get_device_capability(visual.device)[0] if visual.device.type == "cuda" else 0
+    tuned = generation == 9 and language_model.config.head_dim == 128
     language_model.config._attn_implementation = "onelook_tree_hopper" if tuned else "onelook_tree"
     language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
-    if visual.device.type == "cuda" and visual.dtype != torch.float32:  # flash kernels know half precision only
-        visual.config._attn_implementation = "onelook_flash_vision"
+    language_model.layers[-1].forward = types.MethodType(_last_layer, language_model.layers[-1])
+    if generation and visual.dtype != torch.float32:  # these kernels know half precision only
+        visual.config._attn_implementation = "onelook_cudnn_flash_vision" if generation >= 9 else "onelook_flash_vision"
     return model.requires_grad_(False)
+
+
+def _last_layer(layer, hidden_states: torch.Tensor, wanted: torch.Tensor, **kwargs) -> torch.Tensor:
+    """The last decoder layer (1, T, D) to (1, N, D): only the tokens `wanted` (N,) go on to its MLP and to the head."""
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    hidden = (hidden_states + attended).index_select(1, wanted)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 def _add_deepstack(_language_model, hidden: torch.Tensor, image_at: torch.Tensor, features: torch.Tensor):
@@ -151,7 +168,7 @@ def compile_layers(model: PeftModel, memory_budget: float, backend: str = "induc
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets and can't split FlexAttention
     base = model.get_base_model().model
-    blocks = base.visual.blocks if base.visual.config._attn_implementation == "onelook_flash_vision" else []
+    blocks = base.visual.blocks if "flash" in base.visual.config._attn_implementation else []
     for layer in [*base.language_model.layers, *blocks]:
         layer.compile(dynamic=True, backend=backend)
 
@@ -205,11 +222,15 @@ class TreeModel(nn.Module):
         )
         pixels = (batch.patches / 255 - mean) / std  # (patches, 3, p * p)
         pixels = pixels[:, :, None].expand(-1, -1, self.settings.temporal_patch_size, -1)
-        out = visual(pixels.flatten(1).to(visual.dtype), grid_thw=batch.grid, **batch.vision)
+        vision = batch.vision | {"image_starts": torch.tensor(batch.vision["image_starts"])}  # stays on the CPU
+        out = visual(pixels.flatten(1).to(visual.dtype), grid_thw=batch.grid, **vision)
         return Features(out.pooler_output, out.deepstack_features)
 
-    def hidden_states(self, ids, positions, mask, image_at=None, features=None, past=None) -> torch.Tensor:
-        """Last hidden states (T, D) of token ids (T,) at rotary positions (3, T). `past`: a cache to extend."""
+    def hidden_states(self, ids, positions, mask, wanted, image_at=None, features=None, past=None) -> torch.Tensor:
+        """Last hidden states (N, D) of the tokens `wanted` (N,) among token ids (T,) at rotary positions (3, T).
+
+        `past`: a cache to extend.
+        """
         language_model = self.base.model.language_model
         embeds = language_model.embed_tokens(ids)
         if features is not None:
@@ -222,10 +243,12 @@ class TreeModel(nn.Module):
             deepstack_visual_embeds=features.deepstack if features is not None else None,
             past_key_values=past,
             use_cache=past is not None,
+            wanted=wanted,
         ).last_hidden_state[0]
 
     def forward(self, batch: Batch, features: Features | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Each answer token's cross-entropy (N,) in float32, and whether it is the most likely token (N,) bool."""
-        hidden = self.hidden_states(batch.ids, batch.positions, tree_mask(batch), batch.image_at, features)
-        logits = self.base.lm_head(hidden[batch.answer_at]).float()  # only where there is a label
+        mask = tree_mask(batch)
+        hidden = self.hidden_states(batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features)
+        logits = self.base.lm_head(hidden).float()  # only where there is a label
         return F.cross_entropy(logits, batch.targets, reduction="none"), logits.argmax(-1) == batch.targets

@@ -132,6 +132,18 @@ def make_data(preset: Preset, questions: int, folder: Path) -> tuple[VQAData, Im
 # ---------------------------------------------------------------------------------------------------------------- cases
 
 
+def recipe_inputs(batch, padded: int) -> tuple[dict, torch.Tensor]:
+    """A batch of one question as transformers' model takes it, padded on the right, and its labels."""
+    short = padded - len(batch.ids)
+    ids = torch.nn.functional.pad(batch.ids, (0, short))[None]
+    labels = torch.full_like(ids, -100)
+    labels[0, batch.answer_at + 1] = batch.targets
+    inputs = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(torch.ones_like(batch.ids), (0, short))[None]}
+    inputs["pixel_values"] = ((batch.patches / 255 - 0.5) / 0.5)[:, :, None].expand(-1, -1, 2, -1).flatten(1)
+    inputs |= {"image_grid_thw": batch.grid, "mm_token_type_ids": (ids == IMAGE_TOKEN).int()}
+    return inputs, labels
+
+
 def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path):
     """transformers + PEFT: one question a sequence, padded, full logits, every layer checkpointed. One step of one."""
     model = random_model(preset.config, dtype, device)
@@ -140,19 +152,11 @@ def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder
     model.train()
     data, settings = make_data(preset, 1, folder)
     batch = build_batch(data, Work((grow_tree(data.samples, [0]),)), settings).to(device)
-    short = preset.padded - len(batch.ids)
-    ids = torch.nn.functional.pad(batch.ids, (0, short))[None]
-    mask = torch.nn.functional.pad(torch.ones_like(batch.ids), (0, short))[None]
-    labels = torch.full_like(ids, -100)
-    labels[0, batch.answer_at + 1] = batch.targets
-    pixels = ((batch.patches / 255 - 0.5) / 0.5)[:, :, None].expand(-1, -1, 2, -1).flatten(1)
-
-    vision = {"pixel_values": pixels, "image_grid_thw": batch.grid}
-    types = (ids == IMAGE_TOKEN).int()
+    inputs, labels = recipe_inputs(batch, preset.padded)
 
     def step():
         with autocast(device, dtype):
-            out = model(input_ids=ids, attention_mask=mask, labels=labels, mm_token_type_ids=types, **vision)
+            out = model(**inputs, labels=labels)
         out.loss.backward()
 
     return model, step
@@ -223,8 +227,9 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 10 * 2 * side**3 / (time.perf_counter() - started) / 1e12
 
 
-def step_flops(config: dict, patches: int, prefix: int, branches: list[int], answers: int) -> float:
-    """Floating-point operations that one tree needs, forward and backward, without recomputation.
+def step_flops(config: dict, patches: int, prefix: int, branches: list[int], answers: int) -> tuple[float, float]:
+    """Floating-point operations of one tree's matrix products and of its attention, forward and backward, without
+    recomputation.
 
     A frozen matrix of m weights costs 2 m a token forward and 2 m backward (no weight gradient); LoRA, norms and
     softmax are left out (under 1%). Attention costs 4 d a pair and head dimension forward and 2.5 times that backward.
@@ -235,14 +240,15 @@ def step_flops(config: dict, patches: int, prefix: int, branches: list[int], ans
     q, kv = (text[n] * text["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
     tokens = prefix + sum(branches)
     pairs = prefix * (prefix + 1) / 2 + sum(b * prefix + b * (b + 1) / 2 for b in branches)
-    language = 4 * layers * (h * (2 * q + 2 * kv) + 3 * h * i) * tokens + 4 * h * text["vocab_size"] * answers
-    language += 3.5 * 4 * q * layers * pairs
+    language = 4 * layers * h * (2 * q + 2 * kv) * tokens + 4 * h * text["vocab_size"] * answers
+    language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP runs where an answer is
+    attention = 3.5 * 4 * q * layers * pairs + 4 * vision["hidden_size"] * vision["depth"] * patches**2
     v, merged = vision["hidden_size"], 4 * vision["hidden_size"]
     tower = 2 * vision["depth"] * (4 * v * v + 2 * v * vision["intermediate_size"]) * patches
-    tower += 4 * v * vision["depth"] * patches**2 + 2 * 1536 * v * patches
+    tower += 2 * 1536 * v * patches
     mergers = 1 + len(vision["deepstack_visual_indexes"])
     tower += 2 * mergers * (merged * merged + merged * vision["out_hidden_size"]) * patches / 4
-    return language + tower
+    return language + tower, attention
 
 
 def profile(step, device: torch.device) -> str:
@@ -287,7 +293,9 @@ def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ce
                 tokens, step = tree_step(ours, preset, questions, device, dtype, folder)
             row = {"case": case, **measure(step, model, device, preset.repeats)}
             branches = [preset.question_tokens] * questions
-            flops = step_flops(preset.config, patches, patches // 4 + 5, branches, questions * preset.answer_tokens)
+            flops = sum(
+                step_flops(preset.config, patches, patches // 4 + 4, branches, questions * preset.answer_tokens)
+            )
             row |= {"ms_per_question": row["ms"] / questions, "tokens_per_s": 1000 * tokens / row["ms"]}
             row |= {"tflops": flops / row["ms"] / 1e9, "share": flops / row["ms"] / 1e9 / ceiling}
             if args.profile and case == cases[-1]:

@@ -11,7 +11,7 @@ import torch
 import attention as attention_file
 import model as model_file
 from data import build_batch, load_patches, rotary_positions
-from dist_utils import Ranks
+from dist_utils import Ranks, Stop
 from train import train_step
 from trees import PlanSettings, StepFacts, Work, group_samples, grow_tree, make_plan, pack
 
@@ -33,7 +33,7 @@ def run_step(world, trees_of_batches, dropout=0.0, seed=0):
     last = len(trees_of_batches) - 1
     works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    loss, *_ = train_step(model, optimizer, [dataset[w] for w in works], 0.0, 0.0, ALONE, torch.float32, seed)
+    loss, *_ = train_step(model, optimizer, [dataset[w] for w in works], 0.0, 0.0, ALONE, torch.float32, seed, Stop())
     return loss, {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -164,6 +164,17 @@ def test_patches_equal_the_image_processor_s(world):
         torch.testing.assert_close(ours, expected["pixel_values"], rtol=0, atol=1e-6)
 
 
+def test_vision_attention_in_one_call_equals_image_by_image(world):
+    data, dataset = tiny.load_world(world)
+    model = tiny.lora_model(world)
+    batch = dataset[Work(tuple(whole(data.samples)))]
+    expected = model.encode_images(batch)
+    model.base.model.visual.config._attn_implementation = "onelook_cudnn_flash_vision"
+    features = model.encode_images(batch)
+    assert len(batch.grid) > 5
+    torch.testing.assert_close(features.embeds, expected.embeds, rtol=1e-5, atol=2e-5)
+
+
 def test_patch_projection_equals_the_conv3d(world):
     from transformers import AutoModelForImageTextToText
 
@@ -178,6 +189,7 @@ def test_lengths_and_image_sizes_do_not_recompile(world):
     """Compiled layers, 50 steps of 1 to 17 branches: no new graph after the first few."""
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world, dropout=0.1)
+    model.base.model.visual.config._attn_implementation = "onelook_cudnn_flash_vision"  # as on a Hopper GPU
     model_file.compile_layers(model.model, 1.0, backend="eager")
     group = max(group_samples(data.samples), key=len)
     others = [grow_tree(data.samples, g) for g in group_samples(data.samples)]
