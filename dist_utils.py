@@ -1,11 +1,17 @@
-"""Process group, ranks and the few collectives that the loop needs. The only file that knows torch.distributed.
+"""Process group, ranks, signals and the few collectives that the loop needs; torch.distributed is known here only.
 
 Every helper is a no-op on one process, so the same code runs with and without torchrun.
 """
 
+import ctypes
+import faulthandler
 import gc
 import os
 import random
+import signal
+import socket
+import sys
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,9 +20,16 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
+from rows import InputError
+
 TIMEOUT = timedelta(minutes=60)  # the first start may download a model while the other ranks wait
+TIMEOUT_IN_STEPS = timedelta(minutes=10)  # longer than any step, evaluation or save
+STACKS_AFTER = 20  # seconds from a signal to a look at where this process hangs; torchrun kills it after 30
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOPPED = 75  # exit code of a run that was stopped and can be resumed (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,28 @@ def start(use_cuda: bool | None = None) -> Ranks:
     if use_cuda:
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=TIMEOUT)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # fails at once where torchrun is gone already
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=60).close()
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun may keep the store over a restart: without a prefix a rank could read the address of one that is gone
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)
     return Ranks(rank, local_rank, world_size, device)
 
 
-def stop() -> None:
+def shorten_timeout() -> None:
+    """From here on a rank that hangs is noticed within TIMEOUT_IN_STEPS."""
+    if dist.is_initialized():
+        _set_pg_timeout(TIMEOUT_IN_STEPS)
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def leave() -> None:
     """Leave the group. Call after the last reference to the DDP model is gone: a live one can abort at exit."""
     if dist.is_initialized():
         gc.collect()
@@ -57,8 +87,70 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+# ------------------------------------------------------------------------------------------------ signals and failures
+
+
+class Stop:
+    """Why this process should stop at the next step's edge: a signal's name or another reason; empty: go on."""
+
+    reason = ""
+
+    def watch_signals(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._ask)
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a torchrun that is killed leaves no orphans
+        return self
+
+    def _ask(self, number: int, _frame) -> None:
+        if number == signal.SIGINT and self.reason:
+            os._exit(130)  # Ctrl-C twice
+        self.reason = self.reason or signal.Signals(number).name
+        faulthandler.dump_traceback_later(STACKS_AFTER)
+
+    def agreed(self) -> str:
+        """The first reason that any rank has; the same on every rank. A collective."""
+        return next(filter(None, gather_to_all(self.reason)), "")
+
+
+def ignore_signals(_worker: int) -> None:
+    """In a data worker: the training process decides when to stop, and still needs its data until then."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def run_and_exit(main: Callable, argv: list[str]) -> None:
+    """Run a program's `main(argv, stop)` and exit with the code it returns, 2 for InputError, 1 for a failure.
+
+    A failure is printed once, by the rank that failed. It leaves without cleaning up: the other ranks may be waiting in
+    a collective, where destroying the process group would wait for them.
+    """
+    try:
+        code = main(argv, Stop().watch_signals())
+    except InputError as error:
+        print0(f"error: {error}")
+        code = 2
+    except Exception as error:
+        notes = "; ".join(getattr(error, "__notes__", []))
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(f"rank {os.environ['RANK']} lost the others ({notes}): {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.exit(code)
+
+
+# --------------------------------------------------------------------------------------------------------- collectives
+
+
+def is_rank0() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def print0(*values) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_rank0():
         print(*values, flush=True)
 
 

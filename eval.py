@@ -6,9 +6,15 @@ python eval.py --model Qwen/Qwen3-VL-8B-Instruct --data test.jsonl --images pict
 """
 
 import argparse
+import faulthandler
 import json
+import shutil
 import sys
+import time
 from contextlib import nullcontext
+from dataclasses import asdict
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,11 +24,15 @@ from transformers import AutoTokenizer, DynamicCache
 
 import dist_utils
 from attention import FLEX_BLOCK, tree_mask, visible
+from checkpoints import VERSIONS, checkpoints, damage, write_whole
 from data import ImageSettings, TreeDataset, VQAData, image_settings, load_data, stop_or_skip_bad
-from dist_utils import Ranks, print0
-from model import TreeModel, load_adapter, load_base, resolve_model
+from dist_utils import Ranks, Stop, print0
+from model import TreeModel, fingerprint, load_adapter, load_base, resolve_model
 from rows import InputError
+from scores import compare, normalize, question_type, summarize, summary_table
 from trees import MicroBatch, Work, share_out, whole_trees
+
+STALLED_AFTER = 300  # seconds without a batch after which a data worker counts as stalled
 
 # ---------------------------------------------------------------------------------------------------- shared with train
 
@@ -49,7 +59,28 @@ def make_loader(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=persistent and workers > 0,
+        worker_init_fn=dist_utils.ignore_signals,
+        timeout=STALLED_AFTER if workers else 0,
     )
+
+
+def next_batches(loader: DataLoader):
+    """Yield a loader's batches. When one fails to come, the error says which samples' images it waited for."""
+    batches, number = iter(loader), 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            work = next(islice(iter(loader.sampler), number, None))
+            samples = [loader.dataset.data.samples[i] for tree in work.trees for i in tree.samples]
+            images = dict.fromkeys(image for sample in samples for image in sample.images)
+            worker = f"data worker {number % loader.num_workers}" if loader.num_workers else "this process"
+            error.add_note(f"{worker} was to read {', '.join(images)} for {samples[0].where} and what follows")
+            raise
+        if batch is None:
+            return
+        yield batch
+        number += 1
 
 
 def padding(device: torch.device) -> int:
@@ -65,8 +96,10 @@ def my_share(batches: list[MicroBatch], ranks: Ranks) -> list[Work]:
 
 
 @torch.no_grad()
-def evaluate(model: TreeModel, data: VQAData, batches: list[MicroBatch], ranks: Ranks, dtype, workers: int) -> dict:
-    """Loss (mean over answer tokens) and exact match over `batches`, on all ranks, each sample once.
+def evaluate(
+    model: TreeModel, data: VQAData, batches: list[MicroBatch], ranks: Ranks, dtype, workers: int, stop: Stop
+) -> dict | None:
+    """Loss (mean over answer tokens) and exact match over `batches`, on all ranks, each sample once. None when stopped.
 
     Greedy decoding yields the reference answer iff every answer token, end-of-turn included, is the most likely one
     given the reference before it. So one forward pass a tree tells exact match without generating.
@@ -74,7 +107,9 @@ def evaluate(model: TreeModel, data: VQAData, batches: list[MicroBatch], ranks: 
     model.eval()
     dataset = TreeDataset(data, model.settings, padding(ranks.device))
     mine = {}
-    for batch in make_loader(dataset, my_share(batches, ranks), workers, ranks.device):
+    for batch in next_batches(make_loader(dataset, my_share(batches, ranks), workers, ranks.device)):
+        if stop.reason:
+            break
         batch = batch.to(ranks.device)
         with autocast(ranks.device, dtype):
             losses, right = model(batch, model.encode_images(batch))
@@ -84,6 +119,8 @@ def evaluate(model: TreeModel, data: VQAData, batches: list[MicroBatch], ranks: 
         mine |= dict(zip(batch.samples, zip(loss_sums.tolist(), count.tolist(), all_right.tolist())))
     model.train()
     shards = dist_utils.gather_to_all(mine)
+    if stop.agreed():
+        return None
     results = {index: result for shard in shards for index, result in shard.items()}
     assert len(results) == sum(map(len, shards)) == sum(len(tree.samples) for batch in batches for tree in batch)
     by_type = {}
@@ -96,17 +133,6 @@ def evaluate(model: TreeModel, data: VQAData, batches: list[MicroBatch], ranks: 
         "questions": len(correct),
         "by_type": {kind: [sum(c) / len(c), len(c)] for kind, c in sorted(by_type.items())},
     }
-
-
-def question_type(fields: dict) -> str:
-    """The row's own question_type, or: yes/no by its answer; count, size, colour, location by the question's words."""
-    if fields.get("question_type"):
-        return str(fields["question_type"])
-    question = fields["question"].lower()
-    if normalize(fields["answer"]) in ("yes", "no"):
-        return "yes/no"
-    words = {"how many": "count", "size": "size", "color": "colour", "colour": "colour", "where": "location"}
-    return next((kind for word, kind in words.items() if word in question), "other")
 
 
 def accuracy_table(columns: dict[str, dict]) -> str:
@@ -132,9 +158,8 @@ def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> l
     """
     cache = DynamicCache(config=model.base.config.text_config)
     features = model.encode_images(batch)
-    hidden = model.hidden_states(batch.ids, batch.positions, tree_mask(batch), batch.image_at, features, cache)[
-        batch.answer_at
-    ]
+    mask = tree_mask(batch)
+    hidden = model.hidden_states(batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, cache)
     tree, branch, position = (
         batch.tree[batch.answer_at],
         batch.branch[batch.answer_at],
@@ -159,27 +184,46 @@ def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> l
         tree_k, branch_k = torch.cat([tree_k, tree]), torch.cat([branch_k, branch])
         order = torch.arange(len(tree_k), device=tokens.device)
         mask = visible(tree, branch, tree_k, branch_k, order[cached:], order)[None, None]
-        hidden = model.hidden_states(tokens, position, mask, past=cache)
+        hidden = model.hidden_states(tokens, position, mask, torch.arange(len(kept), device=kept.device), past=cache)
     return answers
 
 
 def answer_all(
-    model: TreeModel, data: VQAData, ranks: Ranks, dtype, tokenizer, max_tokens, max_new_tokens, workers
-) -> list:
-    """Generate an answer to every sample, over all ranks. Returns one prediction a sample, in the order of the rows."""
+    model: TreeModel, data: VQAData, ranks: Ranks, dtype, tokenizer, args, store: Path, stop: Stop
+) -> list[dict] | None:
+    """Generate an answer to every sample, over all ranks. Returns one prediction a sample, in the order of the rows.
+
+    Answers go to `store` as they come, a file a rank: a call that finds some goes on where another was interrupted.
+    None when stopped.
+    """
     model.eval()
+    store.mkdir(parents=True, exist_ok=True)
     dataset = TreeDataset(data, model.settings, padding(ranks.device), prompts_only=True)
-    work = my_share(whole_trees(data.samples, max_tokens), ranks)
-    bar = tqdm(total=sum(len(t.samples) for w in work for t in w.trees), unit="q", disable=not ranks.is_main)
-    mine = {}
-    for batch in make_loader(dataset, work, workers, ranks.device):
-        with autocast(ranks.device, dtype):
-            answers = generate(model, batch.to(ranks.device), max_new_tokens, tokenizer.eos_token_id)
-        mine |= dict(zip(batch.samples, tokenizer.batch_decode(answers)))
-        bar.update(len(answers))
+    done = dist_utils.from_rank0(lambda: _stored(store))
+    batches = whole_trees(data.samples, args.max_tokens)
+    work = my_share([b for b in batches if not all(i in done for tree in b for i in tree.samples)], ranks)
+    count = len(data.samples) if ranks.is_main else 0
+    bar = tqdm(total=count, initial=len(done), unit="q", disable=not ranks.is_main)
+    with open(store / f"{time.time_ns()}-{ranks.rank}.jsonl", "w", encoding="utf-8") as file:
+        for batch in next_batches(make_loader(dataset, work, args.workers, ranks.device)):
+            if stop.reason:
+                break
+            with autocast(ranks.device, dtype):
+                answers = generate(model, batch.to(ranks.device), args.max_new_tokens, tokenizer.eos_token_id)
+            file.writelines(json.dumps(pair) + "\n" for pair in zip(batch.samples, tokenizer.batch_decode(answers)))
+            file.flush()
+            bar.update(len(answers) * ranks.world_size)
     bar.close()
-    results = {index: text for shard in dist_utils.gather_to_all(mine) for index, text in shard.items()}
+    if stop.agreed():
+        return None
+    results = dist_utils.from_rank0(lambda: _stored(store))
     return [_prediction(sample, results[index]) for index, sample in enumerate(data.samples)]
+
+
+def _stored(store: Path) -> dict[int, str]:
+    """Sample index -> answer, of all whole lines in a store."""
+    lines = [line for path in sorted(store.glob("*.jsonl")) for line in path.read_text().splitlines(keepends=True)]
+    return dict(json.loads(line) for line in lines if line.endswith("\n"))
 
 
 def _prediction(sample, text: str) -> dict:
@@ -196,38 +240,19 @@ def _prediction(sample, text: str) -> dict:
     }
 
 
-def normalize(text: str) -> str:
-    """Case, surrounding and repeated white space and a final full stop don't count."""
-    return " ".join(text.casefold().split()).removesuffix(".")
-
-
-def score(predictions: list[dict]) -> dict:
-    """Accuracy overall and by question type, in the form of `evaluate`'s result."""
-    by_type = {}
-    for one in predictions:
-        by_type.setdefault(one["question_type"], []).append(one["right"])
-    right = [one["right"] for one in predictions]
-    return {
-        "exact_match": sum(right) / len(right),
-        "questions": len(right),
-        "by_type": {kind: [sum(r) / len(r), len(r)] for kind, r in sorted(by_type.items())},
-    }
-
-
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def find_checkpoint(folder: Path) -> Path:
+def pick_checkpoint(folder: Path) -> Path:
     """The folder itself, or of a run's folder its best checkpoint, or its newest where none is marked best."""
-    if (folder / "state.pt").exists():
-        return folder
-    best = folder / "best.json"
-    if best.exists():
-        return folder / json.loads(best.read_text())["checkpoint"]
-    found = sorted(folder.glob("checkpoint-*/state.pt"))
+    found = [folder] if (folder / "state.pt").exists() else checkpoints(folder)[-1:]
+    if (best := folder / "best.json").exists():
+        found = [folder / json.loads(best.read_text())["checkpoint"]]
     if not found:
         raise InputError(f"--ckpt: {folder} is neither a checkpoint nor a run's folder with one")
-    return found[-1].parent
+    if problem := damage(found[0]):
+        raise InputError(f"--ckpt: {found[0]} is damaged: {problem}; name another checkpoint")
+    return found[0]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -250,15 +275,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on CUDA"
     )
+    parser.add_argument("--with-base", action="store_true", help="also answer with the base model, and compare")
+    parser.add_argument("--compare", nargs=2, metavar="FILE", help="compare two predictions files, and nothing else")
+    parser.add_argument(
+        "--numeric-tolerance", type=float, default=0.05, help="relative error up to which a number counts as right"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="go on without rows that can't be used")
     parser.add_argument("--allow-outside-images", action="store_true", help="images outside --images")
     parser.add_argument("--workers", type=int, default=4, help="processes a rank that decode images")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], stop: Stop | None = None) -> int:
+    """Answer and score. Returns the exit code: 0, or dist_utils.STOPPED when stopped by a signal."""
+    stop = stop or Stop()
     args = parse(argv)
-    ckpt = find_checkpoint(Path(args.ckpt)) if args.ckpt else None
+    if args.compare:
+        return compare_files(*map(Path, args.compare), args.numeric_tolerance)
+    ckpt = pick_checkpoint(Path(args.ckpt)) if args.ckpt else None
     run = torch.load(ckpt / "state.pt", weights_only=True, map_location="cpu")["settings"] if ckpt else {}
     name = args.model or run.get("model", "Qwen/Qwen3-VL-8B-Instruct")
     rows = args.data or run.get("val", "")
@@ -288,18 +322,67 @@ def main(argv: list[str]) -> None:
     print0(f"{len(data.samples):,} questions of {rows}, {ckpt or 'base model ' + name}, {ranks.world_size} rank(s)")
     base = load_base(folder, dtype, ranks.device)
     model = TreeModel(load_adapter(base, ckpt) if ckpt else base, settings)
-    predictions = answer_all(model, data, ranks, dtype, tokenizer, args.max_tokens, args.max_new_tokens, args.workers)
+
+    facts = {"model": name, "base": fingerprint(folder), "checkpoint": str(ckpt or ""), "rows": rows}
+    facts |= {"data": data.fingerprint(), "images": asdict(settings), "dtype": str(dtype), "versions": VERSIONS}
+    facts |= {"max_new_tokens": args.max_new_tokens, "max_tokens": args.max_tokens, "system": run.get("system", "")}
+    facts["manifest"] = sha256((ckpt / "manifest.json").read_bytes()).hexdigest() if ckpt else ""
+    key = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    files, summaries = {}, {}
+    for kind in ["tuned", "base"] if ckpt and args.with_base else ["tuned" if ckpt else "base"]:
+        with model.model.disable_adapter() if ckpt and kind == "base" else nullcontext():
+            store = output / f"partial-{kind}-{key}"
+            predictions = answer_all(model, data, ranks, dtype, tokenizer, args, store, stop)
+        if predictions is None:
+            faulthandler.cancel_dump_traceback_later()
+            print0(f"stopped by {stop.agreed()}; the same command goes on where it was")
+            dist_utils.leave()
+            return dist_utils.STOPPED
+        if ranks.is_main:
+            files[kind] = output / ("predictions-base.jsonl" if kind == "base" and ckpt else "predictions.jsonl")
+            write_whole(files[kind], "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in predictions))
+            summaries[kind] = summarize(predictions, args.numeric_tolerance)
+            shutil.rmtree(store)
     if ranks.is_main:
-        with open(output / "predictions.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in predictions)
-        print0(accuracy_table({"accuracy": score(predictions)}))
-        print0(f"wrote {output / 'predictions.jsonl'}")
-    dist_utils.stop()
+        print0(summary_table(summaries))
+        summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": summaries}
+        if len(files) == 2:
+            both = (read_predictions(files[kind]) for kind in ("base", "tuned"))
+            summary["comparison"] = compare(*both, args.numeric_tolerance)
+            print0(describe_comparison(summary["comparison"]))
+        write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        print0(f"wrote {', '.join(map(str, files.values()))} and {output / 'summary.json'}")
+    dist_utils.leave()
+    return 0
+
+
+def read_predictions(path: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no predictions file: {error}") from None
+
+
+def compare_files(a: Path, b: Path, tolerance: float) -> int:
+    """Print how two predictions files of the same rows differ, with the questions that flipped."""
+    try:
+        comparison = compare(read_predictions(a), read_predictions(b), tolerance)
+    except ValueError as error:
+        raise InputError(f"--compare {a} {b}: {error}") from None
+    print0(describe_comparison(comparison))
+    for name, path in (("only_a", a), ("only_b", b)):
+        print0(f"right in {path} only:", *(f"\n  {where}" for where in comparison[name]))
+    return 0
+
+
+def describe_comparison(comparison: dict) -> str:
+    low, mean, high = (100 * comparison["difference"][name] for name in ("low", "mean", "high"))
+    lost, won = len(comparison["only_a"]), len(comparison["only_b"])
+    return (
+        f"second less first: {mean:+.1f} points of exact match (95% interval over images {low:+.1f} to {high:+.1f}); "
+        f"{won:,} questions won, {lost:,} lost, McNemar p = {comparison['p']:.2g}"
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print0(f"error: {error}")
-        sys.exit(2)
+    dist_utils.run_and_exit(main, sys.argv[1:])

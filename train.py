@@ -7,37 +7,48 @@ torchrun --nproc_per_node=4 train.py --config runs/kvasir/settings.toml --resume
 """
 
 import argparse
-import json
+import faulthandler
 import math
-import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import demo
 import dist_utils
+from checkpoints import (
+    FREE_SETTINGS,
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    open_output,
+    save_checkpoint,
+    write_checkpoint,
+    write_status,
+    write_whole,
+)
 from data import TreeDataset, VQAData, describe_sample, image_settings, length_histogram, load_data, stop_or_skip_bad
-from dist_utils import Ranks, no_sync, print0, seed_everything, unwrap
-from eval import accuracy_table, autocast, evaluate, make_loader, padding, pick_dtype
+from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_everything, unwrap
+from eval import accuracy_table, autocast, evaluate, make_loader, next_batches, padding, pick_dtype
+from metrics import Metrics
 from model import (
     MEMORY_BUDGETS,
     TreeModel,
     add_lora,
     choose_memory_budget,
     compile_layers,
+    fingerprint,
     load_base,
     lora_table,
     resolve_model,
-    save_adapter,
 )
 from rows import InputError
 from settings import parse_settings, to_toml
@@ -45,9 +56,13 @@ from trees import PlanSettings, StepSampler, Work, make_plan, rank_efficiency, w
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
+FAILED_SAVES_IN_A_ROW = 3  # after which the run stops
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], stop: Stop | None = None) -> int:
+    """Train. Returns the exit code: 0 when done, dist_utils.STOPPED when stopped by a signal, 1 when saving failed."""
+    stop = stop or Stop()
+
     # Settings. Everything that can be wrong with them is told before anything is loaded.
     args = parse_settings(argv)
     ranks = dist_utils.start()
@@ -57,7 +72,11 @@ def main(argv: list[str]) -> None:
         dist_utils.from_rank0(lambda: demo.make_demo(DEMO_FOLDER))
         args = parse_settings(argv, demo.SETTINGS | demo_files(DEMO_FOLDER))
     device, dtype = ranks.device, pick_dtype(args.dtype, ranks.device)
-    output = dist_utils.from_rank0(lambda: open_output(args, "demo" if is_demo else Path(args.train).stem))
+    name = "demo" if is_demo else Path(args.train).stem
+    output = dist_utils.from_rank0(lambda: open_output(args.output, name, args.resume != "none"))
+    args.output = str(output)
+    if dist_utils.restarted() and checkpoints(output):  # by torchrun --max-restarts
+        args.resume = "auto"
     print0(f"output {output} | {ranks.world_size} rank(s) on {device.type}, {dtype}")
 
     # Data: rank 0 reads and checks, every rank gets the same samples.
@@ -72,6 +91,8 @@ def main(argv: list[str]) -> None:
     steps = args.epochs * len(sampler)
     steps = min(steps, args.max_steps or steps)
     val_batches = whole_trees(val_data.samples, args.max_tokens) if val_data else []
+    identity = identify(args, images, train_data, val_data, model_folder)
+    found = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
 
     # Model, optimizer, and where a run goes on.
     seed_everything(args.seed)
@@ -84,37 +105,67 @@ def main(argv: list[str]) -> None:
     model = dist_utils.wrap(TreeModel(peft_model, images), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    run = {"settings": vars(args) | {"image_settings": asdict(images)}, "train_data": train_data.fingerprint()}
-    done, best = resume(args.resume, output, model, optimizer, run)
-    metrics = Metrics(output / "metrics.jsonl", done, ranks)
+    start = load_checkpoint(found, model, optimizer, output) if found else {}
+    done, best, evaluation_due = start.get("step", 0), start.get("best", {}), start.get("evaluation_due", False)
+    metrics = Metrics(output / "metrics.jsonl", done, start.get("sums", {}), ranks)
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
     dataset = TreeDataset(train_data, images, padding(device))
     rehearse(model, optimizer, dataset, heavy, ranks, dtype, budgets)
-    if ranks.is_main:
-        write_checkpoint(output / "tmp-rehearsal", model, {})
-        shutil.rmtree(output / "tmp-rehearsal")
+    dist_utils.from_rank0(lambda: rehearse_save(output, model, args))
     base_result = None
     if val_batches:
-        few = evaluate(unwrap(model), val_data, val_batches[: ranks.world_size], ranks, dtype, 0)
+        few = evaluate(unwrap(model), val_data, val_batches[: ranks.world_size], ranks, dtype, 0, Stop())
         print0(f"evaluation tried on {few['questions']} questions: loss {few['loss']:.3f}")
     if is_demo and not done:
-        base_result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers)
+        base_result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop)
 
     loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
     often = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar: a log keeps every one
     bar = tqdm(total=steps, initial=done, unit="step", disable=not ranks.is_main, mininterval=often, maxinterval=often)
-    result, skipped, finished = None, 0, done >= steps
-    while not finished:
+    result, skipped, failed_saves = None, start.get("skipped", 0), 0
+    finished, stopping = done >= steps, bool(stop.agreed())
+
+    def save() -> None:
+        nonlocal failed_saves
+        if ranks.is_main:
+            state = {"step": done, "best": best, "evaluation_due": evaluation_due, "sums": metrics.sums}
+            state |= {"skipped": skipped, "optimizer": optimizer.state_dict(), "identity": identity}
+            state |= {"settings": vars(args) | {"image_settings": asdict(images)}}
+            failed_saves = 0 if save_checkpoint(output, model, state, args.keep) else failed_saves + 1
+            if failed_saves == FAILED_SAVES_IN_A_ROW:
+                stop.reason = f"{failed_saves} checkpoints in a row could not be saved"
+            write_status(output, "running", done)
+
+    def evaluate_now() -> None:
+        nonlocal result, best, evaluation_due
+        paused = time.perf_counter()
+        result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop)
+        metrics.started += time.perf_counter() - paused  # speed is that of training alone
+        evaluation_due = result is None  # a stop came first: a resumed run begins with it
+        if result:
+            is_best = result["exact_match"] > best.get("exact_match", -1.0)
+            best = {"exact_match": result["exact_match"], "step": done} if is_best else best
+            metrics.evaluation(done, result, is_best)
+
+    if evaluation_due and not stopping:
+        evaluate_now()
+        save()
+        stopping = evaluation_due
+    if ranks.is_main:
+        write_status(output, "running", done)
+    dist_utils.shorten_timeout()
+    while not (finished or stopping):
         sampler.set_epoch(done // len(sampler))
         sampler.first_step = done % len(sampler)
         for micro_batches, waited in by_step(loader):
             # One optimizer step.
             facts = micro_batches[0].work.step
             lr = learning_rate(done, steps, args)
-            loss, grad_norm, losses_here = train_step(
-                model, optimizer, micro_batches, lr, args.max_grad_norm, ranks, dtype, args.seed
-            )
+            with naming(train_data, micro_batches, ranks):
+                loss, grad_norm, losses_here, stopping = train_step(
+                    model, optimizer, micro_batches, lr, args.max_grad_norm, ranks, dtype, args.seed, stop
+                )
             done += 1
             finished = done == steps
 
@@ -128,38 +179,36 @@ def main(argv: list[str]) -> None:
                     raise RuntimeError(f"stopped: {skipped} steps in a row had a non-finite loss or gradient")
 
             metrics.step(done, facts, loss, grad_norm, lr, waited, bar, finished or done % args.log_every == 0)
-            is_best = False
-            if val_batches and (finished or (args.eval_every and done % args.eval_every == 0)):
-                paused = time.perf_counter()
-                result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers)
-                metrics.started += time.perf_counter() - paused  # speed is that of training alone
-                is_best = result["exact_match"] > best.get("exact_match", -1.0)
-                best = {"exact_match": result["exact_match"], "step": done} if is_best else best
-                metrics.evaluation(done, result, is_best)
-            due = is_best or finished or (args.save_every and done % args.save_every == 0)
-            if due and ranks.is_main:
-                save_checkpoint(output, done, model, optimizer, run, best, args.keep)
-            if finished:
+            evaluation_due = bool(val_batches) and (finished or is_every(args.eval_every, done))
+            if evaluation_due and not stopping:
+                evaluate_now()
+                stopping = evaluation_due
+            if best.get("step") == done or finished or stopping or is_every(args.save_every, done):
+                save()
+            if finished or stopping:
                 break
     bar.close()
 
-    if result:
+    code = conclude(output, done, steps, stop, evaluation_due, failed_saves)
+    if result and not code:
         print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
-    print0(f"done: {steps} steps, {output}")
-    del model, optimizer, peft_model, trained
-    dist_utils.stop()
+    model = optimizer = peft_model = trained = None  # before the group is left
+    dist_utils.leave()
+    return code
 
 
 # ------------------------------------------------------------------------------------------------------------- the step
 
 
-def train_step(model, optimizer, micro_batches, lr, max_grad_norm, ranks: Ranks, dtype, seed: int):
+def train_step(
+    model, optimizer, micro_batches, lr, max_grad_norm, ranks: Ranks, dtype, seed: int, stop: Stop
+) -> tuple[float, float, list[torch.Tensor], bool]:
     """One optimizer step over this rank's micro-batches of it.
 
     The step's loss is the sum of all answer tokens' cross-entropy over their number on all ranks; DDP averages
     gradients, hence the factor world_size. Dropout is seeded from (seed, step, micro-batch), never from a rank.
-    Returns the loss and the gradient norm, equal on all ranks, and this rank's loss sum of each micro-batch. When
-    loss or norm is not finite, nothing was changed.
+    Returns the loss and the gradient norm, equal on all ranks, this rank's loss sum of each micro-batch, and whether
+    any rank was asked to stop. When loss or norm is not finite, nothing was changed.
     """
     optimizer.zero_grad(set_to_none=True)
     loss_sums = []
@@ -173,22 +222,22 @@ def train_step(model, optimizer, micro_batches, lr, max_grad_norm, ranks: Ranks,
             loss_sum = token_losses.sum() * work.live
             (loss_sum * (ranks.world_size / work.step.answer_tokens)).backward()
         loss_sums.append(loss_sum.detach())
-    loss = dist_utils.all_reduce_sum(torch.stack(loss_sums).double().sum()).item() / work.step.answer_tokens
+    asked = loss_sums[0].new_tensor(float(bool(stop.reason)))
+    loss, stopping = dist_utils.all_reduce_sum(torch.stack([sum(loss_sums), asked]).double()).tolist()
+    loss /= work.step.answer_tokens
     trained = [p for p in model.parameters() if p.requires_grad]
-    grad_norm = clip_grad_norm_(
-        trained, max_grad_norm or math.inf
-    ).item()  # the gradients are reduced: equal everywhere
+    grad_norm = clip_grad_norm_(trained, max_grad_norm or math.inf).item()  # of reduced gradients: equal everywhere
     if math.isfinite(loss) and math.isfinite(grad_norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    return loss, grad_norm, loss_sums
+    return loss, grad_norm, loss_sums, stopping > 0
 
 
 def by_step(loader):
     """Yield this rank's micro-batches of each optimizer step, and the seconds it waited for them."""
     micro_batches, waited, started = [], 0.0, time.perf_counter()
-    for batch in loader:
+    for batch in next_batches(loader):
         waited += time.perf_counter() - started
         micro_batches.append(batch)
         if batch.work.last:
@@ -205,6 +254,21 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     progress = (step - warmup) / max(1, steps - warmup)
     factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return args.lr * factor[args.schedule]
+
+
+def is_every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+@contextmanager
+def naming(data: VQAData, micro_batches: list, ranks: Ranks):
+    """Add to an error which samples this rank was training on."""
+    try:
+        yield
+    except Exception as error:
+        ids = ", ".join(data.samples[i].id for batch in micro_batches for i in batch.samples)
+        error.add_note(f"rank {ranks.rank}, step {micro_batches[0].work.step.number + 1}, samples {ids}")
+        raise
 
 
 def report_skipped(step, loss, grad_norm, micro_batches, loss_sums, data: VQAData, metrics: "Metrics") -> None:
@@ -296,6 +360,47 @@ def load_all(args, tokenizer, images, output: Path) -> tuple[VQAData, VQAData | 
     return data[0], data[1] if args.val else None
 
 
+def identify(args, images, train_data: VQAData, val_data: VQAData | None, model_folder: str) -> dict:
+    """What a run's result depends on: a checkpoint of one run is not resumed by another."""
+    facts = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
+    facts |= {f"image {name}": value for name, value in asdict(images).items()}
+    for name, data in (("train rows", train_data), ("val rows", val_data)):
+        facts[name] = f"{len(data.samples):,} questions, fingerprint {data.fingerprint()}" if data else "none"
+    return facts | {"base model": fingerprint(model_folder)}
+
+
+def rehearse_save(output: Path, model, args: argparse.Namespace) -> None:
+    """Write the settings, and a checkpoint that is dropped again. Raises InputError when the disk does not take it."""
+    folder = output / "tmp-rehearsal"
+    try:
+        write_whole(output / "settings.toml", to_toml(args))
+        write_checkpoint(folder, model, {"step": 0, "identity": {}})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"a checkpoint can't be written to {output}: {error}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def conclude(output: Path, done: int, steps: int, stop: Stop, evaluation_due: bool, failed_saves: int) -> int:
+    """Say how the run ended, on paper and on screen, and return its exit code."""
+    faulthandler.cancel_dump_traceback_later()
+    reason = stop.agreed()
+    if dist_utils.from_rank0(lambda: failed_saves):
+        state, code = "failed", 1
+        print0(f"error: stopped at step {done} of {steps}: the last checkpoint could not be saved to {output}")
+    elif done < steps or evaluation_due:
+        state, code = "stopped", STOPPED
+        print0(
+            f"stopped by {reason} at step {done} of {steps}; to go on: --config {output}/settings.toml --resume auto"
+        )
+    else:
+        state, code = "done", 0
+        print0(f"done: {steps} steps, {output}")
+    if dist_utils.is_rank0():
+        write_status(output, state, done)
+    return code
+
+
 def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
     """Say what will be trained: sizes, lengths, the plan, and one sample with its trained tokens marked."""
     for name, data in (("train", train), ("val", val)):
@@ -325,119 +430,5 @@ def describe_lora(model) -> None:
     print0(f"  trained in all {sum(parameters for _, parameters in table.values()):,} parameters")
 
 
-def open_output(args, name: str) -> Path:
-    """The run's folder with its settings in it. Refuses one that holds another run, unless that is resumed."""
-    output = Path(args.output)
-    if not args.output:
-        number = 1
-        while (output := Path(f"runs/{name}-{number}")).exists():
-            number += 1
-    metrics = output / "metrics.jsonl"
-    if args.resume == "none" and metrics.exists() and metrics.stat().st_size:
-        raise InputError(f"--output {output} holds a run: --resume auto goes on with it, another folder starts anew")
-    output.mkdir(parents=True, exist_ok=True)
-    args.output = str(output.resolve())
-    (output / "settings.toml").write_text(to_toml(args), encoding="utf-8")
-    return output.resolve()
-
-
-class Metrics:
-    """metrics.jsonl and the progress bar, fed from the same numbers; rank 0 writes."""
-
-    def __init__(self, path: Path, done: int, ranks: Ranks):
-        self.ranks, self.started, self.questions = ranks, time.perf_counter(), 0
-        self.losses, self.tokens, self.images, self.waited = 0.0, 0, 0, 0.0
-        if ranks.is_main:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            lines = [line for line in lines if json.loads(line)["step"] <= done]  # a resumed run repeats later ones
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, line: dict) -> None:
-        if self.ranks.is_main:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-
-    def step(self, done: int, facts, loss: float, grad_norm: float, lr: float, waited: float, bar: tqdm, last: bool):
-        """Count a step; when `last`, write the mean loss and the speed since the line before."""
-        if math.isfinite(loss):
-            self.losses, self.tokens = self.losses + loss * facts.answer_tokens, self.tokens + facts.answer_tokens
-        self.questions, self.images = self.questions + facts.questions, self.images + facts.images
-        self.waited += waited
-        bar.update(1)
-        if not last or not self.tokens:
-            return
-        seconds = time.perf_counter() - self.started
-        line = {"loss": self.losses / self.tokens, "questions_per_s": self.questions / seconds}
-        if self.ranks.device.type == "cuda":
-            line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        bar.set_postfix({name: f"{value:.3g}" for name, value in line.items()}, refresh=False)
-        steps_left = (bar.total or done) - done
-        line |= {"event": "train", "step": done, "grad_norm": grad_norm, "lr": lr, "questions": self.questions}
-        line |= {
-            "images": self.images,
-            "data_wait": self.waited / seconds,
-            "eta_s": steps_left * facts.questions / line["questions_per_s"],
-        }
-        self.write(line)
-        self.started, self.questions, self.images, self.waited = time.perf_counter(), 0, 0, 0.0
-        self.losses, self.tokens = 0.0, 0
-
-    def evaluation(self, done: int, result: dict, is_best: bool) -> None:
-        self.write({"event": "eval", "step": done, **result})
-        text = f"step {done}: validation loss {result['loss']:.4f}, exact match {100 * result['exact_match']:.1f}%"
-        if self.ranks.is_main:
-            tqdm.write(text + (" (best)" if is_best else ""))
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def write_checkpoint(folder: Path, model, state: dict) -> None:
-    """A plain PEFT adapter folder with one state file beside it."""
-    save_adapter(unwrap(model).model, folder)
-    torch.save(state, folder / "state.pt")
-
-
-def save_checkpoint(output: Path, step: int, model, optimizer, run: dict, best: dict, keep: int) -> None:
-    """Write checkpoint-STEP under a temporary name, rename it, mark the best, drop all but it and the last `keep`."""
-    name = f"checkpoint-{step:06d}"
-    partial = output / f"tmp-{name}-{os.getpid()}"
-    write_checkpoint(
-        partial, model, {"format": 1, "step": step, "best": best, "optimizer": optimizer.state_dict(), **run}
-    )
-    shutil.rmtree(output / name, ignore_errors=True)
-    os.rename(partial, output / name)
-    if best:
-        marked = output / f"tmp-best-{os.getpid()}"
-        marked.write_text(json.dumps({"checkpoint": f"checkpoint-{best['step']:06d}", **best}))
-        os.replace(marked, output / "best.json")
-    for old in sorted(output.glob("checkpoint-*"))[:-keep]:
-        if int(old.name.split("-")[1]) != best.get("step"):
-            shutil.rmtree(old)
-
-
-def resume(choice: str, output: Path, model, optimizer, run: dict) -> tuple[int, dict]:
-    """Load the checkpoint that --resume names, on every rank. Returns the steps done and the best evaluation so far."""
-    if choice == "none":
-        return 0, {}
-    found = sorted(output.glob("checkpoint-*/state.pt")) if choice == "auto" else [Path(choice) / "state.pt"]
-    if not found:
-        print0(f"nothing to resume in {output}: starting at step 0")
-        return 0, {}
-    folder = found[-1].parent
-    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    if state["train_data"] != run["train_data"]:
-        raise InputError(f"{folder} was trained on other rows than {run['settings']['train']} holds now")
-    set_peft_model_state_dict(unwrap(model).model, load_file(folder / "adapter_model.safetensors"))
-    optimizer.load_state_dict(state["optimizer"])
-    print0(f"resumed {folder} at step {state['step']}")
-    return state["step"], state["best"]
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print0(f"error: {error}")
-        sys.exit(2)
+    dist_utils.run_and_exit(main, sys.argv[1:])

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 import tiny
 
@@ -9,7 +12,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """The memory of checked images goes into a folder of its own."""
+    """The memory of checked images goes into a folder of its own; other processes find the product and the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        here = Path(__file__).parent
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here.parent), str(here)]))
         yield

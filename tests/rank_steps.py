@@ -24,7 +24,9 @@ result = {"losses": [], "norms": [], "samples": [], "counts": [], "gradients": N
 for epoch in range(2):
     sampler.set_epoch(epoch)
     for micro_batches, _ in by_step(make_loader(TreeDataset(data, dataset.settings), sampler, 0, ranks.device)):
-        loss, norm, _ = train_step(model, optimizer, micro_batches, 1e-3, 1.0, ranks, torch.float32, 0)
+        loss, norm, *_ = train_step(
+            model, optimizer, micro_batches, 1e-3, 1.0, ranks, torch.float32, 0, dist_utils.Stop()
+        )
         result["losses"].append(loss)
         result["norms"].append(norm)
         mine = [i for batch in micro_batches if batch.work.live for i in batch.samples]
@@ -38,4 +40,4 @@ result["weights"] = torch.cat([p.detach().flatten() for p in trained])
 if ranks.is_main:
     torch.save(result, out)
 del model, optimizer, trained
-dist_utils.stop()
+dist_utils.leave()

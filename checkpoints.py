@@ -1,0 +1,203 @@
+"""Checkpoints and the run's folder: written whole or not at all, checked before use, refused where the run has changed.
+
+A checkpoint is a PEFT adapter folder with `state.pt` and, written last, `manifest.json`: the size and SHA-256 of every
+file. It gets its name, checkpoint-STEP, once it is complete and on disk.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from dist_utils import print0, restarted, unwrap
+from model import save_adapter
+from rows import InputError
+
+FORMAT = 2
+VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+# what may differ in a resumed run without changing what it learns
+FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
+FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images"}
+_locks = []  # open files: a lock lasts as long as its file is open
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def write_checkpoint(folder: Path, model, state: dict) -> None:
+    """Write adapter, state and manifest, all of it on disk on return."""
+    save_adapter(unwrap(model).model, folder)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    (folder / "state.pt").write_bytes(buffer.getbuffer())
+    files = {path.name: _size_and_sum(path) for path in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT, "step": state["step"], "versions": VERSIONS, "identity": state["identity"]}
+    manifest["files"] = files
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*folder.iterdir(), folder]:
+        _to_disk(path)
+
+
+def save_checkpoint(output: Path, model, state: dict, keep: int) -> bool:
+    """Write checkpoint-STEP, mark the best one, drop all but that and the last `keep`.
+
+    Returns False, after saying why, when the disk does not take it; checkpoints that were there stay as they were.
+    """
+    name = f"checkpoint-{state['step']:06d}"
+    partial = output / f"tmp-{name}"
+    try:
+        write_checkpoint(partial, model, state)
+        if (output / name).exists():  # a damaged one, or one without the evaluation that was due with it
+            os.rename(output / name, output / f"tmp-old-{name}")
+        os.rename(partial, output / name)
+        _to_disk(output)
+        if state["best"]:
+            best = {"checkpoint": f"checkpoint-{state['best']['step']:06d}", **state["best"]}
+            write_whole(output / "best.json", json.dumps(best))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(output).free / 2**20
+        print0(f"warning: checkpoint of step {state['step']} not saved: {error} ({free:,.1f} MiB free in {output})")
+        return False
+    kept = {folder.name for folder in checkpoints(output)[-keep:]} | {f"checkpoint-{state['best'].get('step', 0):06d}"}
+    for old in [*output.glob("tmp-old-*"), *(folder for folder in checkpoints(output) if folder.name not in kept)]:
+        shutil.rmtree(old, onerror=lambda _function, path, failure: print0(f"warning: {path} stays: {failure[1]}"))
+    return True
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, finds the old text or the new one."""
+    partial = path.with_name(f"tmp-{path.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _to_disk(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size_and_sum(path: Path) -> dict:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files; empty when they are as they were written."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "no readable manifest.json"
+    for name, written in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != written["bytes"]:
+            return f"{name} has {path.stat().st_size:,} of {written['bytes']:,} bytes"
+        if _size_and_sum(path) != written:
+            return f"{name} has changed since it was written (SHA-256)"
+    return ""
+
+
+def find_checkpoint(choice: str, output: Path, identity: dict) -> Path | None:
+    """The checkpoint that --resume names, with "auto" the newest undamaged one; None when there is none yet.
+
+    Raises InputError when the named one or all are damaged, or belong to a run that would learn something else.
+    """
+    folders = {"none": [], "auto": checkpoints(output)}.get(choice, [Path(choice)])
+    for folder in reversed(folders):
+        if problem := damage(folder):
+            print0(f"warning: {folder} is damaged and not used: {problem}")
+            continue
+        before, now = json.loads((folder / "manifest.json").read_text())["identity"], json.loads(json.dumps(identity))
+        if changed := [name for name in now if before.get(name) != now[name]]:
+            lines = [f"  {name}: was {before.get(name)!r}, is now {now[name]!r}" for name in changed]
+            raise InputError("\n".join([f"{folder} can't be resumed, the run has changed:", *lines]))
+        return folder
+    if folders:
+        raise InputError("nothing undamaged to resume: name another checkpoint, or start anew with another --output")
+    if choice == "auto":
+        print0(f"nothing to resume in {output}: starting at step 0")
+    return None
+
+
+def load_checkpoint(folder: Path, model, optimizer, output: Path) -> dict:
+    """Give model and optimizer what a checkpoint holds. Returns its state."""
+    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    set_peft_model_state_dict(unwrap(model).model, load_file(folder / "adapter_model.safetensors"))
+    optimizer.load_state_dict(state["optimizer"])
+    print0(f"resumed {folder} at step {state['step']}")
+    if folder.parent.resolve() != output:
+        state["best"] = {}  # it is not in this folder
+    return state
+
+
+# -------------------------------------------------------------------------------------------------- a run's folder
+
+
+def open_output(output: str, name: str, resuming: bool) -> Path:
+    """The run's folder, locked for this process. Empty `output`: the next free runs/NAME-N.
+
+    Raises InputError when another run is using it, when it holds a run that is not to be resumed, or can't be written.
+    """
+    launcher = f"launcher {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+    folder, number = Path(output), 1
+    while not output and (folder := Path(f"runs/{name}-{number}")).exists():
+        if restarted() and launcher in (folder / "lock").read_text():
+            break  # this run's own, before torchrun restarted it
+        number += 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output: can't write to {folder}: {error}") from None
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it however this process ends
+    except OSError:
+        lock.seek(0)
+        raise InputError(f"--output {folder} is in use by {lock.readline().strip()}") from None
+    _locks.append(lock)
+    metrics = folder / "metrics.jsonl"
+    if not (resuming or restarted()) and metrics.exists() and metrics.stat().st_size:
+        raise InputError(f"--output {folder} holds a run: --resume auto goes on with it, another folder starts anew")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{launcher}\n")
+    lock.flush()
+    for stray in folder.glob("tmp-*"):  # of a save that was killed
+        shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+    return folder.resolve()
+
+
+def write_status(output: Path, state: str, step: int) -> None:
+    """A line that tells scripts and people how the run stands: running, stopped (to be resumed), done, and the step."""
+    try:
+        write_whole(output / "status", f"{state} {step}\n")
+    except OSError as error:
+        print0(f"warning: status not written: {error}")

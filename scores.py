@@ -1,0 +1,223 @@
+"""Scores of answers: what counts as right, and how sure a mean is. Plain functions on strings and numbers.
+
+Answers are compared after `normalize`. Every mean comes with an interval from a bootstrap over images, because the
+questions of one image are not independent of each other.
+"""
+
+import math
+import re
+import string
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+NUMBER_WORDS = {
+    word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
+}
+ARTICLES = {"a", "an", "the"}
+MILLIMETRES = {"mm": 1.0, "cm": 10.0, "m": 1000.0}
+NUMBER = r"\d+(?:\.\d+)?"
+UNIT = r"(mm|cm|m|%|)"
+
+
+def normalize(text: str) -> str:
+    """Unicode NFKC, lower case; no articles; number words up to twelve as digits; punctuation at the edges of words and
+    repeated white space don't count."""
+    words = unicodedata.normalize("NFKC", text).casefold().split()
+    edges = string.punctuation.translate({ord(c): None for c in "<>%-+"})  # they mean something next to a number
+    words = [word.strip(edges) for word in words]
+    return " ".join(NUMBER_WORDS.get(word, word) for word in words if word and word not in ARTICLES)
+
+
+# ---------------------------------------------------------------------------------------------------------- one answer
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number or a range, lengths in millimetres: "5" is 5 to 5, "<5mm" is 0 to 5, ">20mm" is 20 to infinity."""
+
+    low: float
+    high: float
+    unit: str  # "mm" for every length, "%" or ""
+
+
+def parse_quantity(text: str) -> Quantity | None:
+    """The quantity that a whole answer stands for; None when it is something else."""
+    text = normalize(text).replace(" ", "")
+    if found := re.fullmatch(rf"({NUMBER}){UNIT}(?:-|–|to)({NUMBER}){UNIT}", text):
+        low, first, high, unit = float(found[1]), found[2], float(found[3]), found[4]
+        if first not in ("", unit):
+            return None
+    elif found := re.fullmatch(rf"(<|>|<=|>=|)({NUMBER}){UNIT}", text):
+        sign, value, unit = found[1], float(found[2]), found[3]
+        low, high = {"<": (0.0, value), ">": (value, math.inf)}.get(sign[:1], (value, value))
+    else:
+        return None
+    scale = MILLIMETRES.get(unit, 1.0)
+    return Quantity(low * scale, high * scale, "mm" if unit in MILLIMETRES else unit)
+
+
+def quantities_match(prediction: str, truth: str, tolerance: float) -> bool | None:
+    """Whether both ends agree to a relative `tolerance`, in the same unit. None when the truth is no quantity."""
+    expected, found = parse_quantity(truth), parse_quantity(prediction)
+    if expected is None:
+        return None
+    if found is None or found.unit != expected.unit:
+        return False
+    ends = ((found.low, expected.low), (found.high, expected.high))
+    return all(math.isclose(a, b, rel_tol=0, abs_tol=tolerance * abs(b)) if b < math.inf else a == b for a, b in ends)
+
+
+def parts(text: str) -> Counter:
+    """The parts of an answer such as "pink; red; white", each normalized; a part said twice counts twice."""
+    found = (normalize(part) for part in text.split(";"))
+    return Counter(part for part in found if part)
+
+
+def f1(prediction: Counter, truth: Counter) -> float:
+    """Harmonic mean of precision and recall of two bags; 1 when both are empty."""
+    if not prediction and not truth:
+        return 1.0
+    return 2 * (prediction & truth).total() / (prediction.total() + truth.total())
+
+
+def score_answer(prediction: str, truth: str, tolerance: float) -> dict:
+    """Every score of one answer, each between 0 and 1. `numeric` and `set_f1` are there only where they apply."""
+    exact = normalize(prediction) == normalize(truth)
+    scores = {"exact_match": float(exact)}
+    scores["token_f1"] = f1(Counter(normalize(prediction).split()), Counter(normalize(truth).split()))
+    if (numeric := quantities_match(prediction, truth, tolerance)) is not None:
+        scores["numeric"] = float(exact or numeric)
+    if len(parts(truth)) > 1:
+        scores |= {"set_f1": f1(parts(prediction), parts(truth)), "set_match": float(parts(prediction) == parts(truth))}
+    return scores
+
+
+def question_type(fields: dict) -> str:
+    """The row's own `question_type`. Where it has none: yes/no by the answer; then by words of the question count,
+    size, colour, location and choice ("... or ...?"); else open."""
+    if fields.get("question_type"):
+        return str(fields["question_type"])
+    if normalize(fields["answer"]) in ("yes", "no"):
+        return "yes/no"
+    question = f" {normalize(fields['question'])} "
+    words = {"how many": "count", "number of": "count", " size": "size", "how large": "size", "how big": "size"}
+    words |= {"color": "colour", "colour": "colour", " where ": "location", "location": "location", " or ": "choice"}
+    return next((kind for word, kind in words.items() if word in question), "open")
+
+
+# ------------------------------------------------------------------------------------------------------- many answers
+
+
+def mean_with_interval(values: list[float], groups: list, draws: int = 2000, seed: int = 0) -> dict:
+    """Mean over answers and its 95% interval: percentiles of the means of `draws` samples, with replacement, of whole
+    groups (images). Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13."""
+    names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    index = np.array([names[name] for name in groups])
+    sums, counts = np.bincount(index, values), np.bincount(index)
+    generator, means = np.random.default_rng(seed), []
+    for _ in range(draws):
+        drawn = generator.integers(len(names), size=len(names))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(np.mean(values)), "low": float(low), "high": float(high), "questions": len(values)}
+
+
+def confusion(predictions: list[str], truths: list[str]) -> dict[str, dict[str, int]]:
+    """Of one closed question: truth -> prediction -> how often; a prediction that is never a truth is "other"."""
+    predictions, truths = [normalize(p) for p in predictions], [normalize(t) for t in truths]
+    table = {truth: Counter() for truth in sorted(set(truths))}
+    for prediction, truth in zip(predictions, truths):
+        table[truth][prediction if prediction in table else "other"] += 1
+    return {truth: dict(row) for truth, row in table.items()}
+
+
+def balanced_accuracy(table: dict[str, dict[str, int]]) -> float:
+    """The mean over truths of the share that was answered right."""
+    return float(np.mean([row.get(truth, 0) / sum(row.values()) for truth, row in table.items()]))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact p of McNemar's test, from the questions that only one of two models got right: twice the tail of
+    a binomial with probability 1/2, at most 1. McNemar, Psychometrika 12, 1947."""
+    n, k = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, float(2 * tail / 2**n)) if n else 1.0
+
+
+def auroc(scores: list[float], positive: list[bool]) -> float:
+    """Area under the ROC curve: how often a positive scores over a negative, ties counting half. NaN without both."""
+    yes, no = ([s for s, p in zip(scores, positive) if p is kind] for kind in (True, False))
+    if not yes or not no:
+        return math.nan
+    order = np.sort(no)
+    below, up_to = (np.searchsorted(order, yes, side=side) for side in ("left", "right"))
+    return float((below + up_to).mean() / 2 / len(no))
+
+
+def calibration_error(confidences: list[float], right: list[bool], bins: int = 10) -> float:
+    """Expected calibration error: the mean, weighted by size, of |accuracy - confidence| over equal bins of confidence.
+    Guo et al., On Calibration of Modern Neural Networks, 2017."""
+    confidences, right = np.asarray(confidences), np.asarray(right, float)
+    which = np.minimum((confidences * bins).astype(int), bins - 1)
+    gaps = [abs(right[which == b].mean() - confidences[which == b].mean()) * (which == b).sum() for b in set(which)]
+    return float(sum(gaps) / len(right))
+
+
+# ------------------------------------------------------------------------------------------------- predictions of a run
+
+
+def summarize(predictions: list[dict], tolerance: float, closed: int = 10) -> dict:
+    """Every score with its interval: over all answers, by question type and by question text; for each question with at
+    most `closed` different true answers its confusion table. A prediction has images, question, answer, prediction
+    and question_type."""
+    scored = [score_answer(one["prediction"], one["answer"], tolerance) for one in predictions]
+    images = ["|".join(one["images"]) for one in predictions]
+
+    def means(chosen: list[int]) -> dict:
+        names = dict.fromkeys(name for i in chosen for name in scored[i])
+        found = {name: [i for i in chosen if name in scored[i]] for name in names}
+        return {n: mean_with_interval([scored[i][n] for i in at], [images[i] for i in at]) for n, at in found.items()}
+
+    summary = {"all": means(list(range(len(predictions)))), "by_type": {}, "by_question": {}, "closed": {}}
+    for key, field in (("by_type", "question_type"), ("by_question", "question")):
+        for value in sorted({one[field] for one in predictions}):
+            summary[key][value] = means([i for i, one in enumerate(predictions) if one[field] == value])
+    for question in summary["by_question"]:
+        asked = [one for one in predictions if one["question"] == question]
+        table = confusion([one["prediction"] for one in asked], [one["answer"] for one in asked])
+        if 1 < len(table) <= closed:
+            summary["closed"][question] = {"balanced_accuracy": balanced_accuracy(table), "confusion": table}
+    return summary
+
+
+def compare(a: list[dict], b: list[dict], tolerance: float) -> dict:
+    """Exact match of b less that of a on the same questions, its interval over images, McNemar's p, and which flipped.
+
+    Raises ValueError when the two don't answer the same questions.
+    """
+    mine, theirs = ({f"{one['where']} {one['id']}": one for one in predictions} for predictions in (a, b))
+    if mine.keys() != theirs.keys() or any(mine[i]["answer"] != theirs[i]["answer"] for i in mine):
+        raise ValueError("the two files don't answer the same rows")
+    right = {i: [score_answer(s[i]["prediction"], s[i]["answer"], tolerance)["exact_match"] for s in (mine, theirs)]
+             for i in mine}  # fmt: skip
+    difference = mean_with_interval([y - x for x, y in right.values()], ["|".join(mine[i]["images"]) for i in mine])
+    flipped = {
+        "only_a": [i for i, (x, y) in right.items() if x > y],
+        "only_b": [i for i, (x, y) in right.items() if y > x],
+    }
+    return {"difference": difference, "p": mcnemar(*map(len, flipped.values())), **flipped}
+
+
+def summary_table(summaries: dict[str, dict]) -> str:
+    """Exact match in percent with its interval by question type, one column for each summary."""
+    lines = [f"{'exact match %':<16}{'questions':>10}" + "".join(f"{name:>24}" for name in summaries)]
+    rows = [*next(iter(summaries.values()))["by_type"], "all"]
+    for row in rows:
+        found = [s["all" if row == "all" else "by_type"] for s in summaries.values()]
+        found = [(part if row == "all" else part[row])["exact_match"] for part in found]
+        cells = (f"{100 * f['mean']:.1f} ({100 * f['low']:.1f} to {100 * f['high']:.1f})" for f in found)
+        lines.append(f"{row:<16}{found[0]['questions']:>10,}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""Scores against values worked out by hand."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import scores
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("Yes.", "yes"),
+        ("two polyps", "2 polyps"),
+        (" The  polyp ", "a polyp"),
+        ("ＹＥＳ", "yes"),
+        ("red, white", "Red white"),
+    ],
+)
+def test_answers_that_are_the_same(left, right):
+    assert scores.normalize(left) == scores.normalize(right)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [("yes", "no"), ("<5mm", "5mm"), (">20mm", "<20mm"), ("5-10mm", "5 10mm"), ("10%", "10"), ("", "a b")],
+)
+def test_answers_that_differ(left, right):
+    assert scores.normalize(left) != scores.normalize(right)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5", (5, 5, "")),
+        ("five", (5, 5, "")),
+        ("5.5 mm", (5.5, 5.5, "mm")),
+        ("2 cm", (20, 20, "mm")),
+        ("11-20mm", (11, 20, "mm")),
+        ("11mm to 20 mm", (11, 20, "mm")),
+        ("1-2cm", (10, 20, "mm")),
+        ("<5mm", (0, 5, "mm")),
+        (">20mm", (20, math.inf, "mm")),
+        ("30%", (30, 30, "%")),
+        ("5mm-2%", None),
+        ("yes", None),
+        ("", None),
+        ("3 polyps", None),
+    ],
+)
+def test_quantities(text, expected):
+    found = scores.parse_quantity(text)
+    assert (found and (found.low, found.high, found.unit)) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "expected"),
+    [
+        ("100", "102", True),
+        ("100", "106", False),
+        ("11-20 mm", "11-20mm", True),
+        ("15mm", "11-20mm", False),
+        ("1.1-2cm", "11-20mm", True),
+        (">20mm", "> 20 mm", True),
+        ("25mm", ">20mm", False),
+        ("20", "20mm", False),
+        ("many", "3", False),
+        ("3", "many", None),
+        ("0", "0", True),
+    ],
+)
+def test_quantities_match_within_the_tolerance(prediction, truth, expected):
+    assert scores.quantities_match(prediction, truth, 0.05) is expected
+
+
+def test_f1_of_tokens_and_of_parts():
+    assert scores.f1(Counter("ab"), Counter("bc")) == 0.5
+    assert scores.f1(Counter(), Counter()) == 1 and scores.f1(Counter(), Counter("a")) == 0
+    assert scores.f1(Counter("aab"), Counter("ab")) == pytest.approx(0.8)  # precision 2/3, recall 1
+    assert scores.score_answer("Red; pink", "pink; red; white", 0.05) == {
+        "exact_match": 0.0,
+        "token_f1": pytest.approx(0.8),
+        "set_f1": pytest.approx(0.8),
+        "set_match": 0.0,
+    }
+    assert scores.score_answer("white; red; pink", "pink; red; white", 0.05)["set_match"] == 1
+    assert scores.score_answer("5 mm", "5mm", 0.05)["numeric"] == 1 and "numeric" not in scores.score_answer(
+        "a", "b", 0.05
+    )
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "kind"),
+    [
+        ("Is there text?", "No.", "yes/no"),
+        ("How many polyps?", "2", "count"),
+        ("What is the size of the polyp?", "<5mm", "size"),
+        ("What color is it?", "red", "colour"),
+        ("Where is the polyp?", "upper left", "location"),
+        ("Is it a polyp or a snare?", "a polyp", "choice"),
+        ("What is this?", "a polyp", "open"),
+    ],
+)
+def test_question_types(question, answer, kind):
+    assert scores.question_type({"question": question, "answer": answer}) == kind
+    assert scores.question_type({"question": question, "answer": answer, "question_type": "own"}) == "own"
+
+
+def test_the_interval_is_over_images_not_over_questions():
+    """100 images of 9 questions each, all right or all wrong: 95% of a share of 0.5 over 100 images is 0.4 to 0.6."""
+    values, groups = [float(i % 2) for i in range(100) for _ in range(9)], [i for i in range(100) for _ in range(9)]
+    found = scores.mean_with_interval(values, groups)
+    assert found["mean"] == 0.5 and found["questions"] == 900
+    assert found["low"] == pytest.approx(0.4, abs=0.02) and found["high"] == pytest.approx(0.6, abs=0.02)
+    alone = scores.mean_with_interval(values, list(range(900)))
+    assert alone["high"] - alone["low"] == pytest.approx(2 * 1.96 * 0.5 / 30, abs=0.01)
+
+
+def test_the_interval_covers_the_truth_95_times_in_100():
+    generator, hits = np.random.default_rng(0), 0
+    for trial in range(200):
+        level = generator.beta(2, 2, size=60)  # of each image
+        values = (generator.random((60, 5)) < level[:, None]).astype(float).ravel().tolist()
+        found = scores.mean_with_interval(values, [i for i in range(60) for _ in range(5)], draws=300, seed=trial)
+        hits += found["low"] <= 0.5 <= found["high"]
+    assert 180 <= hits <= 199
+
+
+def test_confusion_and_balanced_accuracy():
+    table = scores.confusion(["yes", "Yes", "no", "maybe"], ["yes", "no", "no", "no"])
+    assert table == {"no": {"yes": 1, "no": 1, "other": 1}, "yes": {"yes": 1}}
+    assert scores.balanced_accuracy(table) == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_mcnemar():
+    assert scores.mcnemar(0, 0) == 1 and scores.mcnemar(5, 5) == 1
+    assert scores.mcnemar(1, 9) == pytest.approx(2 * 11 / 1024)
+    assert scores.mcnemar(9, 1) == scores.mcnemar(1, 9) and scores.mcnemar(1000, 1200) == pytest.approx(2.2e-5, rel=0.1)
+
+
+def test_auroc_and_calibration():
+    assert scores.auroc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]) == 0.75
+    assert scores.auroc([0.5, 0.5], [True, False]) == 0.5 and math.isnan(scores.auroc([0.5], [True]))
+    assert scores.calibration_error([0.95, 0.95, 0.15, 0.15], [True, True, False, False]) == pytest.approx(0.1)
+    assert scores.calibration_error([1.0, 1.0], [True, False]) == pytest.approx(0.5)

@@ -1,0 +1,112 @@
+"""run.slurm on a real SLURM of two nodes on this machine: out of time, cancelled, failed, and over two nodes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from faults import arguments, losses, result, wait_for
+from test_ranks import torchrun
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if os.geteuid() or not shutil.which("apt-get"):
+        pytest.skip("setting up SLURM needs root and apt-get")
+    folder = tmp_path_factory.mktemp("slurm")
+    script = ROOT / "tests" / "slurm_cluster.sh"
+    up = subprocess.run([script, "up", folder], capture_output=True, text=True, check=False)
+    assert up.returncode == 0, up.stdout + up.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        yield
+        subprocess.run([script, "down", folder], check=True)
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A folder as a user submits from."""
+    for path in [*ROOT.glob("*.py"), ROOT / "run.slurm"]:
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def submit(program: Path, options: list[str], argv: list[str]) -> str:
+    command = [
+        "sbatch",
+        "--parsable",
+        "--gpus-per-node=0",
+        "--cpus-per-task=1",
+        "--time=5",
+        *options,
+        "run.slurm",
+        *argv,
+    ]
+    return subprocess.run(command, cwd=program, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def job(number: str) -> dict[str, str]:
+    shown = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"(\w+)=(\S*)", shown))
+
+
+def ended(program: Path, number: str, timeout: float) -> tuple[str, str]:
+    """The job's final state and its log."""
+    log = program / f"slurm-{number}.out"
+    final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    wait_for(
+        lambda: job(number)["JobState"] in final, timeout, lambda: f"{job(number)}\n{log.exists() and log.read_text()}"
+    )
+    return job(number)["JobState"], log.read_text()
+
+
+def test_a_job_that_runs_out_of_time_is_requeued_until_it_is_done(cluster, program):
+    """The demo, cut to 100 steps, in jobs of a minute."""
+    words = ["--max-steps=100", "--eval-every=0"]
+    whole = torchrun(2, program / "train.py", *words, f"--output={program / 'whole'}", cwd=program)
+    assert whole.returncode == 0, whole.stderr
+    number = submit(program, ["--time=1", "--signal=USR1@10"], words)
+    state, log = ended(program, number, 400)
+    assert state == "COMPLETED", log
+    assert int(job(number)["Restarts"]) >= 1 and "stopped by SIGUSR1" in log and "start 2, on" in log
+    assert "torchrun" in log and "no GPU" in log and "Filesystem" in log  # the facts on top
+    output = program / "runs" / f"slurm-{number}"
+    mine, theirs = result(output, 100), result(program / "whole", 100)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert losses(output) == losses(program / "whole")
+
+
+def test_a_cancelled_job_stops_and_is_not_requeued(cluster, program, world):
+    number = submit(program, [], arguments(world, program / "out", max_steps=1000, epochs=1000, eval_every=0))
+    wait_for((program / "out" / "checkpoint-000002").exists, 90, lambda: job(number))
+    subprocess.run(["scancel", number], check=True)
+    state, log = ended(program, number, 60)
+    time.sleep(7)  # a requeue would have started it again
+    assert job(number)["JobState"] == state == "CANCELLED" and "Restarts=0" in f"Restarts={job(number)['Restarts']}"
+    assert "stopped by SIGTERM" in log and (program / "out" / "status").read_text().startswith("stopped"), log
+
+
+def test_a_failing_job_is_not_requeued(cluster, program, world):
+    number = submit(program, [], arguments(world, program / "out", train=program / "nothing.jsonl"))
+    state, log = ended(program, number, 90)
+    assert state == "FAILED" and job(number)["Restarts"] == "0" and "not requeued" in log
+    assert "nothing.jsonl does not exist" in log
+
+
+def test_two_nodes_train_like_one(cluster, program, world):
+    number = submit(program, ["--nodes=2"], arguments(world, program / "out"))
+    state, log = ended(program, number, 180)
+    assert state == "COMPLETED", log
+    assert "4 rank(s)" in log and "n[1-2]" in log
+    alone = torchrun(1, ROOT / "train.py", *arguments(world, program / "alone"))
+    assert alone.returncode == 0, alone.stderr
+    assert tiny.relative_error(result(program / "out"), result(program / "alone")) < 1e-2
