@@ -200,11 +200,11 @@ def _grid(size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, in
 
 
 def _refuse_special_tokens(row: Row, special: list[str]) -> None:
-    for message in row.messages:
-        for part in message["content"]:
-            for token in special:
-                if token in part.get("text", ""):
-                    raise ValueError(f"the {message['role']} text holds the special token {token}")
+    texts = [(f"{m['role']} text", part.get("text", "")) for m in row.messages for part in m["content"]]
+    for name, text in [*texts, *(("option", option) for option in row.fields.get("options", []))]:
+        for token in special:
+            if token in text:
+                raise ValueError(f"the {name} holds the special token {token}")
 
 
 def _segments(messages: list[dict], tokenizer, system: str) -> list[tuple[str, bool]]:

@@ -10,87 +10,25 @@ import faulthandler
 import json
 import shutil
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
 import dist_utils
-from attention import FLEX_BLOCK, tree_mask, visible
+from answers import Run, answer_all, score_all, score_samples
 from checkpoints import VERSIONS, checkpoints, damage, write_whole
-from data import ImageSettings, TreeDataset, VQAData, image_settings, load_data, stop_or_skip_bad
+from data import ImageSettings, Sample, TreeDataset, VQAData, image_settings, load_data, stop_or_skip_bad
 from dist_utils import Ranks, Stop, print0
-from model import TreeModel, fingerprint, load_adapter, load_base, resolve_model
-from rows import InputError
-from scores import compare, normalize, question_type, summarize, summary_table
-from trees import MicroBatch, Work, share_out, whole_trees
-
-STALLED_AFTER = 300  # seconds without a batch after which a data worker counts as stalled
-
-# ---------------------------------------------------------------------------------------------------- shared with train
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
-
-
-def autocast(device: torch.device, dtype: torch.dtype):
-    """Matrix products in `dtype`, LoRA weights and cross-entropy in float32; nothing to do when all is float32."""
-    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-
-
-def make_loader(
-    dataset: TreeDataset, sampler, workers: int, device: torch.device, persistent: bool = False
-) -> DataLoader:
-    """One item is one micro-batch: `batch_size` is the plan's business."""
-    return DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=persistent and workers > 0,
-        worker_init_fn=dist_utils.ignore_signals,
-        timeout=STALLED_AFTER if workers else 0,
-    )
-
-
-def next_batches(loader: DataLoader):
-    """Yield a loader's batches. When one fails to come, the error says which samples' images it waited for."""
-    batches, number = iter(loader), 0
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            work = next(islice(iter(loader.sampler), number, None))
-            samples = [loader.dataset.data.samples[i] for tree in work.trees for i in tree.samples]
-            images = dict.fromkeys(image for sample in samples for image in sample.images)
-            worker = f"data worker {number % loader.num_workers}" if loader.num_workers else "this process"
-            error.add_note(f"{worker} was to read {', '.join(images)} for {samples[0].where} and what follows")
-            raise
-        if batch is None:
-            return
-        yield batch
-        number += 1
-
-
-def padding(device: torch.device) -> int:
-    return FLEX_BLOCK if device.type == "cuda" else 1
-
-
-def my_share(batches: list[MicroBatch], ranks: Ranks) -> list[Work]:
-    """This rank's part of an evaluation: every micro-batch goes to exactly one rank."""
-    return [Work(batches[i], number=i) for i in share_out(batches, ranks.world_size)[ranks.rank]]
-
+from feed import make_loader, my_share, next_batches, padding
+from model import TreeModel, autocast, fingerprint, load_adapter, load_base, merge_lora, pick_dtype, resolve_model
+from rows import InputError, read_rows
+from scores import closed_sets, compare, normalize, question_type, summarize, summary_table
+from settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
+from trees import MicroBatch
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
 
@@ -110,13 +48,8 @@ def evaluate(
     for batch in next_batches(make_loader(dataset, my_share(batches, ranks), workers, ranks.device)):
         if stop.reason:
             break
-        batch = batch.to(ranks.device)
         with autocast(ranks.device, dtype):
-            losses, right = model(batch, model.encode_images(batch))
-        count = torch.bincount(batch.question)
-        loss_sums = torch.zeros(len(count), device=ranks.device).index_add_(0, batch.question, losses)
-        all_right = torch.bincount(batch.question, right.float()) == count
-        mine |= dict(zip(batch.samples, zip(loss_sums.tolist(), count.tolist(), all_right.tolist())))
+            mine |= dict(zip(batch.samples, score_samples(model, batch.to(ranks.device))))
     model.train()
     shards = dist_utils.gather_to_all(mine)
     if stop.agreed():
@@ -146,100 +79,6 @@ def accuracy_table(columns: dict[str, dict]) -> str:
     return "\n".join([*lines, f"{'all':<16}{first['questions']:>10,}{values}"])
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
-
-
-@torch.no_grad()
-def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> list[list[int]]:
-    """Greedy answers to every question of a `prompts_only` batch: token ids without the end-of-turn.
-
-    The trees are run once into a key-value cache. Then each unfinished branch adds one token a round, and the tree's
-    visibility rule keeps branches apart, so that all questions of an image share its cached prefix.
-    """
-    cache = DynamicCache(config=model.base.config.text_config)
-    features = model.encode_images(batch)
-    mask = tree_mask(batch)
-    hidden = model.hidden_states(batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, cache)
-    tree, branch, position = (
-        batch.tree[batch.answer_at],
-        batch.branch[batch.answer_at],
-        batch.positions[:, batch.answer_at],
-    )
-    tree_k, branch_k = batch.tree, batch.branch
-    answers = [[] for _ in batch.samples]
-    running = list(range(len(answers)))
-    for _ in range(max_new_tokens):
-        tokens = model.base.lm_head(hidden).argmax(-1)
-        keep = []
-        for place, (index, token) in enumerate(zip(running, tokens.tolist())):
-            if token != stop_token:
-                answers[index].append(token)
-                keep.append(place)
-        running = [running[place] for place in keep]
-        if not running:
-            break
-        kept = torch.tensor(keep, device=tokens.device)
-        tokens, tree, branch, position = tokens[kept], tree[kept], branch[kept], position[:, kept] + 1
-        cached = len(tree_k)
-        tree_k, branch_k = torch.cat([tree_k, tree]), torch.cat([branch_k, branch])
-        order = torch.arange(len(tree_k), device=tokens.device)
-        mask = visible(tree, branch, tree_k, branch_k, order[cached:], order)[None, None]
-        hidden = model.hidden_states(tokens, position, mask, torch.arange(len(kept), device=kept.device), past=cache)
-    return answers
-
-
-def answer_all(
-    model: TreeModel, data: VQAData, ranks: Ranks, dtype, tokenizer, args, store: Path, stop: Stop
-) -> list[dict] | None:
-    """Generate an answer to every sample, over all ranks. Returns one prediction a sample, in the order of the rows.
-
-    Answers go to `store` as they come, a file a rank: a call that finds some goes on where another was interrupted.
-    None when stopped.
-    """
-    model.eval()
-    store.mkdir(parents=True, exist_ok=True)
-    dataset = TreeDataset(data, model.settings, padding(ranks.device), prompts_only=True)
-    done = dist_utils.from_rank0(lambda: _stored(store))
-    batches = whole_trees(data.samples, args.max_tokens)
-    work = my_share([b for b in batches if not all(i in done for tree in b for i in tree.samples)], ranks)
-    count = len(data.samples) if ranks.is_main else 0
-    bar = tqdm(total=count, initial=len(done), unit="q", disable=not ranks.is_main)
-    with open(store / f"{time.time_ns()}-{ranks.rank}.jsonl", "w", encoding="utf-8") as file:
-        for batch in next_batches(make_loader(dataset, work, args.workers, ranks.device)):
-            if stop.reason:
-                break
-            with autocast(ranks.device, dtype):
-                answers = generate(model, batch.to(ranks.device), args.max_new_tokens, tokenizer.eos_token_id)
-            file.writelines(json.dumps(pair) + "\n" for pair in zip(batch.samples, tokenizer.batch_decode(answers)))
-            file.flush()
-            bar.update(len(answers) * ranks.world_size)
-    bar.close()
-    if stop.agreed():
-        return None
-    results = dist_utils.from_rank0(lambda: _stored(store))
-    return [_prediction(sample, results[index]) for index, sample in enumerate(data.samples)]
-
-
-def _stored(store: Path) -> dict[int, str]:
-    """Sample index -> answer, of all whole lines in a store."""
-    lines = [line for path in sorted(store.glob("*.jsonl")) for line in path.read_text().splitlines(keepends=True)]
-    return dict(json.loads(line) for line in lines if line.endswith("\n"))
-
-
-def _prediction(sample, text: str) -> dict:
-    fields = sample.fields
-    return {
-        "id": sample.id,
-        "where": sample.where,
-        "images": [Path(image).name for image in sample.images],
-        "question": fields["question"],
-        "answer": fields["answer"],
-        "prediction": text,
-        "right": normalize(text) == normalize(fields["answer"]),
-        "question_type": question_type(fields),
-    }
-
-
 # --------------------------------------------------------------------------------------------------------- command line
 
 
@@ -256,34 +95,50 @@ def pick_checkpoint(folder: Path) -> Path:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "eval.py", description="Answer questions with a checkpoint or a base model, and score."
+    """Settings from the command line. Raises InputError of all that is wrong with them."""
+    parser = Parser("eval.py", description="Answer questions with a checkpoint or a base model, and score the answers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)  # fmt: skip
+    count, positive, switch = number(int, 0), number(int, 1), argparse.BooleanOptionalAction
+    add = parser.add_argument_group("what is answered").add_argument
+    add("--ckpt", default="", help="checkpoint, or a run's folder for its best one; empty: the base model")
+    add("--with-base", action=switch, default=False, help="also answer with the base model, and compare")
+    add("--model", default="", help=f"base model; empty: the checkpoint's, or {DEFAULT_MODEL}")
+    add("--data", default="", help="rows to answer; empty: the validation rows of the checkpoint's run")
+    add("--images", default="", help="folder that image names start from; empty: the folder of --data")
+    add(
+        "--min-pixels",
+        type=count,
+        default=0,
+        help="pixels of an image at least; 0: the checkpoint's, or the model's own",
     )
-    parser.add_argument(
-        "--ckpt", default="", help="checkpoint, or a run's folder for its best one; empty: the base model"
+    add(
+        "--max-pixels",
+        type=count,
+        default=0,
+        help="pixels of an image at most; 0: the checkpoint's, or the model's own",
     )
-    parser.add_argument("--data", default="", help="rows to answer; empty: the validation rows of the checkpoint's run")
-    parser.add_argument("--images", default="", help="folder that image names start from; empty: the folder of --data")
-    parser.add_argument("--model", default="", help="base model; empty: the checkpoint's, or Qwen/Qwen3-VL-8B-Instruct")
-    parser.add_argument(
-        "--output", default="", help="folder for predictions.jsonl; empty: CKPT/eval, or runs/eval-base"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer at most")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="prompt tokens that are run at once, at most")
-    parser.add_argument("--min-pixels", type=int, default=0, help="0: the checkpoint's, or the model's own")
-    parser.add_argument("--max-pixels", type=int, default=0, help="0: the checkpoint's, or the model's own")
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on CUDA"
-    )
-    parser.add_argument("--with-base", action="store_true", help="also answer with the base model, and compare")
-    parser.add_argument("--compare", nargs=2, metavar="FILE", help="compare two predictions files, and nothing else")
-    parser.add_argument(
-        "--numeric-tolerance", type=float, default=0.05, help="relative error up to which a number counts as right"
-    )
-    parser.add_argument("--skip-bad", action="store_true", help="go on without rows that can't be used")
-    parser.add_argument("--allow-outside-images", action="store_true", help="images outside --images")
-    parser.add_argument("--workers", type=int, default=4, help="processes a rank that decode images")
-    return parser.parse_args(argv)
+    add("--skip-bad", action=switch, default=False, help="go on without rows that can't be used")
+    add("--allow-outside-images", action=switch, default=False, help="images outside --images")
+    add = parser.add_argument_group("how").add_argument
+    add("--max-new-tokens", type=positive, default=256, help="tokens of an answer at most")
+    add("--options", action=switch, default=False, help="also weigh by likelihood the options of rows that have some")
+    add("--closed-set", type=count, default=0,
+        help="likewise the answers that training rows give to a question, if at most so many; 0: none")  # fmt: skip
+    add("--merge", action=switch, default=True, help="add LoRA to the weights first: faster; off: as in training")
+    add("--max-tokens", type=positive, default=16384, help="tokens that are run at once, at most; bounds memory")
+    add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--workers", type=count, default=4, help="processes a rank that decode images; 0: in the process itself")
+    add = parser.add_argument_group("results").add_argument
+    add("--output", default="", help="folder of the results; empty: CKPT/eval, or runs/eval-base")
+    add("--numeric-tolerance", type=number(float, 0), default=0.05, help="relative error of a right number or size")
+    add("--compare", nargs=2, metavar="FILE", help="compare two predictions files, and nothing else")
+    args, problems = parse_words(parser, argv)
+    if not problems and args.with_base and not args.ckpt:
+        problems.append("--with-base: needs --ckpt")
+    if not problems and args.closed_set and not args.ckpt:
+        problems.append("--closed-set: needs --ckpt, whose run names the training rows")
+    refuse(problems)
+    return args
 
 
 def main(argv: list[str], stop: Stop | None = None) -> int:
@@ -293,67 +148,99 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if args.compare:
         return compare_files(*map(Path, args.compare), args.numeric_tolerance)
     ckpt = pick_checkpoint(Path(args.ckpt)) if args.ckpt else None
-    run = torch.load(ckpt / "state.pt", weights_only=True, map_location="cpu")["settings"] if ckpt else {}
-    name = args.model or run.get("model", "Qwen/Qwen3-VL-8B-Instruct")
-    rows = args.data or run.get("val", "")
+    trained = torch.load(ckpt / "state.pt", weights_only=True, map_location="cpu")["settings"] if ckpt else {}
+    name, rows = args.model or trained.get("model", DEFAULT_MODEL), args.data or trained.get("val", "")
     if not rows:
         raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
-    images = args.images or (str(Path(args.data).parent) if args.data else run["images"])
+    pictures = args.images or (str(Path(args.data).parent) if args.data else trained["images"])
     output = Path(args.output or (ckpt / "eval" if ckpt else "runs/eval-base"))
 
+    # Rows: rank 0 reads and checks, every rank gets the same samples.
     ranks = dist_utils.start()
     dtype = pick_dtype(args.dtype, ranks.device)
     folder = dist_utils.local_rank0_first(lambda: resolve_model(name))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if ckpt and not (args.min_pixels or args.max_pixels):
-        settings = ImageSettings(**run["image_settings"])
+        settings = ImageSettings(**trained["image_settings"])
     else:
         settings = image_settings(folder, args.min_pixels, args.max_pixels)
+    system = trained.get("system", "")
 
-    def load() -> VQAData:
-        data = load_data(
-            rows, images, tokenizer, settings, args.max_tokens, run.get("system", ""), args.allow_outside_images
-        )
+    def load() -> tuple[VQAData, list[list[str]]]:
+        data = load_data(rows, pictures, tokenizer, settings, args.max_tokens, system, args.allow_outside_images)
         output.mkdir(parents=True, exist_ok=True)
         stop_or_skip_bad([data], args.skip_bad, output)
-        return data
+        train_rows = read_rows(Path(trained["train"]))[0] if args.closed_set else []
+        closed = closed_sets([row.fields for row in train_rows], args.closed_set)
+        own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
+        return data, [mine or closed.get(s.fields["question"], []) for mine, s in zip(own, data.samples)]
 
-    data = dist_utils.from_rank0(load)
+    data, options = dist_utils.from_rank0(load)
     print0(f"{len(data.samples):,} questions of {rows}, {ckpt or 'base model ' + name}, {ranks.world_size} rank(s)")
-    base = load_base(folder, dtype, ranks.device)
-    model = TreeModel(load_adapter(base, ckpt) if ckpt else base, settings)
 
+    # Answers: of the base model, then with the adapter.
+    base = load_base(folder, dtype, ranks.device)
+    model = TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
     facts = {"model": name, "base": fingerprint(folder), "checkpoint": str(ckpt or ""), "rows": rows}
-    facts |= {"data": data.fingerprint(), "images": asdict(settings), "dtype": str(dtype), "versions": VERSIONS}
-    facts |= {"max_new_tokens": args.max_new_tokens, "max_tokens": args.max_tokens, "system": run.get("system", "")}
-    facts["manifest"] = sha256((ckpt / "manifest.json").read_bytes()).hexdigest() if ckpt else ""
+    facts |= {"data": data.fingerprint(), "images": asdict(settings), "system": system}
+    facts |= {"options": sha256(json.dumps(options).encode()).hexdigest()[:16]}
+    facts |= {"manifest": sha256((ckpt / "manifest.json").read_bytes()).hexdigest() if ckpt else ""}
+    facts |= {name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")}
+    facts |= {"dtype": str(dtype), "versions": VERSIONS}
     key = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    files, summaries = {}, {}
-    for kind in ["tuned", "base"] if ckpt and args.with_base else ["tuned" if ckpt else "base"]:
+    predictions = {}
+    for kind in ["base"] * (not ckpt or args.with_base) + ["tuned"] * bool(ckpt):
+        if kind == "tuned" and args.merge:
+            merge_lora(model.model)
+        run = Run(args, ranks, dtype, stop, output / f"partial-{kind}-{key}")
         with model.model.disable_adapter() if ckpt and kind == "base" else nullcontext():
-            store = output / f"partial-{kind}-{key}"
-            predictions = answer_all(model, data, ranks, dtype, tokenizer, args, store, stop)
-        if predictions is None:
+            answers = answer_all(model, data, tokenizer, run)
+            scored = answers and score_all(model, data, tokenizer, run, options)
+        if not scored:
             faulthandler.cancel_dump_traceback_later()
             print0(f"stopped by {stop.agreed()}; the same command goes on where it was")
             dist_utils.leave()
             return dist_utils.STOPPED
-        if ranks.is_main:
-            files[kind] = output / ("predictions-base.jsonl" if kind == "base" and ckpt else "predictions.jsonl")
-            write_whole(files[kind], "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in predictions))
-            summaries[kind] = summarize(predictions, args.numeric_tolerance)
-            shutil.rmtree(store)
+        predictions[kind] = [_prediction(*one) for one in zip(data.samples, answers, scored)]
+
     if ranks.is_main:
-        print0(summary_table(summaries))
-        summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": summaries}
-        if len(files) == 2:
-            both = (read_predictions(files[kind]) for kind in ("base", "tuned"))
-            summary["comparison"] = compare(*both, args.numeric_tolerance)
-            print0(describe_comparison(summary["comparison"]))
-        write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        print0(f"wrote {', '.join(map(str, files.values()))} and {output / 'summary.json'}")
+        write_results(output, predictions, data, facts, args)
     dist_utils.leave()
     return 0
+
+
+def write_results(output: Path, predictions: dict[str, list[dict]], data: VQAData, facts: dict, args) -> None:
+    """predictions.jsonl (and predictions-base.jsonl), summary.json and report.html, and the table on the screen."""
+    main_kind = "tuned" if "tuned" in predictions else "base"
+    for kind, answers in predictions.items():
+        name = "predictions.jsonl" if kind == main_kind else "predictions-base.jsonl"
+        write_whole(output / name, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answers))
+    scores = {kind: summarize(answers, args.numeric_tolerance) for kind, answers in predictions.items()}
+    summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": scores}
+    print0(summary_table(scores))
+    if len(predictions) == 2:
+        summary["comparison"] = compare(predictions["base"], predictions["tuned"], args.numeric_tolerance)
+        print0(describe_comparison(summary["comparison"]))
+    write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    for store in output.glob("partial-*"):
+        shutil.rmtree(store)
+    print0(f"wrote predictions.jsonl, summary.json and report.html in {output}")
+
+
+def _prediction(sample: Sample, answer: dict, scored: dict) -> dict:
+    """A line of predictions.jsonl."""
+    fields = sample.fields
+    return {
+        "id": sample.id,
+        "where": sample.where,
+        "images": [Path(image).name for image in sample.images],
+        "question": fields["question"],
+        "answer": fields["answer"],
+        "right": normalize(answer["prediction"]) == normalize(fields["answer"]),
+        "question_type": question_type(fields),
+        **answer,
+        **scored,
+    }
 
 
 def read_predictions(path: Path) -> list[dict]:

@@ -7,6 +7,7 @@ The base model is transformers' own, unedited. It is given three things: a tree 
 import hashlib
 import re
 import types
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def fingerprint(folder: str) -> str:
     for path in sorted(Path(folder).glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()[:16]
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Matrix products in `dtype`, LoRA weights and cross-entropy in float32; nothing to do when all is float32."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
 def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -134,12 +146,22 @@ def use_lean_lora(model: PeftModel) -> PeftModel:
 
 def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     y = F.linear(x, layer.base_layer.weight)
-    if layer.disable_adapters:
+    if layer.disable_adapters or layer.merged:
         return y
     a = layer.lora_A["default"].weight.to(x.dtype)  # (r, in)
     b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(x.dtype)  # (out, r)
     low = layer.lora_dropout["default"](x).flatten(0, -2) @ a.T  # (T, r)
     return torch.addmm(y.flatten(0, -2), low, b.T).view_as(y)
+
+
+@torch.no_grad()
+def merge_lora(model: PeftModel) -> None:
+    """Add LoRA to the base weights, in float32 and rounded once to their type. From then on layers skip their LoRA."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            weight, delta = layer.base_layer.weight, layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            weight.copy_(weight.float() + layer.scaling["default"] * delta)
+            layer.merged_adapters.append("default")
 
 
 def choose_memory_budget(config, tokens: int, dropout: bool, device: torch.device) -> float:

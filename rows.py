@@ -138,6 +138,7 @@ def _parse_row(where: str, row) -> Row:
     else:
         raise ValueError(f"no question, conversations or messages field among: {', '.join(row) or 'no fields at all'}")
     _check_turns(messages)
+    _check_options(row.get("options"))
     kept = {key: row[key] for key in ("id", "question_type", "options") if row.get(key) is not None}
     fields = {"id": where, **kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
     return Row(where, messages, images, fields)
@@ -249,6 +250,14 @@ def _check_turns(messages: list[dict]) -> None:
     for message in turns:
         if not _text_of(message).strip():
             raise ValueError(f"no {'question' if message['role'] == 'user' else 'answer'}: a turn has no text")
+
+
+def _check_options(options) -> None:
+    texts = options if isinstance(options, list) else [None]
+    if options is not None and not (all(isinstance(text, str) and text.strip() for text in texts) and len(texts) > 1):
+        raise ValueError("`options` must be a list of two or more texts")
+    if options is not None and len(set(options)) < len(options):
+        raise ValueError("`options` names a text twice")
 
 
 def _text_of(message: dict) -> str:

@@ -169,6 +169,37 @@ def calibration_error(confidences: list[float], right: list[bool], bins: int = 1
 # ------------------------------------------------------------------------------------------------- predictions of a run
 
 
+def closed_sets(rows: list[dict], at_most: int) -> dict[str, list[str]]:
+    """Questions with 2 to `at_most` different answers among rows of question and answer -> those answers, the commonest
+    first, each as most rows write it."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["question"], {}).setdefault(normalize(row["answer"]), Counter())[row["answer"]] += 1
+    sets = {question: answers for question, answers in found.items() if 2 <= len(answers) <= at_most}
+    return {
+        question: [written.most_common(1)[0][0] for written in sorted(answers.values(), key=lambda w: -w.total())]
+        for question, answers in sets.items()
+    }
+
+
+def score_options(predictions: list[dict], images: list[str]) -> dict:
+    """Of predictions with `options` (text: probability): whether the likeliest is right, and how far its probability
+    tells; of yes and no among them, the area under the ROC curve of yes against no."""
+    right = [normalize(one["option"]) == normalize(one["answer"]) for one in predictions]
+    result = {"top1": mean_with_interval(right, images)}
+    result["calibration_error"] = calibration_error([one["options"][one["option"]] for one in predictions], right)
+    yes, truth = [], []
+    for one in predictions:
+        share = {normalize(option): p for option, p in one["options"].items()}
+        if normalize(one["answer"]) in ("yes", "no") and {"yes", "no"} <= share.keys():
+            yes.append(share["yes"] / max(share["yes"] + share["no"], 1e-300))
+            truth.append(normalize(one["answer"]) == "yes")
+    if len(set(truth)) == 2:
+        error = calibration_error([max(p, 1 - p) for p in yes], [(p > 0.5) == t for p, t in zip(yes, truth)])
+        result["yes/no"] = {"auroc": auroc(yes, truth), "calibration_error": error, "questions": len(yes)}
+    return result
+
+
 def summarize(predictions: list[dict], tolerance: float, closed: int = 10) -> dict:
     """Every score with its interval: over all answers, by question type and by question text; for each question with at
     most `closed` different true answers its confusion table. A prediction has images, question, answer, prediction
@@ -190,6 +221,11 @@ def summarize(predictions: list[dict], tolerance: float, closed: int = 10) -> di
         table = confusion([one["prediction"] for one in asked], [one["answer"] for one in asked])
         if 1 < len(table) <= closed:
             summary["closed"][question] = {"balanced_accuracy": balanced_accuracy(table), "confusion": table}
+    loss = sum(one["loss"] for one in predictions) / sum(one["answer_tokens"] for one in predictions)
+    forced = mean_with_interval([one["teacher_forced"] for one in predictions], images)
+    summary["teacher_forced"] = {"loss": loss, "exact_match": forced}
+    if asked := [i for i, one in enumerate(predictions) if "options" in one]:
+        summary["options"] = score_options([predictions[i] for i in asked], [images[i] for i in asked])
     return summary
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from rows import InputError
 
+DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
+
 
 class Wrong(str):
     """What is wrong with a value. Kept in the value's place until all problems can be told together."""
 
 
-def _number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float = math.inf):
     def convert(text: str):
         try:
             value = kind(text)
@@ -24,7 +26,7 @@ def _number(kind: type, low: float, high: float = math.inf):
     return convert
 
 
-def _choice(*names: str):
+def choice(*names: str):
     return lambda text: text if text in names else Wrong(f"{text!r} is none of {', '.join(names)}")
 
 
@@ -36,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _budget(text: str):
-    return text if text == "auto" else _number(float, 0, 1)(text)
+    return text if text == "auto" else number(float, 0, 1)(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    count, positive, share = _number(int, 0), _number(int, 1), _number(float, 0, 1)
+    count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
     add = parser.add_argument_group("data").add_argument
     add("--train", default="", help="rows to train on, JSON array or JSON lines; empty: the embedded demo")
     add("--val", default="", help="rows to evaluate on during training; empty: none")
@@ -60,26 +62,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-outside-images", action=argparse.BooleanOptionalAction, default=False, help="images outside --images")
     add("--workers", type=count, default=4, help="processes a rank that decode images; 0: in the training process")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="Qwen/Qwen3-VL-8B-Instruct", help="hub name or folder of a Qwen3-VL model")
-    add("--dtype", type=_choice("auto", "bfloat16", "float32"), default="auto",
+    add("--model", default=DEFAULT_MODEL, help="hub name or folder of a Qwen3-VL model")
+    add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto",
         help="of the frozen weights and of autocast; auto: bfloat16 on CUDA, float32 elsewhere")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers on CUDA: faster, leaner")
     add("--memory-budget", type=_budget, default="auto", help="share of activations kept, 0 to 1; auto: what fits")
     add("--lora-r", type=positive, default=16, help="rank of the LoRA matrices")
-    add("--lora-alpha", type=_number(float, 0), default=32.0, help="LoRA output is scaled by alpha / r")
+    add("--lora-alpha", type=number(float, 0), default=32.0, help="LoRA output is scaled by alpha / r")
     add("--lora-dropout", type=share, default=0.05, help="dropout before LoRA; 0: none")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=3, help="passes over the questions")
     add("--batch-size", type=positive, default=96, help="questions an optimizer step, over all GPUs")
     add("--questions-per-image", type=count, default=0, help="branches a tree at most; 0: all, 1: no sharing")
     add("--max-tokens", type=positive, default=8192, help="tokens a micro-batch at most; bounds memory")
-    add("--lr", type=_number(float, 0), default=1e-4, help="peak learning rate")
-    add(
-        "--schedule", type=_choice("cosine", "linear", "constant"), default="cosine", help="learning rate after warm-up"
-    )
-    add("--warmup", type=_number(float, 0), default=0.03, help="steps, or below 1 a share of all steps; 0: none")
-    add("--weight-decay", type=_number(float, 0), default=0.0, help="AdamW's; 0: none")
-    add("--max-grad-norm", type=_number(float, 0), default=1.0, help="gradient clipping; 0: none")
+    add("--lr", type=number(float, 0), default=1e-4, help="peak learning rate")
+    add("--schedule", type=choice("cosine", "linear", "constant"), default="cosine", help="learning rate after warm-up")
+    add("--warmup", type=number(float, 0), default=0.03, help="steps, or below 1 a share of all steps; 0: none")
+    add("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's; 0: none")
+    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradient clipping; 0: none")
     add("--seed", type=count, default=0, help="of the LoRA weights, the order and dropout")
     add("--max-steps", type=count, default=0, help="optimizer steps at most; 0: all epochs")
     add = parser.add_argument_group("output").add_argument
@@ -119,20 +119,30 @@ def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Na
             below.append(action.option_strings[0 if value else 1])  # --name, --no-name
         else:
             below.append(f"{action.option_strings[0]}={value}")
+    settings, wrong = parse_words(parser, below + argv)
+    problems += wrong
+    if settings and settings.train:
+        problems += _check_paths(settings)
+    refuse(problems)
+    return settings
+
+
+def parse_words(parser: Parser, words: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
+    """Settings and all that is wrong with them; None where argparse can't go on."""
     try:
-        settings, unknown = parser.parse_known_args(below + argv)
-    except InputError as error:  # a flag without its value: argparse can't go on
-        problems.append(str(error))
-    else:
-        problems += [f"{word}: no such flag" for word in unknown]
-        for name, value in vars(settings).items():
-            if isinstance(value, Wrong):
-                problems.append(f"--{name.replace('_', '-')}: {value}")
-        if settings.train:
-            problems += _check_paths(settings)
+        settings, unknown = parser.parse_known_args(words)
+    except InputError as error:  # a flag without its value
+        return None, [str(error)]
+    problems = [f"{word}: no such flag" for word in unknown]
+    for name, value in vars(settings).items():
+        if isinstance(value, Wrong):
+            problems.append(f"--{name.replace('_', '-')}: {value}")
+    return settings, problems
+
+
+def refuse(problems: list[str]) -> None:
     if problems:
         raise InputError("wrong settings:\n" + "\n".join(f"  {problem}" for problem in problems))
-    return settings
 
 
 def _check_paths(settings: argparse.Namespace) -> list[str]:

@@ -37,17 +37,20 @@ from checkpoints import (
 )
 from data import TreeDataset, VQAData, describe_sample, image_settings, length_histogram, load_data, stop_or_skip_bad
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_everything, unwrap
-from eval import accuracy_table, autocast, evaluate, make_loader, next_batches, padding, pick_dtype
+from eval import accuracy_table, evaluate
+from feed import make_loader, next_batches, padding
 from metrics import Metrics
 from model import (
     MEMORY_BUDGETS,
     TreeModel,
     add_lora,
+    autocast,
     choose_memory_budget,
     compile_layers,
     fingerprint,
     load_base,
     lora_table,
+    pick_dtype,
     resolve_model,
 )
 from rows import InputError

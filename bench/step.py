@@ -28,8 +28,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import ImageSettings, Sample, VQAData, build_batch
-from eval import autocast, padding
-from model import LORA_TARGETS, TreeModel, add_lora, compile_layers, prepare_base
+from feed import padding
+from model import LORA_TARGETS, TreeModel, add_lora, autocast, compile_layers, prepare_base
 from trees import StepFacts, Work, grow_tree
 
 QWEN3_VL_8B = {

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import checkpoints
 import data
 import dist_utils
-import eval as evaluation
+import feed
 import train
 
 HERE = Path(__file__).parent
@@ -192,7 +192,7 @@ def short_timeouts(seconds: int, then) -> None:
 
 def stall_in_worker() -> None:
     """A data worker never comes back from its third picture on."""
-    evaluation.STALLED_AFTER, real, count = 3, data.load_patches, iter(range(1000))
+    feed.STALLED_AFTER, real, count = 3, data.load_patches, iter(range(1000))
 
     def load_patches(*args):
         if os.environ.get("ONELOOK_TEST_MAIN") != str(os.getpid()) and next(count) > 2:

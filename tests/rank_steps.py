@@ -8,7 +8,7 @@ import torch
 
 import dist_utils
 from data import TreeDataset
-from eval import make_loader
+from feed import make_loader
 from train import by_step, train_step
 from trees import PlanSettings, StepSampler
 

@@ -12,8 +12,7 @@ from test_exact import whole
 
 from attention import tree_attention, tree_mask, visible
 from data import build_batch
-from eval import autocast
-from model import LORA_TARGETS, TreeModel, compile_layers, prepare_base, use_lean_lora
+from model import LORA_TARGETS, TreeModel, autocast, compile_layers, prepare_base, use_lean_lora
 from trees import Work, grow_tree
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -1,50 +1,106 @@
 """Generated answers equal plain `model.generate` one by one; scoring counts what it says."""
 
 import json
+import math
 from argparse import Namespace
 
 import pytest
 import tiny
 import torch
 from faults import arguments
+from transformers import AutoTokenizer
 
+import answers
 import eval as evaluation
 import train
+from answers import Run, generate, score_all, with_answer
 from data import build_batch
 from dist_utils import STOPPED, Ranks, Stop
-from eval import answer_all, evaluate, generate
+from eval import evaluate
+from model import merge_lora
 from rows import InputError
 from trees import Work, whole_trees
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-def plain_answers(world, ours, adapter, stop_token: int) -> list[list[int]]:
-    """Greedy decoding of each row alone by transformers' own generate, up to the stop token."""
+def plain_answers(world, ours, adapter, stop_token: int) -> tuple[list[list[int]], list[float]]:
+    """Greedy decoding of each row alone by transformers' own generate, up to the stop token, and its probabilities."""
     reference = tiny.Reference(world, ours, adapter)
-    answers = []
+    found, probabilities = [], []
     for line in (world / "rows.jsonl").read_text().splitlines():
         inputs = reference.inputs(json.loads(line), answered=False)
         del inputs["labels"]
-        out = reference.model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=stop_token)
-        new = out[0, inputs["input_ids"].shape[1] :].tolist()
-        answers.append(new[: new.index(stop_token)] if stop_token in new else new)
-    return answers
+        how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": stop_token}
+        out = reference.model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
+        new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        found.append(new[: new.index(stop_token)] if stop_token in new else new)
+        probabilities.append(math.prod(step.softmax(-1).max().item() for step in out.logits))
+    return found, probabilities
 
 
 @pytest.mark.parametrize("budget", [500, 5000])
 def test_answers_equal_plain_generation_one_by_one(world, tmp_path, budget):
     model = tiny.lora_model(world).eval()
     never = 1  # a token that this model does not produce
-    free = plain_answers(world, model, tmp_path, never)
+    free, _ = plain_answers(world, model, tmp_path, never)
     stop_token = free[5][3]  # one that ends some answers early, at different lengths
-    expected = plain_answers(world, model, tmp_path, stop_token)
+    expected, probabilities = plain_answers(world, model, tmp_path, stop_token)
     assert len({len(answer) for answer in expected}) > 1
     data, dataset = tiny.load_world(world)
     for work in (Work(batch) for batch in whole_trees(data.samples, budget)):
         batch = build_batch(data, work, dataset.settings, prompts_only=True)
-        for index, answer in zip(batch.samples, generate(model, batch, 8, stop_token)):
+        for index, (answer, probability) in zip(batch.samples, generate(model, batch, 8, stop_token)):
             assert answer == expected[index], data.samples[index].where
+            assert probability == pytest.approx(probabilities[index], rel=1e-4)
+
+
+def test_merged_weights_give_the_same_answers(world):
+    model = tiny.lora_model(world).eval()
+    data, dataset = tiny.load_world(world)
+    works = [Work(batch) for batch in whole_trees(data.samples, 700)]
+    batches = [build_batch(data, work, dataset.settings, prompts_only=True) for work in works]
+    apart = [generate(model, batch, 8, 1) for batch in batches]
+    with model.model.disable_adapter():
+        base = [generate(model, batch, 8, 1) for batch in batches]
+    merge_lora(model.model)
+    for batch, expected, without in zip(batches, apart, base):
+        (texts, shares), (wanted, probabilities) = zip(*generate(model, batch, 8, 1)), zip(*expected)
+        assert texts == wanted and shares == pytest.approx(probabilities, rel=1e-3)
+        assert shares != pytest.approx([probability for _, probability in without], rel=1e-3)
+
+
+def test_options_are_weighed_as_if_each_were_the_answer_of_a_row_of_its_own(world, tmp_path):
+    """Against transformers' loss on rows whose answer is the option."""
+    data, _ = tiny.load_world(world)
+    model = tiny.lora_model(world).eval()
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    chosen = {0: ["0", "1", "about 2 or more"], 17: ["upper left 0", "no"], 30: ["a growth", "a polyp"]}
+    options = [chosen.get(index, []) for index in range(len(rows))]
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    run = Run(Namespace(max_tokens=700, workers=0), ALONE, torch.float32, Stop(), tmp_path / "store")
+    scored = score_all(model, data, tokenizer, run, options)
+    reference = tiny.Reference(world, model, tmp_path / "adapter")
+    for index, texts in chosen.items():
+        losses = []
+        for text in texts:
+            inputs = reference.inputs(rows[index] | {"answer": text})
+            losses.append(reference.model(**inputs).loss.item() * int((inputs["labels"] != -100).sum()))
+        expected = torch.tensor(losses).neg().softmax(0).tolist()
+        assert list(scored[index]["options"]) == texts
+        assert list(scored[index]["options"].values()) == pytest.approx(expected, rel=1e-3)
+        assert scored[index]["option"] == texts[expected.index(max(expected))]
+    assert all(("options" in one) == (index in chosen) for index, one in enumerate(scored))
+
+
+def test_an_option_takes_the_place_of_the_last_answer_only(world):
+    data, _ = tiny.load_world(world)
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    two_turns = data.samples[31]
+    other = with_answer(two_turns, "seven", tokenizer)
+    text, before = tokenizer.decode(other.ids), tokenizer.decode(two_turns.ids)
+    assert text == before.replace("two of them", "seven")
+    assert tokenizer.decode(other.ids[other.trained]) == "seven<|im_end|>"
 
 
 def test_an_evaluation_covers_every_sample_once_in_order(world):
@@ -64,18 +120,6 @@ def test_loss_equals_the_reference_and_does_not_depend_on_packing(world, tmp_pat
         result = evaluate(model, data, whole_trees(data.samples, budget), ALONE, torch.float32, 0, Stop())
         assert result["loss"] == pytest.approx(expected, rel=1e-5)
         assert result["questions"] == len(data.samples)
-
-
-def test_predictions_come_in_the_order_of_rows(world, tmp_path):
-    from transformers import AutoTokenizer
-
-    data, _ = tiny.load_world(world)
-    tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    args = Namespace(max_tokens=700, max_new_tokens=2, workers=0)
-    model = tiny.lora_model(world)
-    predictions = answer_all(model, data, ALONE, torch.float32, tokenizer, args, tmp_path / "store", Stop())
-    assert [one["where"] for one in predictions] == [sample.where for sample in data.samples]
-    assert predictions[0].keys() >= {"id", "question", "answer", "prediction", "right", "question_type", "images"}
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +145,59 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
     assert gain == pytest.approx(found["mean"] - base["all"]["exact_match"]["mean"]) and gain > 0
     assert "McNemar p = " in capsys.readouterr().out and not list(tmp_path.glob("partial-*"))
     files = tmp_path / "predictions-base.jsonl", tmp_path / "predictions.jsonl"
+    data, _ = tiny.load_world(world)
+    lines = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert [line["where"] for line in lines] == [sample.where for sample in data.samples]
+    assert lines[0].keys() >= {
+        "id",
+        "question",
+        "answer",
+        "prediction",
+        "right",
+        "question_type",
+        "images",
+        "confidence",
+    }
     assert evaluation.main(["--compare", *map(str, files)]) == 0
     assert f"{100 * gain:+.1f} points" in capsys.readouterr().out
     (tmp_path / "fewer.jsonl").write_text("".join(files[0].read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(InputError, match="same rows"):
         evaluation.main(["--compare", str(files[0]), str(tmp_path / "fewer.jsonl")])
+
+
+def test_closed_questions_are_weighed_and_scored(world, run, tmp_path):
+    """Questions with a few answers in the training rows, and a row with options of its own."""
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps(row | ({"options": ["0", "1"]} if number == 0 else {})) + "\n" for number, row in enumerate(rows)
+        )
+    )
+    words = ["--output", tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--images", world / "images"]
+    assert answer(run, *words, "--options", "--closed-set=4") == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    asked = [line for line in lines if "options" in line]
+    assert len(asked) == 4 and list(asked[0]["options"]) == ["0", "1"]
+    assert {option for line in asked[1:] for option in line["options"]} == {"yes", "no", "no text"}
+    assert all(sum(line["options"].values()) == pytest.approx(1) for line in asked)
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]["tuned"]["options"]
+    right = [line["option"] == line["answer"] for line in asked]
+    assert found["top1"]["mean"] == sum(right) / 4 and found["yes/no"]["questions"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--max-tokens=none", "--workers=-1"], ["--max-tokens: 'none'", "--workers: -1 is not"]),
+        (["--with-base"], ["--with-base: needs --ckpt"]),
+        (["--closed-set=3"], ["--closed-set: needs --ckpt"]),
+        (["--what"], ["--what: no such flag"]),
+    ],
+)
+def test_wrong_settings_are_told_all_at_once(words, told):
+    with pytest.raises(InputError) as error:
+        evaluation.parse(words)
+    assert all(text in str(error.value) for text in told)
 
 
 def test_base_answers_are_those_of_the_model_without_an_adapter(world, run, tmp_path):
@@ -118,7 +210,7 @@ def test_base_answers_are_those_of_the_model_without_an_adapter(world, run, tmp_
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path, monkeypatch):
     words = ("--output", tmp_path / "out", "--max-tokens=300")
-    stop, calls, real = Stop(), [], evaluation.generate
+    stop, calls, real = Stop(), [], answers.generate
 
     def generate(*args):
         calls.append(args)
@@ -126,7 +218,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path, monkeypat
             stop.reason = "SIGTERM"
         return real(*args)
 
-    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(answers, "generate", generate)
     assert answer(run, *words, stop=stop) == STOPPED and len(calls) == 3
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
     (store,) = (tmp_path / "out").glob("partial-tuned-*")

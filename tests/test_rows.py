@@ -125,11 +125,17 @@ def test_rows_that_share_a_line_of_an_array_are_told_apart(tmp_path):
 
 
 def test_id_question_type_and_options_are_kept_as_they_are(tmp_path):
-    options = {"A": ["polyp", {"size": 3}], "B": None, "C": 1.5}
+    options = ["two", "Three", " 4"]
     for row in (flat(image="a.png"), *(FORMATS[name][0] for name in ("LLaVA", "messages", "parts"))):
         kept = {"id": 17, "question_type": "count", "options": options}
         (read_row,), _ = read(tmp_path, json.dumps(row | kept))
         assert read_row.fields == {**kept, "question": "How many polyps?", "answer": "two"}
+
+
+@pytest.mark.parametrize("options", [{"A": "yes"}, "yes", ["yes"], ["yes", 1], ["yes", " "], ["yes", "yes"], []])
+def test_options_that_are_no_choice_are_refused(tmp_path, options):
+    _, (bad,) = read(tmp_path, write_lines([flat(image="a.png", options=options)]))
+    assert "`options`" in bad.reason
 
 
 def test_a_row_without_an_id_is_known_by_its_line(tmp_path):

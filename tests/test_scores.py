@@ -145,3 +145,30 @@ def test_auroc_and_calibration():
     assert scores.auroc([0.5, 0.5], [True, False]) == 0.5 and math.isnan(scores.auroc([0.5], [True]))
     assert scores.calibration_error([0.95, 0.95, 0.15, 0.15], [True, True, False, False]) == pytest.approx(0.1)
     assert scores.calibration_error([1.0, 1.0], [True, False]) == pytest.approx(0.5)
+
+
+def test_closed_sets_are_questions_with_few_answers():
+    pairs = [
+        ("text?", "yes"),
+        ("text?", "No"),
+        ("text?", "no."),
+        ("text?", "no."),
+        ("where?", "a b"),
+        ("alone?", "yes"),
+    ]
+    pairs += [("where?", str(n)) for n in range(5)]
+    rows = [{"question": question, "answer": answer} for question, answer in pairs]
+    assert scores.closed_sets(rows, 3) == {"text?": ["no.", "yes"]}
+    assert set(scores.closed_sets(rows, 6)) == {"text?", "where?"} and scores.closed_sets(rows, 0) == {}
+
+
+def test_options_are_scored_by_the_likeliest_and_by_yes_against_no():
+    def line(answer: str, **options: float) -> dict:
+        return {"answer": answer, "options": options, "option": max(options, key=options.get)}
+
+    lines = [line("yes", yes=0.6, no=0.1, unclear=0.3), line("no", yes=0.5, no=0.4, unclear=0.1)]
+    lines += [line("no", yes=0.1, no=0.9), line("unclear", yes=0.1, no=0.1, unclear=0.8)]
+    found = scores.score_options(lines, ["a", "b", "c", "c"])
+    assert found["top1"]["mean"] == 0.75 and found["calibration_error"] == pytest.approx((0.4 + 0.5 + 0.1 + 0.2) / 4)
+    assert found["yes/no"]["auroc"] == 1 and found["yes/no"]["questions"] == 3
+    assert "yes/no" not in scores.score_options(lines[2:], ["c", "c"])
