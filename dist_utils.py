@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -206,9 +207,10 @@ def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
         if parameter.requires_grad:
             dist.broadcast(parameter.data, src=0)
     ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(
-        module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
-    )
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renames broadcast_buffers
+        return DistributedDataParallel(
+            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
+        )
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

@@ -78,9 +78,12 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------- workload
 
 
-def random_model(config: dict, dtype: torch.dtype, device: torch.device) -> Qwen3VLForConditionalGeneration:
+def random_model(
+    config: dict | Qwen3VLConfig, dtype: torch.dtype, device: torch.device
+) -> Qwen3VLForConditionalGeneration:
     """A model of random weights, made where it is needed."""
-    config = Qwen3VLConfig(**config, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False)
+    if isinstance(config, dict):
+        config = Qwen3VLConfig(**config, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False)
     config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -132,15 +135,20 @@ def make_data(preset: Preset, questions: int, folder: Path) -> tuple[VQAData, Im
 # ---------------------------------------------------------------------------------------------------------------- cases
 
 
-def recipe_inputs(batch, padded: int) -> tuple[dict, torch.Tensor]:
-    """A batch of one question as transformers' model takes it, padded on the right, and its labels."""
-    short = padded - len(batch.ids)
+def model_inputs(batch, padded: int = 0, image_token: int = IMAGE_TOKEN) -> dict:
+    """A batch of one question as transformers' model takes it, padded on the right to `padded` tokens."""
+    short = max(0, padded - len(batch.ids))
     ids = torch.nn.functional.pad(batch.ids, (0, short))[None]
-    labels = torch.full_like(ids, -100)
-    labels[0, batch.answer_at + 1] = batch.targets
     inputs = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(torch.ones_like(batch.ids), (0, short))[None]}
     inputs["pixel_values"] = ((batch.patches / 255 - 0.5) / 0.5)[:, :, None].expand(-1, -1, 2, -1).flatten(1)
-    inputs |= {"image_grid_thw": batch.grid, "mm_token_type_ids": (ids == IMAGE_TOKEN).int()}
+    return inputs | {"image_grid_thw": batch.grid, "mm_token_type_ids": (ids == image_token).int()}
+
+
+def recipe_inputs(batch, padded: int) -> tuple[dict, torch.Tensor]:
+    """Those inputs, and their labels."""
+    inputs = model_inputs(batch, padded)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, batch.answer_at + 1] = batch.targets
     return inputs, labels
 
 
@@ -331,17 +339,24 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ceiling = matmul_tflops(device, dtype)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
-    print(f"{name}: matrix products {ceiling:.2f} TFLOP/s", flush=True)
+    print(f"{device_name(device)}: matrix products {ceiling:.2f} TFLOP/s", flush=True)
     rows = list(run_cases(args, PRESETS[args.preset], device, dtype, ceiling))
     print_table(rows)
     if args.json:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        result = {"name": args.name, "device": name, "matmul_tflops": ceiling, "versions": versions}
-        result["commit"] = found.stdout.strip() if found.returncode == 0 else ""
-        result |= {"command": " ".join(sys.argv), "rows": rows}
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(Path(args.json), args.name, device, {"matmul_tflops": ceiling, "rows": rows})
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
+
+
+def write_json(path: Path, name: str, device: torch.device, found: dict) -> None:
+    """What was found, with what it was found on."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    result = {"name": name, "date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": versions}
+    result |= {"commit": commit, "command": " ".join(sys.argv), **found}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
