@@ -10,6 +10,7 @@ import string
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -200,6 +201,15 @@ def score_options(predictions: list[dict], images: list[str]) -> dict:
     return result
 
 
+def bleu(predictions: list[dict]) -> dict:
+    """Corpus BLEU by sacrebleu, with its signature. Raises ModuleNotFoundError where sacrebleu is not installed."""
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU()
+    found = metric.corpus_score([one["prediction"] for one in predictions], [[one["answer"] for one in predictions]])
+    return {"score": found.score, "signature": str(metric.get_signature())}
+
+
 def summarize(predictions: list[dict], tolerance: float, closed: int = 10) -> dict:
     """Every score with its interval: over all answers, by question type and by question text; for each question with at
     most `closed` different true answers its confusion table. A prediction has images, question, answer, prediction
@@ -224,6 +234,8 @@ def summarize(predictions: list[dict], tolerance: float, closed: int = 10) -> di
     loss = sum(one["loss"] for one in predictions) / sum(one["answer_tokens"] for one in predictions)
     forced = mean_with_interval([one["teacher_forced"] for one in predictions], images)
     summary["teacher_forced"] = {"loss": loss, "exact_match": forced}
+    if find_spec("sacrebleu"):
+        summary["bleu"] = bleu(predictions)
     if asked := [i for i, one in enumerate(predictions) if "options" in one]:
         summary["options"] = score_options([predictions[i] for i in asked], [images[i] for i in asked])
     return summary

@@ -27,6 +27,16 @@ def test_the_benchmark_prints_a_table_and_writes_json(tmp_path):
     assert {"name", "device", "versions", "commit", "command"} <= result.keys() and "ms/question" in done.stdout
 
 
+def test_the_evaluation_benchmark_gets_the_same_answers_both_ways(world, tmp_path):
+    words = [sys.executable, STEP.with_name("evaluate.py"), "--model", world / "model", "--rows", world / "rows.jsonl"]
+    words += ["--images", world / "images", "--workers", 0, "--alone", 4, "--json", tmp_path / "out.json"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    alone, trees, scores = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert trees["questions"] == scores["questions"] == 33 and 1 < alone["questions"] <= 4
+    assert trees["same"] == 1 and all(row["questions_per_s"] > 0 for row in (alone, trees, scores))
+
+
 @pytest.mark.parametrize("questions", [1, 9])
 def test_counted_operations_are_torch_s(tmp_path, questions, monkeypatch):
     preset, cpu = bench.PRESETS["tiny"], torch.device("cpu")

@@ -172,3 +172,11 @@ def test_options_are_scored_by_the_likeliest_and_by_yes_against_no():
     assert found["top1"]["mean"] == 0.75 and found["calibration_error"] == pytest.approx((0.4 + 0.5 + 0.1 + 0.2) / 4)
     assert found["yes/no"]["auroc"] == 1 and found["yes/no"]["questions"] == 3
     assert "yes/no" not in scores.score_options(lines[2:], ["c", "c"])
+
+
+def test_bleu_is_that_of_sacrebleu():
+    right = [{"prediction": "the polyp is in the upper left", "answer": "the polyp is in the upper left"}]
+    wrong = [{"prediction": "a polyp is at the lower left", "answer": "the polyp is in the upper left"}]
+    found = scores.bleu(right)
+    assert found["score"] == pytest.approx(100) and "version" in found["signature"]
+    assert scores.bleu(wrong)["score"] < scores.bleu(right + wrong)["score"] < 100
