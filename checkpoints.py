@@ -21,6 +21,7 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from card import model_card
 from dist_utils import print0, restarted, unwrap
 from model import save_adapter
 from rows import InputError
@@ -38,6 +39,7 @@ _locks = []  # open files: a lock lasts as long as its file is open
 def write_checkpoint(folder: Path, model, state: dict) -> None:
     """Write adapter, state and manifest, all of it on disk on return."""
     save_adapter(unwrap(model).model, folder)
+    (folder / "README.md").write_text(model_card(state), encoding="utf-8")
     buffer = io.BytesIO()
     torch.save(state, buffer)
     (folder / "state.pt").write_bytes(buffer.getbuffer())
@@ -126,6 +128,23 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def pick_checkpoint(folder: Path) -> Path:
+    """The folder itself, or of a run's folder its best checkpoint, or its newest where none is marked best."""
+    found = [folder] if (folder / "state.pt").exists() else checkpoints(folder)[-1:]
+    if (best := folder / "best.json").exists():
+        found = [folder / json.loads(best.read_text())["checkpoint"]]
+    if not found:
+        raise InputError(f"--ckpt: {folder} is neither a checkpoint nor a run's folder with one")
+    if problem := damage(found[0]):
+        raise InputError(f"--ckpt: {found[0]} is damaged: {problem}; name another checkpoint")
+    return found[0]
+
+
+def read_state(folder: Path) -> dict:
+    """A checkpoint's state.pt: plain values and tensors; anything that would run code is refused."""
+    return torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+
+
 def find_checkpoint(choice: str, output: Path, identity: dict) -> Path | None:
     """The checkpoint that --resume names, with "auto" the newest undamaged one; None when there is none yet.
 
@@ -150,7 +169,7 @@ def find_checkpoint(choice: str, output: Path, identity: dict) -> Path | None:
 
 def load_checkpoint(folder: Path, model, optimizer, output: Path) -> dict:
     """Give model and optimizer what a checkpoint holds. Returns its state."""
-    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    state = read_state(folder)
     set_peft_model_state_dict(unwrap(model).model, load_file(folder / "adapter_model.safetensors"))
     optimizer.load_state_dict(state["optimizer"])
     print0(f"resumed {folder} at step {state['step']}")

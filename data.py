@@ -125,16 +125,19 @@ def load_data(
     max_tokens: int,
     system: str = "",
     allow_outside_images: bool = False,
+    limit: int = 0,
 ) -> VQAData:
     """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
 
-    `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample. Raises
-    InputError when the file can't be read or the system prompt holds special tokens.
+    `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample. `limit` is
+    how many rows are used at most; 0: all. Raises InputError when the file can't be read or the system prompt holds
+    special tokens.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if literal := [token for token in special if token in system]:
         raise InputError(f"the system prompt holds the special token {literal[0]}")
     parsed, bad = read_rows(Path(path))
+    parsed = parsed[: limit or None]
     rows = []
     for row in parsed:
         row.images, reason = _resolve(row.images, Path(images_dir), allow_outside_images)

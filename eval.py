@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 import dist_utils
 from answers import Run, answer_all, score_all, score_samples
-from checkpoints import VERSIONS, checkpoints, damage, write_whole
+from checkpoints import VERSIONS, pick_checkpoint, read_state, write_whole
 from data import ImageSettings, Sample, TreeDataset, VQAData, image_settings, load_data, stop_or_skip_bad
 from dist_utils import Ranks, Stop, print0
 from feed import make_loader, my_share, next_batches, padding
@@ -82,18 +82,6 @@ def accuracy_table(columns: dict[str, dict]) -> str:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def pick_checkpoint(folder: Path) -> Path:
-    """The folder itself, or of a run's folder its best checkpoint, or its newest where none is marked best."""
-    found = [folder] if (folder / "state.pt").exists() else checkpoints(folder)[-1:]
-    if (best := folder / "best.json").exists():
-        found = [folder / json.loads(best.read_text())["checkpoint"]]
-    if not found:
-        raise InputError(f"--ckpt: {folder} is neither a checkpoint nor a run's folder with one")
-    if problem := damage(found[0]):
-        raise InputError(f"--ckpt: {found[0]} is damaged: {problem}; name another checkpoint")
-    return found[0]
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Settings from the command line. Raises InputError of all that is wrong with them."""
     parser = Parser("eval.py", description="Answer questions with a checkpoint or a base model, and score the answers.",
@@ -148,7 +136,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if args.compare:
         return compare_files(*map(Path, args.compare), args.numeric_tolerance)
     ckpt = pick_checkpoint(Path(args.ckpt)) if args.ckpt else None
-    trained = torch.load(ckpt / "state.pt", weights_only=True, map_location="cpu")["settings"] if ckpt else {}
+    trained = read_state(ckpt)["settings"] if ckpt else {}
     name, rows = args.model or trained.get("model", DEFAULT_MODEL), args.data or trained.get("val", "")
     if not rows:
         raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")

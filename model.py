@@ -1,11 +1,14 @@
 """Model: Qwen3-VL with LoRA, run on trees.
 
+python model.py merge --ckpt runs/kvasir --out merged       # a model folder that needs no PEFT (merge.py)
+
 The base model is transformers' own, unedited. It is given three things: a tree attention through
 `AttentionInterface.register`, rotary positions, and image features that the frozen vision tower makes once a tree.
 """
 
 import hashlib
 import re
+import sys
 import types
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -268,9 +271,20 @@ class TreeModel(nn.Module):
             wanted=wanted,
         ).last_hidden_state[0]
 
-    def forward(self, batch: Batch, features: Features | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each answer token's cross-entropy (N,) in float32, and whether it is the most likely token (N,) bool."""
+    def answer_logits(self, batch: Batch, features: Features | None) -> torch.Tensor:
+        """Logits (N, vocabulary) in float32 of the answer tokens, and of no others."""
         mask = tree_mask(batch)
         hidden = self.hidden_states(batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features)
-        logits = self.base.lm_head(hidden).float()  # only where there is a label
+        return self.base.lm_head(hidden).float()
+
+    def forward(self, batch: Batch, features: Features | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each answer token's cross-entropy (N,) in float32, and whether it is the most likely token (N,) bool."""
+        logits = self.answer_logits(batch, features)
         return F.cross_entropy(logits, batch.targets, reduction="none"), logits.argmax(-1) == batch.targets
+
+
+if __name__ == "__main__":
+    import dist_utils
+    import merge
+
+    dist_utils.run_and_exit(merge.main, sys.argv[1:])

@@ -110,12 +110,18 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = load_checkpoint(found, model, optimizer, output) if found else {}
     done, best, evaluation_due = start.get("step", 0), start.get("best", {}), start.get("evaluation_due", False)
+    result, skipped, failed_saves = None, start.get("skipped", 0), 0
     metrics = Metrics(output / "metrics.jsonl", done, start.get("sums", {}), ranks)
+
+    def state() -> dict:
+        settings = vars(args) | {"image_settings": asdict(images)}
+        now = {"step": done, "best": best, "evaluation_due": evaluation_due, "sums": metrics.sums, "skipped": skipped}
+        return now | {"optimizer": optimizer.state_dict(), "identity": identity, "settings": settings}
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
     dataset = TreeDataset(train_data, images, padding(device))
     rehearse(model, optimizer, dataset, heavy, ranks, dtype, budgets)
-    dist_utils.from_rank0(lambda: rehearse_save(output, model, args))
+    dist_utils.from_rank0(lambda: rehearse_save(output, model, args, state()))
     base_result = None
     if val_batches:
         few = evaluate(unwrap(model), val_data, val_batches[: ranks.world_size], ranks, dtype, 0, Stop())
@@ -126,16 +132,12 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
     often = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar: a log keeps every one
     bar = tqdm(total=steps, initial=done, unit="step", disable=not ranks.is_main, mininterval=often, maxinterval=often)
-    result, skipped, failed_saves = None, start.get("skipped", 0), 0
     finished, stopping = done >= steps, bool(stop.agreed())
 
     def save() -> None:
         nonlocal failed_saves
         if ranks.is_main:
-            state = {"step": done, "best": best, "evaluation_due": evaluation_due, "sums": metrics.sums}
-            state |= {"skipped": skipped, "optimizer": optimizer.state_dict(), "identity": identity}
-            state |= {"settings": vars(args) | {"image_settings": asdict(images)}}
-            failed_saves = 0 if save_checkpoint(output, model, state, args.keep) else failed_saves + 1
+            failed_saves = 0 if save_checkpoint(output, model, state(), args.keep) else failed_saves + 1
             if failed_saves == FAILED_SAVES_IN_A_ROW:
                 stop.reason = f"{failed_saves} checkpoints in a row could not be saved"
             write_status(output, "running", done)
@@ -372,12 +374,12 @@ def identify(args, images, train_data: VQAData, val_data: VQAData | None, model_
     return facts | {"base model": fingerprint(model_folder)}
 
 
-def rehearse_save(output: Path, model, args: argparse.Namespace) -> None:
+def rehearse_save(output: Path, model, args: argparse.Namespace, state: dict) -> None:
     """Write the settings, and a checkpoint that is dropped again. Raises InputError when the disk does not take it."""
     folder = output / "tmp-rehearsal"
     try:
         write_whole(output / "settings.toml", to_toml(args))
-        write_checkpoint(folder, model, {"step": 0, "identity": {}})
+        write_checkpoint(folder, model, state)
     except (OSError, SafetensorError) as error:
         raise InputError(f"a checkpoint can't be written to {output}: {error}") from None
     finally:

@@ -1,0 +1,63 @@
+"""The model card of a checkpoint: what was trained on what, how well it did, and how to load it."""
+
+import json
+
+CARD = """---
+base_model: {model}
+library_name: peft
+pipeline_tag: image-text-to-text
+tags: [lora, visual-question-answering]
+---
+
+# LoRA adapter for {model}, step {step:,}
+
+Trained with onelook on {train}.{score}
+
+## Load it
+
+With transformers and PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+base = AutoModelForImageTextToText.from_pretrained({quoted}, dtype="bfloat16", device_map="cuda")
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+With vLLM: `vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER`
+
+Images were resized to between {min_pixels:,} and {max_pixels:,} pixels; do the same where it is used.
+System prompt: {system}.
+
+## What it depends on
+
+| | |
+|---|---|
+{identity}
+"""
+
+
+def model_card(state: dict) -> str:
+    """Markdown with the front matter that model hubs read. `state` is a checkpoint's state."""
+    settings, images, best = state["settings"], state["settings"]["image_settings"], state["best"]
+    score = ""
+    if best:
+        score = f"\nBest validation so far: exact match {100 * best['exact_match']:.1f}%, at step {best['step']:,}."
+    facts = {name: value for name, value in state["identity"].items() if value != ""}
+    return CARD.format(
+        model=settings["model"],
+        quoted=json.dumps(settings["model"]),
+        step=state["step"],
+        train=state["identity"]["train rows"],
+        score=score,
+        rank=2 ** max(3, (settings["lora_r"] - 1).bit_length()),  # vLLM wants a power of two from 8
+        min_pixels=images["min_pixels"],
+        max_pixels=images["max_pixels"],
+        system=json.dumps(settings["system"]) if settings["system"] else "none, or the row's own",
+        identity="\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
+    )
+
+
+def _cell(value) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

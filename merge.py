@@ -1,0 +1,100 @@
+"""Merge a checkpoint's LoRA into its base model: a model folder that needs no PEFT.
+
+    python model.py merge --ckpt runs/mine --out merged
+
+Weights are added in float32 and rounded once to the base model's type. Before the folder gets its name, it is loaded
+again and its logits on rows of the run are compared with the adapter's.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+from checkpoints import pick_checkpoint, read_state
+from data import ImageSettings, VQAData, build_batch, load_data
+from dist_utils import print0
+from feed import padding
+from model import TreeModel, autocast, load_adapter, load_base, merge_lora, resolve_model
+from rows import InputError
+from settings import Parser, choice, parse_words, refuse
+from trees import Work, whole_trees
+
+ROWS = 16  # that logits are compared on
+MOST_APART = 0.2  # of the distance between the adapter's logits and the base model's
+
+
+def main(argv: list[str], _stop=None) -> int:
+    args = parse(argv)
+    ckpt, out = pick_checkpoint(Path(args.ckpt)), Path(args.out)
+    if out.exists():
+        raise InputError(f"--out: {out} exists already")
+    run = read_state(ckpt)["settings"]
+    rows, images = args.rows or run["val"] or run["train"], args.images or run["images"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = resolve_model(args.model or run["model"])
+    config = AutoConfig.from_pretrained(folder)
+    own = config.dtype or config.get_text_config().dtype or torch.float32
+    dtype = torch.float32 if args.dtype == "float32" else own
+    settings, tokenizer = ImageSettings(**run["image_settings"]), AutoTokenizer.from_pretrained(folder)
+    data = load_data(rows, images, tokenizer, settings, run["max_tokens"], run["system"], True, limit=ROWS)
+    if not data.samples:
+        raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
+
+    model = TreeModel(load_adapter(load_base(folder, dtype, device), ckpt), settings)
+    adapter = logits(model, data, device, dtype)
+    with model.model.disable_adapter():
+        base = logits(model, data, device, dtype)
+    del model
+    partial = out.with_name(f"tmp-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a try that was killed
+    write_merged(folder, ckpt, dtype, device, partial)
+    merged = logits(TreeModel(load_base(str(partial), dtype, device), settings), data, device, dtype)
+    apart = ((merged - adapter).norm() / (adapter - base).norm()).item()
+    told = f"logits of merged weights and of the adapter are {100 * apart:.2g}% as far apart as tuned and base are"
+    if not apart < MOST_APART:
+        shutil.rmtree(partial)
+        raise InputError(f"not merged, {told}: too little is left once rounded to {dtype}; keep it, or --dtype float32")
+    os.rename(partial, out)
+    print0(f"{told} ({len(data.samples)} rows); wrote {out}")
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("model.py merge", description="Add a checkpoint's LoRA to its base model's weights.")
+    parser.add_argument("action", choices=["merge"])
+    parser.add_argument("--ckpt", required=True, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("--out", required=True, help="new folder of the merged model")
+    parser.add_argument("--model", default="", help="base model; empty: the checkpoint's")
+    parser.add_argument("--dtype", type=choice("auto", "float32"), default="auto", help="auto: the base model's")
+    parser.add_argument("--rows", default="", help="rows to compare logits on; empty: the run's validation rows")
+    parser.add_argument("--images", default="", help="folder that their image names start from; empty: the run's")
+    args, problems = parse_words(parser, argv)
+    refuse(problems)
+    return args
+
+
+@torch.no_grad()
+def logits(model: TreeModel, data: VQAData, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Logits (answer tokens, vocabulary) of all samples, on the CPU."""
+    found = []
+    for trees in whole_trees(data.samples, 8192):
+        batch = build_batch(data, Work(trees), model.settings, padding(device)).to(device)
+        with autocast(device, dtype):
+            found.append(model.eval().answer_logits(batch, model.encode_images(batch)).cpu())
+    return torch.cat(found)
+
+
+def write_merged(folder: str, ckpt: Path, dtype: torch.dtype, device: torch.device, out: Path) -> None:
+    """The merged model, and the tokenizer, processor and other files of the base model's folder."""
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, device_map={"": device})
+    model = PeftModel.from_pretrained(plain, ckpt)
+    merge_lora(model)
+    model.unload().save_pretrained(out, max_shard_size="5GB")
+    for path in Path(folder).iterdir():
+        if path.is_file() and ".safetensors" not in path.name and not (out / path.name).exists():
+            shutil.copy(path, out)
