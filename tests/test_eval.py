@@ -183,6 +183,8 @@ def test_closed_questions_are_weighed_and_scored(world, run, tmp_path):
     found = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]["tuned"]["options"]
     right = [line["option"] == line["answer"] for line in asked]
     assert found["top1"]["mean"] == sum(right) / 4 and found["yes/no"]["questions"] == 2
+    assert answer(run, *words, "--closed-set=2") == 0  # the three answers are too many
+    assert '"options"' not in (tmp_path / "out" / "predictions.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

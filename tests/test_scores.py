@@ -171,6 +171,8 @@ def test_options_are_scored_by_the_likeliest_and_by_yes_against_no():
     found = scores.score_options(lines, ["a", "b", "c", "c"])
     assert found["top1"]["mean"] == 0.75 and found["calibration_error"] == pytest.approx((0.4 + 0.5 + 0.1 + 0.2) / 4)
     assert found["yes/no"]["auroc"] == 1 and found["yes/no"]["questions"] == 3
+    of_yes_and_no = (1 - 0.6 / 0.7) + 0.5 / 0.9 + 0.1  # the second is wrong
+    assert found["yes/no"]["calibration_error"] == pytest.approx(of_yes_and_no / 3)
     assert "yes/no" not in scores.score_options(lines[2:], ["c", "c"])
 
 
