@@ -311,17 +311,21 @@ def _check_image(path: str) -> tuple[int, int] | str:
         return f"unreadable or truncated ({error})"
 
 
-def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
-    """Decode and resize a picture to its grid. Returns (patches, 3, patch_size**2) uint8 in the vision tower's order,
-    the same pixels as transformers' Qwen2VLImageProcessorPil before normalisation."""
+def open_picture(path: str) -> Image.Image:
+    """A picture before resizing: upright, RGB, 8 bits a channel, and nothing of its file but the pixels."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits a pixel: keep the upper eight instead of clipping
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        pixels = Image.fromarray(convert_to_rgb(image, return_numpy=True))
+        return Image.fromarray(convert_to_rgb(image, return_numpy=True))
+
+
+def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
+    """Decode and resize a picture to its grid. Returns (patches, 3, patch_size**2) uint8 in the vision tower's order,
+    the same pixels as transformers' Qwen2VLImageProcessorPil before normalisation."""
     p, m = settings.patch_size, settings.merge_size
     down, across = grid
-    pixels = np.asarray(pixels.resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
+    pixels = np.asarray(open_picture(path).resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
     pixels = pixels.reshape(down // m, m, p, across // m, m, p, 3)
     return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(down * across, 3, p * p)
 

@@ -158,13 +158,28 @@ def auroc(scores: list[float], positive: list[bool]) -> float:
     return float((below + up_to).mean() / 2 / len(no))
 
 
+def calibration_bins(confidences: list[float], right: list[bool], bins: int = 10) -> list[dict]:
+    """Of each of `bins` equal ranges of confidence that has answers: its `low` end, how many `questions`, their mean
+    `confidence` and `accuracy`. A confidence of 1 is in the last range."""
+    confidences, right = np.asarray(confidences), np.asarray(right, float)
+    which = np.minimum((confidences * bins).astype(int), bins - 1)
+    return [
+        {
+            "low": b / bins,
+            "questions": int((which == b).sum()),
+            "confidence": float(confidences[which == b].mean()),
+            "accuracy": float(right[which == b].mean()),
+        }
+        for b in range(bins)
+        if (which == b).any()
+    ]
+
+
 def calibration_error(confidences: list[float], right: list[bool], bins: int = 10) -> float:
     """Expected calibration error: the mean, weighted by size, of |accuracy - confidence| over equal bins of confidence.
     Guo et al., On Calibration of Modern Neural Networks, 2017."""
-    confidences, right = np.asarray(confidences), np.asarray(right, float)
-    which = np.minimum((confidences * bins).astype(int), bins - 1)
-    gaps = [abs(right[which == b].mean() - confidences[which == b].mean()) * (which == b).sum() for b in set(which)]
-    return float(sum(gaps) / len(right))
+    found = calibration_bins(confidences, right, bins)
+    return sum(one["questions"] * abs(one["accuracy"] - one["confidence"]) for one in found) / len(right)
 
 
 # ------------------------------------------------------------------------------------------------- predictions of a run
