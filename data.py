@@ -20,7 +20,6 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig
-from transformers.image_transforms import convert_to_rgb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
@@ -319,12 +318,20 @@ def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> n
         image = ImageOps.exif_transpose(image)
         if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits a pixel: keep the upper eight instead of clipping
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        pixels = Image.fromarray(convert_to_rgb(image, return_numpy=True))
+        pixels = _rgb(image)
     p, m = settings.patch_size, settings.merge_size
     down, across = grid
     pixels = np.asarray(pixels.resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
     pixels = pixels.reshape(down // m, m, p, across // m, m, p, 3)
     return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(down * across, 3, p * p)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """What is transparent becomes white, as in transformers 5.23 (5.17 shows the colours that it hides)."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------- batches

@@ -86,8 +86,8 @@ def family_model(family: str, tokenizer):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config)
         for name, weight in model.named_parameters():
-            if weight.dim() > 1:  # attention is made sharp, for answers to differ
-                weight.normal_(0, weight[0].numel() ** -0.5 * (2 if ".q_proj" in name or ".k_proj" in name else 1))
+            if weight.dim() > 1:  # attention is made sharper, for answers to differ
+                weight.normal_(0, weight[0].numel() ** -0.5 * (1.5 if ".q_proj" in name or ".k_proj" in name else 1))
             else:
                 weight.normal_(1 if name.endswith("weight") else 0, 0.3)
     return model
