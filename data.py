@@ -20,12 +20,12 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig
-from transformers.image_transforms import convert_to_rgb
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
     get_vision_position_ids,
+    get_vision_window_index,
 )
 
 from rows import BadRow, InputError, Row, read_rows
@@ -47,7 +47,8 @@ class ImageSettings:
     max_pixels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    position_side: int  # of the vision tower's square table of learned positions
+    position_side: int  # of the vision tower's square table of learned positions; 0: it has none
+    window_size: int = 0  # pixels, side of the windows that vision attention is cut into; 0: none
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (down, across) of a picture of this size. Raises ValueError beyond an aspect ratio of 200."""
@@ -99,6 +100,7 @@ class VQAData:
 def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageSettings:
     """The model's own image settings; 0 leaves its pixel limits as they are."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
+    vision = AutoConfig.from_pretrained(model_folder).vision_config
     settings = ImageSettings(
         processor.patch_size,
         processor.merge_size,
@@ -107,7 +109,8 @@ def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) 
         max_pixels or processor.size["longest_edge"],
         tuple(processor.image_mean),
         tuple(processor.image_std),
-        math.isqrt(AutoConfig.from_pretrained(model_folder).vision_config.num_position_embeddings),
+        math.isqrt(getattr(vision, "num_position_embeddings", 0)),  # Qwen3-VL
+        getattr(vision, "window_size", 0),  # Qwen2.5-VL
     )
     if settings.min_pixels > settings.max_pixels:
         low, high = settings.min_pixels, settings.max_pixels
@@ -317,7 +320,7 @@ def open_picture(path: str) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits a pixel: keep the upper eight instead of clipping
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return Image.fromarray(convert_to_rgb(image, return_numpy=True))
+        return _rgb(image)
 
 
 def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
@@ -328,6 +331,14 @@ def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> n
     pixels = np.asarray(open_picture(path).resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
     pixels = pixels.reshape(down // m, m, p, across // m, m, p, 3)
     return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(down * across, 3, p * p)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """What is transparent becomes white, as in transformers 5.23 (5.17 shows the colours that it hides)."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -367,7 +378,7 @@ class Batch:
 
 
 def rotary_positions(sample: Sample, grids: dict[str, tuple[int, int]], merge_size: int) -> np.ndarray:
-    """(3, tokens) positions as Qwen3-VL counts them: text advances all three axes together, an image spans a grid
+    """(3, tokens) positions as Qwen-VL counts them: text advances all three axes together, an image spans a grid
     and advances them by its longer side (transformers' `get_rope_index`, to which a test holds this equal)."""
     pieces, start, at = [], 0, 0
     for where, path in zip(sample.image_at, sample.images):
@@ -430,18 +441,22 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
 
 def _vision_inputs(grid: torch.Tensor, settings: ImageSettings) -> dict:
     """The vision tower's keyword arguments for these images, by transformers' own functions."""
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        grid, settings.position_side, align_corners=True, spatial_merge_size=settings.merge_size
-    )
     starts = get_vision_cu_seqlens(grid)
-    return {
-        "interp_indices": indices,
-        "interp_weights": weights,
+    inputs = {
         "position_ids": get_vision_position_ids(grid, settings.merge_size),
         "cu_seqlens": starts,
-        "max_seqlen": int(grid.prod(-1).max()),
+        "max_seqlen": int(starts.diff().max()),
         "image_starts": starts.tolist(),
     }
+    if settings.position_side:
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid, settings.position_side, align_corners=True, spatial_merge_size=settings.merge_size
+        )
+        inputs |= {"interp_indices": indices, "interp_weights": weights}
+    if settings.window_size:
+        index, starts = get_vision_window_index(grid, settings.merge_size, settings.window_size, settings.patch_size)
+        inputs |= {"window_index": index, "cu_window_seqlens": starts, "max_window_seqlen": int(starts.diff().max())}
+    return inputs
 
 
 def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

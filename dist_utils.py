@@ -155,11 +155,6 @@ def print0(*values) -> None:
         print(*values, flush=True)
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def from_rank0(function: Callable):
     """Run `function` on rank 0 and give its result, or the exception it raised, to every rank."""
     outcome = [None, None]
@@ -176,10 +171,18 @@ def from_rank0(function: Callable):
 
 
 def local_rank0_first(function: Callable):
-    """Run `function` on the first rank of every node, then on the others, which find what it left in the cache."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = function() if first else None
-    barrier()
+    """Run `function` on the first rank of every node, then on the others, which find what it left in the cache.
+
+    Raises on every rank what it raised on one of the first.
+    """
+    first, result, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None, None
+    if first:
+        try:
+            result = function()
+        except Exception as caught:  # re-raised below, on every rank: none is left waiting
+            error = caught
+    for failure in filter(None, gather_to_all(error)):
+        raise failure
     return result if first else function()
 
 

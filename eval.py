@@ -25,6 +25,7 @@ from data import ImageSettings, Sample, TreeDataset, VQAData, image_settings, lo
 from dist_utils import Ranks, Stop, print0
 from feed import make_loader, my_share, next_batches, padding
 from model import TreeModel, autocast, fingerprint, load_adapter, load_base, merge_lora, pick_dtype, resolve_model
+from report import write_report
 from rows import InputError, read_rows
 from scores import closed_sets, compare, normalize, question_type, summarize, summary_table
 from settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
@@ -210,6 +211,11 @@ def write_results(output: Path, predictions: dict[str, list[dict]], data: VQADat
         summary["comparison"] = compare(predictions["base"], predictions["tuned"], args.numeric_tolerance)
         print0(describe_comparison(summary["comparison"]))
     write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    images = [list(sample.images) for sample in data.samples]
+    ordered = {kind: predictions[kind] for kind in reversed(predictions)}  # the page is about the tuned model
+    metrics = Path(facts["checkpoint"]).parent / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if facts["checkpoint"] and metrics.exists() else []
+    write_report(output / "report.html", summary, ordered, images, [json.loads(line) for line in lines])
     for store in output.glob("partial-*"):
         shutil.rmtree(store)
     print0(f"wrote predictions.jsonl, summary.json and report.html in {output}")

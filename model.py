@@ -1,4 +1,4 @@
-"""Model: Qwen3-VL with LoRA, run on trees.
+"""Model: Qwen2-VL, Qwen2.5-VL or Qwen3-VL with LoRA, run on trees.
 
 python model.py merge --ckpt runs/kvasir --out merged       # a model folder that needs no PEFT (merge.py)
 
@@ -7,6 +7,7 @@ The base model is transformers' own, unedited. It is given three things: a tree 
 """
 
 import hashlib
+import json
 import re
 import sys
 import types
@@ -22,13 +23,14 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
 from attention import tree_mask
 from data import Batch, ImageSettings
 from rows import InputError
 
+MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 # anchored to the language model: the vision tower has projections of the same names
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 # activation memory budget -> share of a layer's activations that are kept (seen on Qwen3-VL-8B, 4,460 tokens)
@@ -41,8 +43,31 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def resolve_model(name: str) -> str:
-    """The folder of a model given as a folder or a hub name, downloaded when it is not in the cache yet."""
-    return name if Path(name).is_dir() else snapshot_download(name)
+    """The folder of a model given as a folder or a hub name, downloaded when it is not in the cache yet.
+
+    Raises InputError for a model that this program can't train, before its weights are downloaded.
+    """
+    is_folder = Path(name).is_dir()
+    folder = name if is_folder else snapshot_download(name, allow_patterns="config.json")
+    if problem := _unsupported(Path(folder) / "config.json"):
+        known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
+        raise InputError(f"model {name} {problem}; this program trains dense, unquantized {known} only")
+    return folder if is_folder else snapshot_download(name)
+
+
+def _unsupported(path: Path) -> str:
+    """What this program can't train of the model with this configuration file; "" where it can."""
+    if not path.is_file():
+        return "has no config.json"
+    config = json.loads(path.read_text())
+    kind = str(config.get("model_type"))
+    if kind not in MODEL_TYPES:
+        return f"is of type {kind}{', a mixture of experts' if 'moe' in kind else ''}"
+    if "quantization_config" in config:
+        return "has quantized weights"
+    if (config | config.get("text_config", {})).get("use_sliding_window"):
+        return "attends within a sliding window"
+    return ""
 
 
 def fingerprint(folder: str) -> str:
@@ -65,10 +90,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the frozen base model straight onto `device`. Raises InputError for a model that is not Qwen3-VL."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "qwen3_vl":
-        raise InputError(f"{folder} is a {config.model_type} model; this program trains dense Qwen3-VL (qwen3_vl) only")
+    """Load the frozen base model straight onto `device`, from a folder that `resolve_model` gave."""
     disable_progress_bar()  # one a rank, for seconds
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
@@ -77,16 +99,19 @@ def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Modul
 
 
 def prepare_base(model: nn.Module) -> nn.Module:
-    """Freeze a Qwen3-VL and give this instance what makes it run trees, and run them without waiting for the GPU."""
+    """Freeze a model and give this instance what makes it run trees, and run them without waiting for the GPU."""
     visual, language_model = model.model.visual, model.model.language_model
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
     generation = torch.cuda.get_device_capability(visual.device)[0] if visual.device.type == "cuda" else 0
-    tuned = generation == 9 and language_model.config.head_dim == 128
+    tuned = generation == 9 and language_model.layers[0].self_attn.head_dim == 128
     language_model.config._attn_implementation = "onelook_tree_hopper" if tuned else "onelook_tree"
-    language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
+    if hasattr(language_model, "_deepstack_process"):
+        language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
     language_model.layers[-1].forward = types.MethodType(_last_layer, language_model.layers[-1])
     if generation and visual.dtype != torch.float32:  # these kernels know half precision only
-        visual.config._attn_implementation = "onelook_cudnn_flash_vision" if generation >= 9 else "onelook_flash_vision"
+        # cuDNN's goes by whole images, and windows (Qwen2.5-VL) are smaller: flash takes what the layer asks for
+        whole = generation >= 9 and not hasattr(visual.config, "window_size")
+        visual.config._attn_implementation = "onelook_cudnn_flash_vision" if whole else "onelook_flash_vision"
     return model.requires_grad_(False)
 
 
@@ -139,8 +164,8 @@ def lora_table(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def use_lean_lora(model: PeftModel) -> PeftModel:
-    """Give every LoRA layer a shorter forward, x W' + s drop(x) A' B' with float32 A and B cast once to x's dtype and
-    the addition inside the last product. PEFT still owns the weights, saves and loads them."""
+    """Give every LoRA layer a shorter forward, x W' + bias + s drop(x) A' B' with float32 A and B cast once to x's
+    dtype and the addition inside the last product. PEFT still owns the weights, saves and loads them."""
     for module in model.modules():
         if isinstance(module, LoraLinear):
             module.forward = types.MethodType(_lean_forward, module)
@@ -148,7 +173,7 @@ def use_lean_lora(model: PeftModel) -> PeftModel:
 
 
 def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
-    y = F.linear(x, layer.base_layer.weight)
+    y = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
     if layer.disable_adapters or layer.merged:
         return y
     a = layer.lora_A["default"].weight.to(x.dtype)  # (r, in)
@@ -215,11 +240,11 @@ class Features:
     """What the vision tower makes of a batch's images, I tokens in all, in the order of `Batch.image_at`."""
 
     embeds: torch.Tensor  # (I, D)
-    deepstack: list[torch.Tensor]  # each (I, D), added after the first decoder layers
+    deepstack: list[torch.Tensor]  # each (I, D), added after the first decoder layers; empty but for Qwen3-VL
 
 
 class TreeModel(nn.Module):
-    """A (LoRA-wrapped) Qwen3-VL that runs a packed `Batch` of trees."""
+    """A (LoRA-wrapped) model that runs a packed `Batch` of trees."""
 
     def __init__(self, model: nn.Module, settings: ImageSettings):
         super().__init__()
@@ -249,7 +274,7 @@ class TreeModel(nn.Module):
         pixels = pixels[:, :, None].expand(-1, -1, self.settings.temporal_patch_size, -1)
         vision = batch.vision | {"image_starts": torch.tensor(batch.vision["image_starts"])}  # stays on the CPU
         out = visual(pixels.flatten(1).to(visual.dtype), grid_thw=batch.grid, **vision)
-        return Features(out.pooler_output, out.deepstack_features)
+        return Features(out.pooler_output, getattr(out, "deepstack_features", []))
 
     def hidden_states(self, ids, positions, mask, wanted, image_at=None, features=None, past=None) -> torch.Tensor:
         """Last hidden states (N, D) of the tokens `wanted` (N,) among token ids (T,) at rotary positions (3, T).
@@ -257,18 +282,19 @@ class TreeModel(nn.Module):
         `past`: a cache to extend.
         """
         language_model = self.base.model.language_model
-        embeds = language_model.embed_tokens(ids)
+        embeds, deepstack = language_model.embed_tokens(ids), {}
         if features is not None:
             embeds = embeds.index_copy(0, image_at, features.embeds.to(embeds.dtype))
+            if features.deepstack:
+                deepstack = {"visual_pos_masks": image_at, "deepstack_visual_embeds": features.deepstack}
         return language_model(
             inputs_embeds=embeds[None],
             position_ids=positions[:, None],
             attention_mask=mask,
-            visual_pos_masks=image_at,
-            deepstack_visual_embeds=features.deepstack if features is not None else None,
             past_key_values=past,
             use_cache=past is not None,
             wanted=wanted,
+            **deepstack,
         ).last_hidden_state[0]
 
     def answer_logits(self, batch: Batch, features: Features | None) -> torch.Tensor:

@@ -44,7 +44,7 @@ def _budget(text: str):
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "train.py",
-        description="Fine-tune Qwen3-VL with LoRA on visual question answering. Without --train: the embedded demo.",
+        description="Fine-tune Qwen-VL with LoRA on visual question answering. Without --train: the embedded demo.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-outside-images", action=argparse.BooleanOptionalAction, default=False, help="images outside --images")
     add("--workers", type=count, default=4, help="processes a rank that decode images; 0: in the training process")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default=DEFAULT_MODEL, help="hub name or folder of a Qwen3-VL model")
+    add("--model", default=DEFAULT_MODEL, help="hub name or folder: Qwen3-VL, Qwen2.5-VL or Qwen2-VL")
     add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto",
         help="of the frozen weights and of autocast; auto: bfloat16 on CUDA, float32 elsewhere")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers on CUDA: faster, leaner")

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -8,6 +9,13 @@ import tiny
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     return tiny.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    """Loss and gradients of the world's rows, one by one."""
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    return tiny.Reference(world, tiny.lora_model(world), tmp_path_factory.mktemp("adapter")).loss_and_gradients(rows)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,5 @@
 """Promise 1: loss and every LoRA gradient of a step equal those of the same samples one by one through transformers."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -16,12 +15,6 @@ from train import train_step
 from trees import PlanSettings, StepFacts, Work, group_samples, grow_tree, make_plan, pack
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def reference(world, tmp_path_factory):
-    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
-    return tiny.Reference(world, tiny.lora_model(world), tmp_path_factory.mktemp("adapter")).loss_and_gradients(rows)
 
 
 def run_step(world, trees_of_batches, dropout=0.0, seed=0):
@@ -42,8 +35,9 @@ def whole(samples):
 
 
 def assert_exact(result, reference):
-    assert result[0] == pytest.approx(reference[0], rel=1e-5)
-    assert tiny.relative_error(result[1], reference[1]) < 1e-5
+    loss, gradients = abs(result[0] / reference[0] - 1), tiny.relative_error(result[1], reference[1])
+    print(f"relative error: loss {loss:.1e}, worst gradient {gradients:.1e}")
+    assert loss < 1e-5 and gradients < 1e-5
 
 
 def test_the_mixed_step_has_trees_of_1_9_and_17_branches_and_every_kind_of_row(world):
@@ -160,7 +154,8 @@ def test_patches_equal_the_image_processor_s(world):
         expected = processor([Image.open(path)], return_tensors="pt")
         assert tuple(expected["image_grid_thw"][0, 1:].tolist()) == grid
         patches = torch.from_numpy(load_patches(path, grid, dataset.settings))
-        ours = ((patches / 255 - 0.5) / 0.5)[:, :, None].expand(-1, -1, 2, -1).flatten(1)
+        mean, std = (torch.tensor(v)[:, None] for v in (dataset.settings.mean, dataset.settings.std))
+        ours = ((patches / 255 - mean) / std)[:, :, None].expand(-1, -1, 2, -1).flatten(1)
         torch.testing.assert_close(ours, expected["pixel_values"], rtol=0, atol=1e-6)
 
 
@@ -179,10 +174,10 @@ def test_patch_projection_equals_the_conv3d(world):
     from transformers import AutoModelForImageTextToText
 
     visual = AutoModelForImageTextToText.from_pretrained(world / "model").model.visual
-    patches = torch.randn(7, 3 * 2 * 8 * 8)
+    patches = torch.randn(7, 3 * 2 * visual.config.patch_size**2)
     expected = visual.patch_embed(patches)
     visual.patch_embed.proj = model_file.PatchProjection(visual.patch_embed.proj)
-    torch.testing.assert_close(visual.patch_embed(patches), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(visual.patch_embed(patches), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_lengths_and_image_sizes_do_not_recompile(world):

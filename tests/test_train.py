@@ -181,10 +181,16 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(world, tmp_path, mo
 
 def test_a_hub_name_is_downloaded_and_a_folder_is_used_as_it_is(world, monkeypatch):
     asked = []
-    monkeypatch.setattr(model_file, "snapshot_download", lambda name: asked.append(name) or str(world / "model"))
+
+    def download(name, **only):
+        asked.append((name, only))
+        return str(world / "model")
+
+    monkeypatch.setattr(model_file, "snapshot_download", download)
     assert model_file.resolve_model(str(world / "model")) == str(world / "model") and not asked
-    assert model_file.resolve_model("Qwen/Qwen3-VL-8B-Instruct") == str(world / "model")
-    assert asked == ["Qwen/Qwen3-VL-8B-Instruct"]
+    name = "Qwen/Qwen3-VL-8B-Instruct"
+    assert model_file.resolve_model(name) == str(world / "model")
+    assert asked == [(name, {"allow_patterns": "config.json"}), (name, {})]
 
 
 def test_another_run_s_folder_is_not_overwritten(world, finished):

@@ -1,6 +1,6 @@
-"""A tiny Qwen3-VL folder, pictures of several sizes, rows of every kind, and the reference that exactness is held to:
-each sample alone through the unmodified transformers model with `labels`. Nothing here uses the product's tokenizing,
-masks, positions or losses."""
+"""Tiny model folders of each family, pictures of several sizes, rows of every kind, and the reference that exactness is
+held to: each sample alone through the unmodified transformers model with `labels`. Nothing here uses the product's
+tokenizing, masks, positions or losses."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,20 @@ import numpy as np
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import demo
 from data import TreeDataset, VQAData, image_settings, load_data
 from model import TreeModel, add_lora, load_base
 
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SYSTEM = "You are a helpful assistant."  # what Qwen2-VL and Qwen2.5-VL are told where a row has no system turn
+SYSTEM_TEMPLATE = f"""\
+{{%- if messages[0].role != 'system' %}}
+    {{{{- '<|im_start|>system\\n{SYSTEM}<|im_end|>\\n' }}}}
+{{%- endif %}}
+"""
 SIZES = {"a.png": (96, 96), "b.png": (160, 64), "c.png": (70, 131), "d.png": (200, 120)}
 
 
@@ -45,20 +52,65 @@ def mixed_rows() -> list[dict]:
     return rows
 
 
-def write_model(folder: Path, rows: list[dict]) -> None:
-    tokenizer = demo.make_tokenizer(["user\nassistant\nsystem\n" + json.dumps(row) for row in rows])
-    tokenizer.save_pretrained(folder)
-    demo.make_model(tokenizer).save_pretrained(folder)
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"shortest_edge": 256, "longest_edge": 65536}
+def family_model(family: str, tokenizer):
+    """A tiny model of a family, all its weights random, biases and norms included: each must count. Grouped keys and
+    values; vision blocks of both kinds and windows of 2 x 2 tokens (Qwen2.5-VL); tied embeddings (Qwen2-VL)."""
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    image, video, start, end = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
+    sections = {"mrope_section": [6, 5, 5]} | ({"mrope_interleaved": True} if family == "qwen3_vl" else {})
+    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2)
+    text |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    text |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6} | sections)
+    vision = {
+        "qwen2_vl": dict(embed_dim=64, hidden_size=128, mlp_ratio=2),
+        "qwen2_5_vl": dict(
+            hidden_size=64, intermediate_size=128, out_hidden_size=128, window_size=56, fullatt_block_indexes=[1]
+        ),
+        "qwen3_vl": dict(
+            hidden_size=64, intermediate_size=128, out_hidden_size=128, patch_size=16, num_position_embeddings=256,
+            deepstack_visual_indexes=[0, 2],
+        ),
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        family,
+        text_config=text | ({"head_dim": 32} if family == "qwen3_vl" else {}),
+        vision_config=dict(depth=3, num_heads=2) | vision[family],
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        tie_word_embeddings=family == "qwen2_vl",
     )
-    processor.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config)
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:  # attention is made sharper, for answers to differ
+                weight.normal_(0, weight[0].numel() ** -0.5 * (1.5 if ".q_proj" in name or ".k_proj" in name else 1))
+            else:
+                weight.normal_(1 if name.endswith("weight") else 0, 0.3)
+    return model
 
 
-def write_world(folder: Path, rows: list[dict] | None = None) -> Path:
+def write_model(folder: Path, rows: list[dict], family: str = "") -> None:
+    """The demo's Qwen3-VL, or a random model of a family, with a tokenizer and an image processor."""
+    tokenizer = demo.make_tokenizer(["user\nassistant\nsystem\n" + json.dumps(row) for row in rows])
+    model = family_model(family, tokenizer) if family else demo.make_model(tokenizer)
+    model.save_pretrained(folder)
+    normal = {} if family in ("qwen2_vl", "qwen2_5_vl") else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    if not normal:
+        tokenizer.chat_template = SYSTEM_TEMPLATE + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    patch = model.config.vision_config.patch_size
+    size = {"shortest_edge": 4 * patch**2, "longest_edge": 65536}
+    Qwen2VLImageProcessorPil(patch_size=patch, size=size, **normal).save_pretrained(folder)
+
+
+def write_world(folder: Path, rows: list[dict] | None = None, family: str = "") -> Path:
     """model/, images/ and rows.jsonl under `folder`."""
     rows = rows or mixed_rows()
-    write_model(folder / "model", rows)
+    write_model(folder / "model", rows, family)
     (folder / "images").mkdir()
     random = np.random.default_rng(0)
     for name, (width, height) in SIZES.items():
@@ -107,6 +159,8 @@ class Reference:
             names = row.get("image", [])
             names = names if isinstance(names, list) else [names]
             messages = [turn("user", row["question"], len(names)), turn("assistant", row["answer"])]
+        if self.model.config.model_type in ("qwen2_vl", "qwen2_5_vl") and messages[0]["role"] != "system":
+            messages = [turn("system", SYSTEM), *messages]
         pictures = [Image.open(self.folder / "images" / name) for name in names]
         vision = self.processor(pictures, return_tensors="pt") if names else {}
         counts = iter((vision["image_grid_thw"].prod(-1) // 4).tolist() if names else [])

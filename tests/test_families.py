@@ -1,0 +1,220 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, each with random weights: the promises of test_exact.py and test_eval.py, and what
+differs between them."""
+
+import json
+
+import pytest
+import test_cuda
+import test_eval
+import tiny
+import torch
+from faults import arguments
+from peft import PeftModel
+from test_exact import (  # noqa: F401 (these run here with each family)
+    test_a_step_equals_its_samples_one_by_one_in_any_number_of_micro_batches,
+    test_patch_projection_equals_the_conv3d,
+    test_patches_equal_the_image_processor_s,
+    test_rotary_positions_equal_the_installed_model_s,
+    test_the_plan_s_own_packing_is_exact,
+    whole,
+)
+from transformers import AutoModelForImageTextToText
+
+import attention
+import eval as evaluation
+import model as model_file
+import train
+from data import ImageSettings, image_settings
+from model import MODEL_TYPES, PROJECTIONS, compile_layers, load_base, lora_table, resolve_model, save_adapter
+from rows import InputError
+from trees import Work, grow_tree
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def world(family, tmp_path_factory):
+    told = {"messages": [tiny.turn("system", "Answer briefly."), tiny.turn("user", "Is it sharp?", 1),
+                         tiny.turn("assistant", "yes")], "images": ["a.png"]}  # fmt: skip
+    return tiny.write_world(tmp_path_factory.mktemp(family), [*tiny.mixed_rows(), told], family)
+
+
+@pytest.fixture(scope="module")
+def batch(world):
+    """All of a world's trees in one batch."""
+    data, dataset = tiny.load_world(world)
+    return dataset[Work(tuple(whole(data.samples)))]
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    """A Qwen2.5-VL."""
+    return tiny.write_world(tmp_path_factory.mktemp("windows"), family="qwen2_5_vl")
+
+
+@torch.library.custom_op("onelook_tests::varlen", mutates_args=())
+def varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_starts: torch.Tensor, k_starts: torch.Tensor,
+    q_longest: int, k_longest: int, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """What torch's varlen_attn promises, which has no CPU kernel. It may read no more of a part than `longest` says."""
+    parts = [tensor.split(q_starts.diff().tolist()) for tensor in (q, k, v)]
+    assert q_starts.dtype == torch.int32 and torch.equal(q_starts, k_starts) and q_starts[-1] == len(q)
+    assert q_longest == k_longest == max(map(len, parts[0]))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    outs = [attend(*(x.transpose(0, 1) for x in part), scale=scale).transpose(0, 1) for part in zip(*parts)]
+    return torch.cat(outs)
+
+
+@varlen.register_fake
+def _(q, *_):
+    return torch.empty_like(q)
+
+
+def test_every_supported_family_is_tested():
+    assert set(MODEL_TYPES) == set(tiny.FAMILIES)
+
+
+def test_lora_is_on_every_language_layer_and_nowhere_else(world):
+    counts = {name: count for name, (count, _) in lora_table(tiny.lora_model(world)).items()}
+    assert counts == dict.fromkeys(PROJECTIONS, 3)
+
+
+def test_answers_equal_plain_generation_one_by_one(world, tmp_path):
+    test_eval.test_answers_equal_plain_generation_one_by_one(world, tmp_path, 500)
+
+
+def test_windows_matter_and_blocks_of_whole_images_too(windows):
+    """So the exactness above holds for both: features change when either kind of block attends like the other."""
+    data, dataset = tiny.load_world(windows)
+    batch, model = dataset[Work(tuple(whole(data.samples)))], tiny.lora_model(windows)
+    assert len(batch.vision["cu_window_seqlens"]) > len(batch.grid) + 10
+    expected, visual = model.encode_images(batch).embeds, model.base.model.visual
+    for blocks in ([], [0, 1, 2]):
+        visual.fullatt_block_indexes = blocks
+        assert tiny.relative_error({"": model.encode_images(batch).embeds}, {"": expected}) > 0.01
+
+
+def test_vision_attention_in_one_call_equals_part_by_part(world, family, batch, monkeypatch):
+    """What each kernel on CUDA is asked for. cuDNN's goes by whole images and is not used where there are windows."""
+    model = tiny.lora_model(world)
+    expected = model.encode_images(batch)
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    for name in ["onelook_flash_vision"] + ["onelook_cudnn_flash_vision"] * (family != "qwen2_5_vl"):
+        model.base.model.visual.config._attn_implementation = name
+        features = model.encode_images(batch)
+        torch.testing.assert_close(features.embeds, expected.embeds, rtol=1e-5, atol=5e-5)
+        assert len(features.deepstack) == (2 if family == "qwen3_vl" else 0)
+
+
+@pytest.mark.parametrize("capability", [8, 9])
+def test_cudnn_attention_is_for_hopper_and_whole_images(world, family, monkeypatch, capability):
+    model = AutoModelForImageTextToText.from_pretrained(world / "model", dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    monkeypatch.setattr(type(model.model.visual), "device", torch.device("cuda"))
+    model_file.prepare_base(model)
+    whole_images = capability == 9 and family != "qwen2_5_vl"
+    name = "onelook_cudnn_flash_vision" if whole_images else "onelook_flash_vision"
+    assert model.model.visual.config._attn_implementation == name
+
+
+def test_windows_do_not_recompile(windows, monkeypatch):
+    """Compiled layers of a Qwen2.5-VL with images and windows of all sizes: no new graph after the first few steps."""
+    data, dataset = tiny.load_world(windows)
+    model, trees = tiny.lora_model(windows), whole(data.samples)
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    model.base.model.visual.config._attn_implementation = "onelook_flash_vision"
+    compile_layers(model.model, 1.0, backend="eager")
+    graphs = []
+    for step in range(12):
+        batch = dataset[Work((trees[step % len(trees)], trees[(step * 3 + 1) % len(trees)]))]
+        losses, _ = model(batch, model.encode_images(batch))
+        losses.sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[3] == graphs[-1] > 0, graphs
+
+
+def test_a_saved_adapter_is_plain_peft_with_the_same_logits(world, tmp_path):
+    ours = tiny.lora_model(world).eval()
+    save_adapter(ours.model, tmp_path / "adapter")
+    base = AutoModelForImageTextToText.from_pretrained(world / "model", dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    reference = tiny.Reference(world, ours, tmp_path / "reference")
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    data, dataset = tiny.load_world(world)
+    for index in (0, 29, 30, 33):
+        batch = dataset[Work((grow_tree(data.samples, [index]),))]
+        mine, _ = ours(batch, ours.encode_images(batch))
+        torch.testing.assert_close(mine.mean(), plain(**reference.inputs(rows[index])).loss, rtol=1e-5, atol=1e-6)
+        with plain.disable_adapter():
+            assert abs(plain(**reference.inputs(rows[index])).loss - mine.mean()) > 1e-3
+
+
+def test_a_run_trains_saves_and_answers(world, tmp_path):
+    """From the command line to predictions, by the image settings of its checkpoint."""
+    assert train.main(arguments(world, tmp_path / "out", max_steps=2, save_every=0, eval_every=0)) == 0
+    assert evaluation.main(["--ckpt", str(tmp_path / "out"), "--workers=0", "--max-new-tokens=2"]) == 0
+    (found,) = tmp_path.glob("out/checkpoint-000002/eval/predictions.jsonl")
+    assert len(found.read_text().splitlines()) == 34
+
+
+def test_pixel_limits_are_read_as_the_hub_s_folders_spell_them(windows, tmp_path):
+    (tmp_path / "config.json").write_bytes((windows / "model" / "config.json").read_bytes())
+    facts = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    facts |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+    found = image_settings(str(tmp_path))
+    assert found == ImageSettings(14, 2, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 0, 56)
+    assert found.grid(280, 420) == (20, 30)
+
+
+REFUSED = {
+    "is of type qwen3_vl_moe, a mixture of experts": {"model_type": "qwen3_vl_moe"},
+    "is of type llava": {"model_type": "llava"},
+    "has quantized weights": {"model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "awq"}},
+    "attends within a sliding window": {"model_type": "qwen2_vl", "use_sliding_window": True},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_model_that_is_not_supported_is_refused_by_name(tmp_path, reason):
+    (tmp_path / "config.json").write_text(json.dumps(REFUSED[reason]))
+    with pytest.raises(InputError, match=f"{reason}; this program trains dense, unquantized Qwen2-VL .qwen2_vl., "):
+        resolve_model(str(tmp_path))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="has no config.json"):
+        resolve_model(str(tmp_path))
+
+
+def test_a_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl_moe"}))
+    asked = []
+    monkeypatch.setattr(model_file, "snapshot_download", lambda *_, **only: asked.append(only) or str(tmp_path))
+    with pytest.raises(InputError, match="model Qwen/Qwen3-VL-30B-A3B-Instruct is of type qwen3_vl_moe"):
+        resolve_model("Qwen/Qwen3-VL-30B-A3B-Instruct")
+    assert asked == [{"allow_patterns": "config.json"}]
+
+
+@needs_cuda
+def test_a_float32_step_on_the_gpu_equals_samples_one_by_one(world, tmp_path):
+    test_cuda.test_a_float32_step_on_the_gpu_equals_samples_one_by_one(world, tmp_path)
+
+
+@needs_cuda
+def test_vision_kernels_on_the_gpu_equal_transformers_sdpa(world, batch):
+    device = torch.device("cuda")
+    model = model_file.TreeModel(load_base(world / "model", torch.bfloat16, device), image_settings(world / "model"))
+    visual, features = model.base.model.visual, []
+    assert "flash" in visual.config._attn_implementation
+    for name in (visual.config._attn_implementation, "sdpa"):
+        visual.config._attn_implementation = name
+        features.append({"": model.encode_images(batch.to(device)).embeds.float()})
+    assert tiny.relative_error(*features) < 0.02
