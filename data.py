@@ -320,7 +320,9 @@ def open_picture(path: str) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits a pixel: keep the upper eight instead of clipping
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return _rgb(image)
+        picture = _rgb(image)
+        picture.info.clear()  # comments, EXIF
+        return picture
 
 
 def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
