@@ -290,6 +290,7 @@ def test_a_large_evaluation_stays_under_ten_megabytes(tmp_path):
     cards = Elements(page).cards()
     assert 100 < len(cards) < 300 and f"{len(cards)} of 8,786 questions" in page
     assert {card["data-type"] for card in cards} == {"yes/no", "count", "size", "colour"}
+    assert len(Elements(report.gallery({"tuned": answers}, images[:1] * len(answers))).cards()) == 300  # of one picture
 
 
 # ----------------------------------------------------------------------------------------------------- text stays text
