@@ -24,6 +24,7 @@ from checkpoints import VERSIONS, pick_checkpoint, read_state, write_whole
 from data import ImageSettings, Sample, TreeDataset, VQAData, image_settings, load_data, stop_or_skip_bad
 from dist_utils import Ranks, Stop, print0
 from feed import make_loader, my_share, next_batches, padding
+from metrics import read_metrics
 from model import TreeModel, autocast, fingerprint, load_adapter, load_base, merge_lora, pick_dtype, resolve_model
 from report import write_report
 from rows import InputError, read_rows
@@ -213,9 +214,8 @@ def write_results(output: Path, predictions: dict[str, list[dict]], data: VQADat
     write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     images = [list(sample.images) for sample in data.samples]
     ordered = {kind: predictions[kind] for kind in reversed(predictions)}  # the page is about the tuned model
-    metrics = Path(facts["checkpoint"]).parent / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if facts["checkpoint"] and metrics.exists() else []
-    write_report(output / "report.html", summary, ordered, images, [json.loads(line) for line in lines])
+    lines = read_metrics(Path(facts["checkpoint"]).parent / "metrics.jsonl") if facts["checkpoint"] else []
+    write_report(output / "report.html", summary, ordered, images, lines)
     for store in output.glob("partial-*"):
         shutil.rmtree(store)
     print0(f"wrote predictions.jsonl, summary.json and report.html in {output}")

@@ -14,6 +14,12 @@ from dist_utils import Ranks, print0
 SUMS = {"losses": 0.0, "tokens": 0, "questions": 0, "images": 0}  # since the last line
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """All whole lines of a metrics.jsonl, none where there is no file; a kill may have cut the last one."""
+    found = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in found if line.endswith("\n")]
+
+
 class Metrics:
     """Sums up steps, writes a line now and then. `sums` is part of a checkpoint: a resumed run writes the same lines.
 
@@ -23,9 +29,8 @@ class Metrics:
     def __init__(self, path: Path, done: int, sums: dict, ranks: Ranks):
         self.ranks, self.sums, self.started, self.waited = ranks, SUMS | sums, time.perf_counter(), 0.0
         if ranks.is_main:
-            found = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in found if line.endswith("\n")]  # a kill may have cut the last one
-            write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= done))  # later: again
+            kept = [line for line in read_metrics(path) if line["step"] <= done]  # later steps are made again
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
             self.file = open(path, "a", encoding="utf-8")
 
     def write(self, line: dict) -> None:
