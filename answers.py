@@ -25,6 +25,8 @@ from feed import make_loader, my_share, next_batches, padding
 from model import TreeModel, autocast
 from trees import whole_trees
 
+MAX_TREES = 8  # run at once: a new token is compared with the tokens of all of them, though it sees those of one
+
 
 @dataclass
 class Run:
@@ -42,7 +44,7 @@ class Run:
         self.store.mkdir(parents=True, exist_ok=True)
         samples, ranks = dataset.data.samples, self.ranks
         done = dist_utils.from_rank0(lambda: self._stored(name))
-        batches = whole_trees(samples, self.args.max_tokens)
+        batches = whole_trees(samples, self.args.max_tokens, MAX_TREES)
         work = my_share([b for b in batches if not all(i in done for tree in b for i in tree.samples)], ranks)
         bar = tqdm(total=len(samples), initial=len(done), desc=name, unit="q", disable=not ranks.is_main)
         with open(self.store / f"{name}-{time.time_ns()}-{ranks.rank}.jsonl", "w", encoding="utf-8") as file:

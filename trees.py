@@ -151,12 +151,15 @@ def _balance(step: Step) -> float:
     return sum(costs) / (len(costs) * max(costs))
 
 
-def whole_trees(samples: list, max_tokens: int) -> list[MicroBatch]:
-    """Every sample once, in order, in as few micro-batches as the budget allows: the plan of an evaluation."""
+def whole_trees(samples: list, max_tokens: int, max_trees: int = 0) -> list[MicroBatch]:
+    """Every sample once, in order, in as few micro-batches as the budgets allow: the plan of an evaluation.
+
+    `max_trees` bounds a micro-batch's trees; 0: no bound.
+    """
     batches, tokens = [[]], 0
     for group in group_samples(samples):
         for tree in _within(samples, group, max_tokens):
-            if tokens + tree.tokens > max_tokens and batches[-1]:
+            if batches[-1] and (tokens + tree.tokens > max_tokens or len(batches[-1]) == max_trees):
                 batches.append([])
                 tokens = 0
             batches[-1].append(tree)

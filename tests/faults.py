@@ -171,7 +171,9 @@ def kill_in_save(place: str, step: int = 4) -> None:
         if place == "in the middle of a file":
             Path.write_bytes = lambda path, data: (path.open("wb").write(bytes(data[: len(data) // 2])), kill_me())
         if place == "before the manifest":
-            Path.write_text = lambda *_: kill_me()
+            real_text = Path.write_text
+            Path.write_text = lambda path, *rest, **how: (path.name == "manifest.json" and kill_me(),
+                                                          real_text(path, *rest, **how))  # fmt: skip
         if place == "before the rename":
             os.rename = lambda *_: kill_me()
         if place == "after the rename":
