@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from attention import tree_mask
@@ -37,9 +37,21 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def resolve_model(name: str) -> str:
-    """The folder of a model given as a folder or a hub name, downloaded when it is not in the cache yet."""
-    return name if Path(name).is_dir() else snapshot_download(name)
+def resolve_model(name: str, weights: bool = True) -> str:
+    """The folder of a model given as a folder or a hub name, downloaded when it is not in the cache yet.
+
+    Without `weights`: only its settings and its tokenizer.
+    """
+    files = {} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}
+    return name if Path(name).is_dir() else snapshot_download(name, **files)
+
+
+def load_config(folder: str) -> PretrainedConfig:
+    """Raises InputError for a model that is not Qwen3-VL."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "qwen3_vl":
+        raise InputError(f"{folder} is a {config.model_type} model; this program trains dense Qwen3-VL (qwen3_vl) only")
+    return config
 
 
 def fingerprint(folder: str) -> str:
@@ -63,9 +75,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Load the frozen base model straight onto `device`. Raises InputError for a model that is not Qwen3-VL."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "qwen3_vl":
-        raise InputError(f"{folder} is a {config.model_type} model; this program trains dense Qwen3-VL (qwen3_vl) only")
+    load_config(folder)
     disable_progress_bar()  # one a rank, for seconds
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
@@ -164,16 +174,18 @@ def merge_lora(model: PeftModel) -> None:
             layer.merged_adapters.append("default")
 
 
-def choose_memory_budget(config, tokens: int, dropout: bool, device: torch.device) -> float:
-    """The highest memory budget at which a micro-batch of `tokens` tokens should fit beside what is allocated now.
-
-    Estimated from the activations that a decoder layer keeps at budget 1, two bytes each: 8 of hidden and 3 of
-    intermediate size a token, and with dropout every LoRA input once more (6 and 1). The rehearsal has the last word.
-    """
+def kept_bytes(config, tokens: int, dropout: bool) -> int:
+    """Activations that the decoder layers keep of `tokens` tokens at memory budget 1, two bytes each: 8 of hidden and 3
+    of intermediate size a token and layer, and with dropout every LoRA input once more (6 and 1)."""
     text = config.text_config
     hidden, intermediate = (14, 4) if dropout else (8, 3)
-    kept = hidden * text.hidden_size + intermediate * text.intermediate_size
-    kept *= 2 * text.num_hidden_layers * tokens
+    return 2 * text.num_hidden_layers * tokens * (hidden * text.hidden_size + intermediate * text.intermediate_size)
+
+
+def choose_memory_budget(config, tokens: int, dropout: bool, device: torch.device) -> float:
+    """The highest memory budget at which a micro-batch of `tokens` tokens should fit beside what is allocated now.
+    The rehearsal has the last word."""
+    kept = kept_bytes(config, tokens, dropout)
     total = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
     free = min(total - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0])
     fitting = [budget for budget, share in MEMORY_BUDGETS.items() if share * kept + MEMORY_MARGIN < free]
