@@ -12,11 +12,12 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -84,6 +85,7 @@ class VQAData:
     samples: list[Sample]
     grids: dict[str, tuple[int, int]]
     bad: list[BadRow] = field(default_factory=list)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # of every image: height, width before resizing
 
     def fingerprint(self) -> str:
         """Changes when a sample's tokens, images or order change."""
@@ -129,12 +131,13 @@ def load_data(
     system: str = "",
     allow_outside_images: bool = False,
     limit: int = 0,
+    headers_only: bool = False,
 ) -> VQAData:
     """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
 
     `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample. `limit` is
-    how many rows are used at most; 0: all. Raises InputError when the file can't be read or the system prompt holds
-    special tokens.
+    how many rows are used at most; 0: all. `headers_only` reads sizes of images and decodes none. Raises InputError
+    when the file can't be read or the system prompt holds special tokens.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if literal := [token for token in special if token in system]:
@@ -148,7 +151,7 @@ def load_data(
             bad.append(BadRow(row.where, reason, row.fields))
         else:
             rows.append(row)
-    sizes = check_images(sorted({image for row in rows for image in row.images}))
+    sizes = check_images(sorted({image for row in rows for image in row.images}), headers_only)
     grids = {image: _grid(size, settings) for image, size in sizes.items()}
 
     kept, segments = [], []
@@ -176,8 +179,20 @@ def load_data(
         else:
             samples.append(sample)
     bad.sort(key=lambda one: [int(number) for number in one.where.rpartition(":")[2].split(" row ")])
-    used = {image for sample in samples for image in sample.images}
-    return VQAData(str(path), samples, {image: grids[image] for image in sorted(used)}, bad)
+    used = sorted({image for sample in samples for image in sample.images})
+    return VQAData(str(path), samples, {image: grids[image] for image in used}, bad, {one: sizes[one] for one in used})
+
+
+def at_limit(data: VQAData, settings: ImageSettings, max_pixels: int) -> VQAData:
+    """The same samples with images of at most `max_pixels` pixels, as load_data would make them; nothing is read."""
+    limited = replace(settings, min_pixels=min(settings.min_pixels, max_pixels), max_pixels=max_pixels)
+    grids = {image: limited.grid(*size) for image, size in data.sizes.items()}
+    patches = [tuple(math.prod(grids[image]) for image in sample.images) for sample in data.samples]
+    samples = [
+        replace(sample, patches=counts, image_tokens=tuple(count // settings.merge_size**2 for count in counts))
+        for sample, counts in zip(data.samples, patches)
+    ]
+    return replace(data, samples=samples, grids=grids)
 
 
 def _resolve(names: list[str], folder: Path, allow_outside: bool) -> tuple[list[str], str]:
@@ -248,17 +263,17 @@ def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge: int) -
     )
 
 
-def stop_or_skip_bad(data: list[VQAData], skip_bad: bool, output: Path) -> None:
+def stop_or_skip_bad(data: list[VQAData], skip_bad: bool, output: Path | None) -> None:
     """Write every bad row to output/bad_rows.jsonl. Raises InputError that lists them, unless they may be skipped."""
     bad = [(one.path, row) for one in data for row in one.bad]
+    file = output / "bad_rows.jsonl" if output else None
+    if file:
+        _write_bad(file, bad)
     if not bad:
-        (output / "bad_rows.jsonl").unlink(missing_ok=True)  # of a start before the rows were mended
         return
-    with open(output / "bad_rows.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps({"file": path, **vars(row)}, ensure_ascii=False) + "\n" for path, row in bad)
     listed = "".join(f"\n  {row.where}: {row.reason}" for _, row in bad[:MAX_LISTED])
     if len(bad) > MAX_LISTED:
-        listed += f"\n  and {len(bad) - MAX_LISTED:,} more, see {output / 'bad_rows.jsonl'}"
+        listed += f"\n  and {len(bad) - MAX_LISTED:,} more" + (f", see {file}" if file else "")
     empty = [one.path for one in data if not one.samples]
     if empty:
         raise InputError(f"{', '.join(empty)}: no usable row{listed}")
@@ -266,14 +281,23 @@ def stop_or_skip_bad(data: list[VQAData], skip_bad: bool, output: Path) -> None:
         raise InputError(f"{len(bad):,} rows can't be used (--skip-bad goes on without them):{listed}")
 
 
+def _write_bad(file: Path, bad: list[tuple[str, BadRow]]) -> None:
+    if not bad:
+        file.unlink(missing_ok=True)  # of a start before the rows were mended
+        return
+    with open(file, "w", encoding="utf-8", errors="backslashreplace") as out:
+        out.writelines(json.dumps({"file": path, **vars(row)}, ensure_ascii=False) + "\n" for path, row in bad)
+
+
 # ----------------------------------------------------------------------------------------------------------- images
 
 
-def check_images(paths: list[str]) -> dict[str, tuple[int, int] | str]:
+def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tuple[int, int] | str]:
     """Decode every image once: its (height, width) as displayed, or what is wrong with it.
 
     Sizes are remembered by path, size and time of the file in the user's cache folder, so that a second start opens
-    no image. What is wrong is not remembered: it may lie with the disk or its permissions.
+    no image. What is wrong is not remembered: it may lie with the disk or its permissions. `headers_only` reads the
+    size of an image that is not remembered and does not remember it: its pixels were not looked at.
     """
     memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onelook" / "image_sizes.json"
     try:
@@ -284,11 +308,10 @@ def check_images(paths: list[str]) -> dict[str, tuple[int, int] | str]:
     new = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
     # Pillow decodes outside the interpreter lock. Its warnings of large pictures are silenced out here, before threads.
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
-        checked = dict(
-            zip(new, tqdm(pool.map(_check_image, new), "checking images", len(new), disable=len(new) < 1000))
-        )
+        found = pool.map(_check_image, new, repeat(not headers_only))
+        checked = dict(zip(new, tqdm(found, "checking images", len(new), disable=len(new) < 1000)))
     good = {path: {"stamp": stamps[path], "size": size} for path, size in checked.items() if not isinstance(size, str)}
-    if good:
+    if good and not headers_only:
         known |= good
         with contextlib.suppress(OSError):  # a folder that can't be written costs the next start time, no more
             memory.parent.mkdir(parents=True, exist_ok=True)
@@ -298,13 +321,15 @@ def check_images(paths: list[str]) -> dict[str, tuple[int, int] | str]:
     return {path: checked[path] if path in checked else tuple(known[path]["size"]) for path in paths}
 
 
-def _check_image(path: str) -> tuple[int, int] | str:
+def _check_image(path: str, decode: bool) -> tuple[int, int] | str:
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 return f"{image.width} x {image.height} is over 100 megapixels"
             if image.mode in ("I", "F"):
                 return f"mode {image.mode}, 32 bits a pixel, has no fixed range: save it with 8 or 16"
+            if not decode:
+                return _displayed_size(image)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return image.height, image.width
@@ -312,6 +337,13 @@ def _check_image(path: str) -> tuple[int, int] | str:
         return "over 100 megapixels"
     except Exception as error:  # on damaged files Pillow's decoders raise almost anything
         return f"unreadable or truncated ({error})"
+
+
+def _displayed_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, from the header. Pillow gives the size of a TIFF turned already."""
+    exif = Image.Image.getexif(image)  # PNG's own would decode the picture to look for EXIF behind the pixels
+    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) and image.format != "TIFF"
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def open_picture(path: str) -> Image.Image:

@@ -42,17 +42,19 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 # ----------------------------------------------------------------------------------------------------------- loading
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, weights: bool = True) -> str:
     """The folder of a model given as a folder or a hub name, downloaded when it is not in the cache yet.
 
-    Raises InputError for a model that this program can't train, before its weights are downloaded.
+    Without `weights`: only its settings and its tokenizer. Raises InputError for a model that this program can't train,
+    before its weights are downloaded.
     """
     is_folder = Path(name).is_dir()
     folder = name if is_folder else snapshot_download(name, allow_patterns="config.json")
     if problem := _unsupported(Path(folder) / "config.json"):
         known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
         raise InputError(f"model {name} {problem}; this program trains dense, unquantized {known} only")
-    return folder if is_folder else snapshot_download(name)
+    files = {} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}
+    return folder if is_folder else snapshot_download(name, **files)
 
 
 def _unsupported(path: Path) -> str:
@@ -192,16 +194,18 @@ def merge_lora(model: PeftModel) -> None:
             layer.merged_adapters.append("default")
 
 
-def choose_memory_budget(config, tokens: int, dropout: bool, device: torch.device) -> float:
-    """The highest memory budget at which a micro-batch of `tokens` tokens should fit beside what is allocated now.
-
-    Estimated from the activations that a decoder layer keeps at budget 1, two bytes each: 8 of hidden and 3 of
-    intermediate size a token, and with dropout every LoRA input once more (6 and 1). The rehearsal has the last word.
-    """
+def kept_bytes(config, tokens: int, dropout: bool) -> int:
+    """Activations that the decoder layers keep of `tokens` tokens at memory budget 1, two bytes each: 8 of hidden and 3
+    of intermediate size a token and layer, and with dropout every LoRA input once more (6 and 1)."""
     text = config.text_config
     hidden, intermediate = (14, 4) if dropout else (8, 3)
-    kept = hidden * text.hidden_size + intermediate * text.intermediate_size
-    kept *= 2 * text.num_hidden_layers * tokens
+    return 2 * text.num_hidden_layers * tokens * (hidden * text.hidden_size + intermediate * text.intermediate_size)
+
+
+def choose_memory_budget(config, tokens: int, dropout: bool, device: torch.device) -> float:
+    """The highest memory budget at which a micro-batch of `tokens` tokens should fit beside what is allocated now.
+    The rehearsal has the last word."""
+    kept = kept_bytes(config, tokens, dropout)
     total = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
     free = min(total - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0])
     fitting = [budget for budget, share in MEMORY_BUDGETS.items() if share * kept + MEMORY_MARGIN < free]

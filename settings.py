@@ -89,6 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep", type=positive, default=3, help="newest checkpoints kept, besides the best one")
     add("--resume", default="none", help="none, auto (newest checkpoint in --output) or a checkpoint folder")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
+    add = parser.add_argument_group("plan").add_argument
+    add("--plan", action=argparse.BooleanOptionalAction, default=False,
+        help="print what the run would do, take and need, and exit; needs no GPU and no weights")  # fmt: skip
+    add("--gpu", type=choice("h100", "h200", "a100-80", "a100-40", "l40s", "rtx4090"), default="h100",
+        help="GPU that --plan plans for")  # fmt: skip
+    add("--time-limit", type=number(float, 0), default=0.0, help="hours that --plan compares the run to; 0: none")
     parser.add_argument("--config", default="", help="TOML file of settings by these names; the command line overrides")
     return parser
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import demo
 import dist_utils
@@ -53,9 +53,20 @@ from model import (
     pick_dtype,
     resolve_model,
 )
+from plan import (
+    GPU_COUNTS,
+    count_steps,
+    data_warnings,
+    estimate,
+    is_due,
+    known_gpu,
+    make_job,
+    plan_settings,
+    report,
+)
 from rows import InputError
 from settings import parse_settings, to_toml
-from trees import PlanSettings, StepSampler, Work, make_plan, rank_efficiency, whole_trees
+from trees import StepSampler, Work, group_samples, heaviest, make_plan, rank_efficiency, whole_trees
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
@@ -64,7 +75,7 @@ FAILED_SAVES_IN_A_ROW = 3  # after which the run stops
 
 def main(argv: list[str], stop: Stop | None = None) -> int:
     """Train. Returns the exit code: 0 when done, dist_utils.STOPPED when stopped by a signal, 1 when saving failed."""
-    stop = stop or Stop()
+    stop, started = stop or Stop(), time.perf_counter()
 
     # Settings. Everything that can be wrong with them is told before anything is loaded.
     args = parse_settings(argv)
@@ -74,6 +85,10 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         print0("No --train given: training the embedded demo, generated pictures and a tiny Qwen3-VL.")
         dist_utils.from_rank0(lambda: demo.make_demo(DEMO_FOLDER))
         args = parse_settings(argv, demo.SETTINGS | demo_files(DEMO_FOLDER))
+    if args.plan:
+        dist_utils.from_rank0(lambda: print_plan(args))
+        dist_utils.leave()
+        return 0
     device, dtype = ranks.device, pick_dtype(args.dtype, ranks.device)
     name = "demo" if is_demo else Path(args.train).stem
     output = dist_utils.from_rank0(lambda: open_output(args.output, name, args.resume != "none"))
@@ -87,12 +102,10 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = dist_utils.from_rank0(lambda: load_all(args, tokenizer, images, output))
-    plan_settings = PlanSettings(args.batch_size, args.questions_per_image, args.max_tokens, args.seed)
-    sampler = StepSampler(train_data.samples, plan_settings, ranks.rank, ranks.world_size)
+    sampler = StepSampler(train_data.samples, plan_settings(args), ranks.rank, ranks.world_size)
     plan = sampler.plan()
     describe_data(train_data, val_data, plan, tokenizer)
-    steps = args.epochs * len(sampler)
-    steps = min(steps, args.max_steps or steps)
+    steps = count_steps(args, len(sampler), args.epochs)
     val_batches = whole_trees(val_data.samples, args.max_tokens) if val_data else []
     identity = identify(args, images, train_data, val_data, model_folder)
     found = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
@@ -103,7 +116,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         load_base(model_folder, dtype, device), args.model, args.lora_r, args.lora_alpha, args.lora_dropout
     )
     describe_lora(peft_model)
-    heavy = heaviest(train_data.samples, plan_settings, args.epochs)
+    heavy = Work(heaviest(make_plan(train_data.samples, sampler.settings, epoch) for epoch in range(args.epochs)))
     budgets = plan_compile(args, peft_model, heavy, ranks)
     model = dist_utils.wrap(TreeModel(peft_model, images), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -112,6 +125,9 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     done, best, evaluation_due = start.get("step", 0), start.get("best", {}), start.get("evaluation_due", False)
     result, skipped, failed_saves = None, start.get("skipped", 0), 0
     metrics = Metrics(output / "metrics.jsonl", done, start.get("sums", {}), ranks)
+    config, gpu, planned = AutoConfig.from_pretrained(model_folder), known_gpu(device), None
+    if gpu and ranks.is_main and not done and config.model_type == "qwen3_vl":
+        planned = estimate(make_job(args, config, train_data, val_data, plan, heavy.trees), gpu, ranks.world_size)
 
     def state() -> dict:
         settings = vars(args) | {"image_settings": asdict(images)}
@@ -184,11 +200,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
                     raise RuntimeError(f"stopped: {skipped} steps in a row had a non-finite loss or gradient")
 
             metrics.step(done, facts, loss, grad_norm, lr, waited, bar, finished or done % args.log_every == 0)
-            evaluation_due = bool(val_batches) and (finished or is_every(args.eval_every, done))
+            evaluation_due = bool(val_batches) and is_due(args.eval_every, done, steps)
             if evaluation_due and not stopping:
                 evaluate_now()
                 stopping = evaluation_due
-            if best.get("step") == done or finished or stopping or is_every(args.save_every, done):
+            if best.get("step") == done or stopping or is_due(args.save_every, done, steps):
                 save()
             if finished or stopping:
                 break
@@ -197,6 +213,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     code = conclude(output, done, steps, stop, evaluation_due, failed_saves)
     if result and not code:
         print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
+    if planned and not code:
+        took, peak = (time.perf_counter() - started) / 3600, torch.cuda.max_memory_allocated() / 2**30
+        print0(
+            f"planned {planned[0]:.2f} h, took {took:.2f} h; planned peak {planned[1]:.1f} GiB, peak was {peak:.1f} GiB"
+        )
     model = optimizer = peft_model = trained = None  # before the group is left
     dist_utils.leave()
     return code
@@ -261,10 +282,6 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     return args.lr * factor[args.schedule]
 
 
-def is_every(interval: int, step: int) -> bool:
-    return interval > 0 and step % interval == 0
-
-
 @contextmanager
 def naming(data: VQAData, micro_batches: list, ranks: Ranks):
     """Add to an error which samples this rank was training on."""
@@ -285,12 +302,6 @@ def report_skipped(step, loss, grad_norm, micro_batches, loss_sums, data: VQADat
     ids = sorted({name for shard in shards for name in shard})
     metrics.write({"event": "skipped", "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": ids})
     print0(f"\nstep {step} skipped on all ranks: loss {loss}, gradient norm {grad_norm}, samples {', '.join(ids)}")
-
-
-def heaviest(samples: list, settings: PlanSettings, epochs: int) -> Work:
-    """The micro-batch of most tokens in the whole run."""
-    batches = (batch for epoch in range(epochs) for step in make_plan(samples, settings, epoch) for batch in step)
-    return Work(max(batches, key=lambda batch: sum(tree.tokens for tree in batch)))
 
 
 def plan_compile(args, peft_model, heavy: Work, ranks: Ranks) -> list[float]:
@@ -355,14 +366,29 @@ def demo_files(folder: Path) -> dict[str, str]:
     return {setting: str((folder / name).resolve()) for setting, name in names.items()}
 
 
-def load_all(args, tokenizer, images, output: Path) -> tuple[VQAData, VQAData | None]:
+def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
     files = [args.train, args.val] if args.val else [args.train]
-    data = [
-        load_data(file, args.images, tokenizer, images, args.max_tokens, args.system, args.allow_outside_images)
-        for file in files
-    ]
+    how = (args.max_tokens, args.system, args.allow_outside_images)
+    data = [load_data(file, args.images, tokenizer, images, *how, headers_only=args.plan) for file in files]
     stop_or_skip_bad(data, args.skip_bad, output)
     return data[0], data[1] if args.val else None
+
+
+def print_plan(args: argparse.Namespace) -> None:
+    """What --plan prints; reads no weights and writes nothing. Raises InputError for rows that can't be used."""
+    if args.dtype == "float32":
+        raise InputError("--plan knows what bfloat16 costs: leave --dtype at auto")
+    model_folder = resolve_model(args.model, weights=False)
+    config, tokenizer = AutoConfig.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    if config.model_type != "qwen3_vl":
+        raise InputError(f"--plan knows what Qwen3-VL costs, not {config.model_type}")
+    images = image_settings(model_folder, args.min_pixels, args.max_pixels)
+    train_data, val_data = load_all(args, tokenizer, images, None)
+    plans = [make_plan(train_data.samples, plan_settings(args), epoch) for epoch in range(args.epochs)]
+    describe_data(train_data, val_data, plans[0], tokenizer)
+    print0(
+        report(make_job(args, config, train_data, val_data, plans[0], heaviest(plans)), train_data, images, val_data)
+    )
 
 
 def identify(args, images, train_data: VQAData, val_data: VQAData | None, model_folder: str) -> dict:
@@ -413,17 +439,18 @@ def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
             print0(
                 f"{name}: {len(data.samples):,} questions, {len(data.grids):,} images, {len(data.bad):,} rows left out"
             )
-    shared = set(train.grids) & set(val.grids) if val else set()
-    if shared:
-        print0(f"warning: {len(shared):,} validation images are also trained on, {Path(min(shared)).name} for one")
+    for warning in data_warnings(train, val):
+        print0(f"warning: {warning}")
+    groups = [len(group) for group in group_samples(train.samples)]
+    print0(f"questions an image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
     print0("tokens a question (image included):\n" + length_histogram([sample.tokens for sample in train.samples]))
     trees = [tree for step in plan for batch in step for tree in batch]
     alone, together = sum(sample.tokens for sample in train.samples), sum(tree.tokens for tree in trees)
     print0(
-        f"plan: {len(plan):,} steps an epoch of {len(trees) / len(plan):.1f} images in "
+        f"plan: {len(trees):,} trees in {len(plan):,} steps an epoch of {len(trees) / len(plan):.1f} images in "
         f"{sum(map(len, plan)) / len(plan):.1f} micro-batches; trees need {together:,} tokens an epoch, "
         f"single questions {alone:,} ({alone / together:.1f}x); rank efficiency "
-        + ", ".join(f"{100 * rank_efficiency(plan, n):.0f}% at {n}" for n in (2, 4))
+        + ", ".join(f"{100 * rank_efficiency(plan, n):.0f}% at {n}" for n in GPU_COUNTS)
     )
     print0(f"one sample, trained tokens in ⟦ ⟧:\n{describe_sample(train.samples[0], tokenizer)}")
 

@@ -4,6 +4,7 @@ A tree is one list of images with questions about it. The plan is a pure functio
 ranks only share out a step's micro-batches, so the number of GPUs changes no loss.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,16 +70,21 @@ def grow_tree(samples: list, indices: list[int]) -> Tree:
     for sample in chosen[1:]:
         differs = chosen[0].ids[:length] != sample.ids[:length]
         length = int(differs.argmax()) if differs.any() else length
-    images = [n for n, at in zip(chosen[0].image_tokens, chosen[0].image_at) if at < length]
-    prefix = length + sum(images) - len(images)
-    branches = np.array([sample.tokens for sample in chosen]) - prefix
-    patches = np.array(
-        [n for k, s in enumerate(chosen) for n, at in zip(s.patches, s.image_at) if not k or at >= length]
-    )
+    prefix, branches, patches = tree_shape(chosen, length)
     pairs = prefix**2 / 2 + (branches * (prefix + branches / 2)).sum()
     cost = prefix + branches.sum() + TOKEN_PAIR_COST * pairs
     cost += (PATCH_COST * patches + PATCH_PAIR_COST * patches**2).sum()
     return Tree(tuple(indices), length, int(prefix + branches.sum()), float(cost))
+
+
+def tree_shape(chosen: list, length: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Tokens of the prefix, tokens of each branch, and patches of each image that is encoded, of a tree of the samples
+    `chosen`, which share their first `length` ids."""
+    images = [n for n, at in zip(chosen[0].image_tokens, chosen[0].image_at) if at < length]
+    prefix = length + sum(images) - len(images)
+    branches = np.array([sample.tokens for sample in chosen]) - prefix
+    patches = [n for k, s in enumerate(chosen) for n, at in zip(s.patches, s.image_at) if not k or at >= length]
+    return prefix, branches, np.array(patches)
 
 
 def group_samples(samples: list) -> list[list[int]]:
@@ -193,6 +199,12 @@ def pack(trees: list[Tree], max_tokens: int) -> Step:
 
 def cost_of(batch) -> float:
     return sum(tree.cost for tree in batch)
+
+
+def heaviest(plans: Iterable[list[Step]]) -> MicroBatch:
+    """The micro-batch of most tokens."""
+    batches = (batch for plan in plans for step in plan for batch in step)
+    return max(batches, key=lambda batch: sum(tree.tokens for tree in batch))
 
 
 def share_out(batches: list[MicroBatch], ranks: int) -> list[list[int]]:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import ImageSettings, Sample, VQAData, build_batch
 from feed import padding
 from model import LORA_TARGETS, TreeModel, add_lora, autocast, compile_layers, prepare_base
+from plan import step_flops
 from trees import StepFacts, Work, grow_tree
 
 QWEN3_VL_8B = {
@@ -235,30 +236,6 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 10 * 2 * side**3 / (time.perf_counter() - started) / 1e12
 
 
-def step_flops(config: dict, patches: int, prefix: int, branches: list[int], answers: int) -> tuple[float, float]:
-    """Floating-point operations of one tree's matrix products and of its attention, forward and backward, without
-    recomputation.
-
-    A frozen matrix of m weights costs 2 m a token forward and 2 m backward (no weight gradient); LoRA, norms and
-    softmax are left out (under 1%). Attention costs 4 d a pair and head dimension forward and 2.5 times that backward.
-    The vision tower runs forward only.
-    """
-    text, vision = config["text_config"], config["vision_config"]
-    h, i, layers = text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]
-    q, kv = (text[n] * text["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
-    tokens = prefix + sum(branches)
-    pairs = prefix * (prefix + 1) / 2 + sum(b * prefix + b * (b + 1) / 2 for b in branches)
-    language = 4 * layers * h * (2 * q + 2 * kv) * tokens + 4 * h * text["vocab_size"] * answers
-    language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP runs where an answer is
-    attention = 3.5 * 4 * q * layers * pairs + 4 * vision["hidden_size"] * vision["depth"] * patches**2
-    v, merged = vision["hidden_size"], 4 * vision["hidden_size"]
-    tower = 2 * vision["depth"] * (4 * v * v + 2 * v * vision["intermediate_size"]) * patches
-    tower += 2 * 1536 * v * patches
-    mergers = 1 + len(vision["deepstack_visual_indexes"])
-    tower += 2 * mergers * (merged * merged + merged * vision["out_hidden_size"]) * patches / 4
-    return language + tower, attention
-
-
 def profile(step, device: torch.device) -> str:
     """The ten costliest kernels of a step, and its time by kind of work."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -301,9 +278,8 @@ def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ce
                 tokens, step = tree_step(ours, preset, questions, device, dtype, folder)
             row = {"case": case, **measure(step, model, device, preset.repeats)}
             branches = [preset.question_tokens] * questions
-            flops = sum(
-                step_flops(preset.config, patches, patches // 4 + 4, branches, questions * preset.answer_tokens)
-            )
+            answers = questions * preset.answer_tokens
+            flops = sum(step_flops(Qwen3VLConfig(**preset.config), [patches], patches // 4 + 4, branches, answers))
             row |= {"ms_per_question": row["ms"] / questions, "tokens_per_s": 1000 * tokens / row["ms"]}
             row |= {"tflops": flops / row["ms"] / 1e9, "share": flops / row["ms"] / 1e9 / ceiling}
             if args.profile and case == cases[-1]:

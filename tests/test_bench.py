@@ -48,7 +48,9 @@ def test_counted_operations_are_torch_s(tmp_path, questions, monkeypatch):
     patches = (preset.size[0] // 16) * (preset.size[1] // 16)
     answers = questions * preset.answer_tokens
     branches = [preset.question_tokens] * questions
-    counted, _ = bench.step_flops(preset.config, patches, patches // 4 + 4, branches, answers)  # torch omits attention
+    config = bench.Qwen3VLConfig(**preset.config)
+    flops = bench.step_flops(config, [patches], patches // 4 + 4, branches, answers)
+    counted = flops.language + flops.tower  # torch omits attention
     lora = 0
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):

@@ -463,7 +463,7 @@ def kvasir(tmp_path_factory):
 
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_file, "check_images", lambda paths: {path: size(path) for path in paths})
+        patch.setattr(data_file, "check_images", lambda paths, *_: {path: size(path) for path in paths})
         return rows, load_data(KVASIR, folder, tokenizer, image_settings(QWEN), 8192), tokenizer
 
 

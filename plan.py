@@ -1,0 +1,377 @@
+"""What a run will do, take and need, from its rows, settings and config.json alone: `train.py --plan`.
+
+Time comes from the floating-point operations of every micro-batch and the rates that a GPU reaches, memory from the
+formula that picks the memory budget. Left out: waiting for images, communication between GPUs, checking images.
+"""
+
+import argparse
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+import trees
+from data import ImageSettings, VQAData, at_limit
+from model import MEMORY_BUDGETS, MEMORY_MARGIN, add_lora, kept_bytes, lora_table
+from scores import normalize
+from trees import MicroBatch, PlanSettings, Step, Tree
+
+GIB = 2**30
+GPU_COUNTS = (1, 2, 4, 8, 16)
+LONG_ANSWER = 256  # trained tokens
+LISTED_EVENTS = 8
+TOKEN_MULTIPLE = 128  # of a suggested --max-tokens
+
+
+@dataclass(frozen=True)
+class Gpu:
+    devices: tuple[str, ...]  # as torch.cuda.get_device_name says
+    memory_gib: float  # as torch says
+    tflops: float  # of a large bfloat16 matrix product
+    measured: bool = False
+
+
+OF_DATA_SHEET = 751 / 989  # what an H100 reaches of its data sheet's dense bfloat16 rate
+GPUS = {
+    "h100": Gpu(("NVIDIA H100 80GB HBM3",), 79.1, 751, measured=True),
+    "h200": Gpu(("NVIDIA H200",), 139.7, 801, measured=True),
+    "a100-80": Gpu(("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 79.1, 312 * OF_DATA_SHEET),
+    "a100-40": Gpu(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 39.4, 312 * OF_DATA_SHEET),
+    "l40s": Gpu(("NVIDIA L40S",), 44.4, 362 * OF_DATA_SHEET),
+    "rtx4090": Gpu(("NVIDIA GeForce RTX 4090",), 23.5, 165 * OF_DATA_SHEET),
+}
+# Shares of Gpu.tflops that each kind of work reaches. The three trees of bench/results/step-h200.json are too alike to
+# tell kinds apart, so the attention's come from kernels timed alone on Hopper: FlexAttention 107 ms for a tree of 9
+# (17.7 TFLOP), the vision tower's 27 x 1.55 ms for 10,800 patches (14.5 TFLOP). The matrix products' share and IMAGE_S
+# are then the two numbers that give the three trees' times.
+MATMUL_SHARE, ATTENTION_SHARE, TOWER_ATTENTION_SHARE = 0.77, 0.206, 0.43
+MICRO_BATCH_S = 0.035  # gaps between kernels, forward and backward, in a profile; a faster GPU does not shorten them
+IMAGE_S = 0.018  # the vision tower's small kernels
+SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.21, 0.0: 1.27}  # step time by memory budget: a tree of 9 on an H100
+NOT_COMPILED = (1.39, 1.37)  # share of activations kept and step time, there too
+COMPILE_S = 87  # first start of the 8B on an H200
+READ_BYTES_S = 1e9  # assumed: the weights to the GPU
+SAVE_BYTES_S = 0.3e9  # a checkpoint, hashed, to the disk of a small machine
+
+
+def known_gpu(device: torch.device) -> Gpu | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return next((gpu for gpu in GPUS.values() if name in gpu.devices), None)
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
+    """What may be wrong with rows that can be used: how many, and where the first stands."""
+    found = []
+    shared = set(train.grids) & set(val.grids) if val else set()
+    if shared:
+        first, image = next((s, image) for s in val.samples for image in s.images if image in shared)
+        found.append(f"validation images that are also trained on: {len(shared):,}, {first.where} {Path(image).name}")
+    return found + _row_warnings(train) + (_row_warnings(val) if val else [])
+
+
+def _row_warnings(data: VQAData) -> list[str]:
+    asked, repeats, clashes, long = {}, [], [], []
+    for sample in data.samples:
+        prompt = sample.ids[: np.flatnonzero(~sample.trained)[-1] + 1].tobytes()
+        answer, before = sample.fields["answer"], asked.setdefault((sample.images, prompt), {})
+        if answer in before:
+            repeats.append(f"{sample.where} repeats {before[answer].where}")
+        for other, row in before.items():
+            if normalize(other) != normalize(answer):
+                clashes.append(f"{sample.where} says {answer[:40]!r}, {row.where} {other[:40]!r}")
+                break
+        before.setdefault(answer, sample)
+        if (count := sample.trained.sum()) > LONG_ANSWER:
+            long.append(f"{sample.where} has {count:,}")
+    kinds = {
+        "rows that repeat another in images, question and answer": repeats,
+        "rows that contradict another of the same images and question": clashes,
+        f"rows of over {LONG_ANSWER} answer tokens": long,
+    }
+    return [f"{kind}: {len(rows):,}, {rows[0]}" for kind, rows in kinds.items() if rows]
+
+
+# ---------------------------------------------------------------------------------------------------------- operations
+
+
+class Flops(NamedTuple):
+    """Floating-point operations without recomputation: the language model's forward and backward, the frozen vision
+    tower's forward."""
+
+    language: float  # matrix products
+    attention: float
+    tower: float
+    tower_attention: float
+
+
+def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branches: list[int], answers: int) -> Flops:
+    """Operations of one tree: images of so many patches each, a prefix and branches of so many tokens each.
+
+    A frozen matrix of m weights costs 2 m a token forward and 2 m backward (no weight gradient); LoRA, norms and
+    softmax are left out (under 1%). Attention costs 4 d a pair and head dimension forward and 2.5 times that backward.
+    """
+    text, vision = config.text_config, config.vision_config
+    h, i, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    q, kv = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
+    tokens = prefix + sum(branches)
+    pairs = prefix * (prefix + 1) / 2 + sum(b * prefix + b * (b + 1) / 2 for b in branches)
+    language = 4 * layers * h * (2 * q + 2 * kv) * tokens + 4 * h * text.vocab_size * answers
+    language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP runs where an answer is
+    v, merged = vision.hidden_size, vision.spatial_merge_size**2 * vision.hidden_size
+    tower = 2 * vision.depth * (4 * v * v + 2 * v * vision.intermediate_size)
+    tower += 2 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * v
+    mergers = 1 + len(vision.deepstack_visual_indexes)
+    tower += 2 * mergers * (merged * merged + merged * vision.out_hidden_size) / vision.spatial_merge_size**2
+    tower_attention = 4 * v * vision.depth * sum(count**2 for count in patches)
+    return Flops(language, 3.5 * 4 * q * layers * pairs, tower * sum(patches), tower_attention)
+
+
+def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True) -> float:
+    """Seconds of a micro-batch: each tree's operations and number of images. Not `trained`: forward only."""
+    language, attention, tower, tower_attention = (sum(kind) for kind in zip(*(flops for flops, _ in loads)))
+    part, attention_part, gap_part = (1, 1, 1) if trained else (1 / 2, 1 / 3.5, 1 / 3)
+    at_full_rate = (part * language + tower) / MATMUL_SHARE
+    at_full_rate += attention_part * attention / ATTENTION_SHARE + tower_attention / TOWER_ATTENTION_SHARE
+    fixed = gap_part * MICRO_BATCH_S + IMAGE_S * sum(images for _, images in loads)
+    return at_full_rate / (gpu.tflops * 1e12) + fixed
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+
+@dataclass
+class Job:
+    """A run as the estimates see it."""
+
+    args: argparse.Namespace
+    config: PretrainedConfig
+    train: list  # samples
+    val: list
+    plan: list[Step]  # of the first epoch; the others are taken to cost the same
+    val_batches: list[MicroBatch]
+    heavy: int  # tokens of the heaviest micro-batch
+    weights: int  # parameters of the base model
+    lora: int  # parameters that are trained
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return 3 * 4 * self.lora  # the adapter, and AdamW's two moments of it
+
+
+def make_job(args, config, train: VQAData, val: VQAData | None, plan: list[Step], heavy: MicroBatch) -> Job:
+    """`plan` is the first epoch's, `heavy` the micro-batch of most tokens in all epochs."""
+    with torch.device("meta"):  # counted, not loaded
+        base = AutoModelForImageTextToText.from_config(config)
+        weights = sum(parameter.numel() for parameter in base.parameters())
+        lora = sum(count for _, count in lora_table(add_lora(base, "", args.lora_r, 1, 0.0)).values())
+    val_samples, tokens = val.samples if val else [], sum(tree.tokens for tree in heavy)
+    val_batches = trees.whole_trees(val_samples, args.max_tokens)
+    return Job(args, config, train.samples, val_samples, plan, val_batches, tokens, weights, lora)
+
+
+def plan_settings(args: argparse.Namespace) -> PlanSettings:
+    return PlanSettings(args.batch_size, args.questions_per_image, args.max_tokens, args.seed)
+
+
+def count_steps(args: argparse.Namespace, an_epoch: int, epochs: int) -> int:
+    return min(epochs * an_epoch, args.max_steps or epochs * an_epoch)
+
+
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Whether an evaluation or a checkpoint follows step `step` of `steps`, from 1: every so many, and at the end."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+@dataclass
+class Budget:
+    budget: float | None  # memory budget; None: layers are not compiled
+    slower: float  # step time against budget 1
+    peak: float  # bytes that a GPU holds at once
+    fits: bool
+
+
+def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
+    """The memory budgets that a run may choose from, the fastest first, for micro-batches of `tokens` tokens."""
+    kept = kept_bytes(job.config, tokens, job.args.lora_dropout > 0)
+    free = gpu.memory_gib * GIB - 2 * job.weights - 4 * job.lora  # beside the model, as choose_memory_budget sees it
+    held = 2 * job.weights + 4 * 4 * job.lora  # bfloat16 weights; float32 LoRA, its gradient, AdamW's two moments
+    known = sorted(SLOWER)
+    costs = [(None, *NOT_COMPILED)]
+    if job.args.compile:
+        names = SLOWER if job.args.memory_budget == "auto" else [job.args.memory_budget]
+        tables = [[table[budget] for budget in known] for table in (MEMORY_BUDGETS, SLOWER)]
+        costs = [(name, *(np.interp(name, known, table) for table in tables)) for name in names]
+    return [
+        Budget(name, slower, held + share * kept, share * kept + MEMORY_MARGIN < free) for name, share, slower in costs
+    ]
+
+
+def choose(found: list[Budget]) -> Budget:
+    return next((one for one in found if one.fits), found[-1])
+
+
+def remedy(job: Job, gpu: Gpu, data: VQAData, images: ImageSettings) -> str:
+    """What would make a run fit that fits with no memory budget."""
+    candidates = range(TOKEN_MULTIPLE, job.heavy, TOKEN_MULTIPLE)
+    count = bisect_left(candidates, True, key=lambda tokens: not budgets(job, gpu, tokens)[-1].fits)
+    tokens = candidates[count - 1] if count else 0
+
+    def too_long(limit: int) -> bool:
+        return max(sample.tokens for sample in at_limit(data, images, limit).samples) > tokens
+
+    if not too_long(images.max_pixels):
+        return f"--max-tokens {tokens} would fit"
+    pixels = (images.patch_size * images.merge_size) ** 2
+    limits = range(pixels, largest_picture(data, images), pixels)
+    count = bisect_left(limits, True, key=too_long)
+    return f"--max-tokens {tokens} --max-pixels {limits[count - 1]} would fit" if count else "no settings would fit"
+
+
+def largest_picture(data: VQAData, images: ImageSettings) -> int:
+    """Pixels, after resizing."""
+    return max((down * across for down, across in data.grids.values()), default=0) * images.patch_size**2
+
+
+def tree_load(config: PretrainedConfig, samples: list, tree: Tree) -> tuple[Flops, int]:
+    """A tree's operations and its number of images."""
+    chosen = [samples[i] for i in tree.samples]
+    prefix, branches, patches = trees.tree_shape(chosen, tree.prefix)
+    answers = sum(int(sample.trained.sum()) for sample in chosen)
+    return step_flops(config, patches.tolist(), prefix, branches.tolist(), answers), len(patches)
+
+
+def pace(job: Job, gpu: Gpu, slower: float) -> tuple[list[list[float]], list[float]]:
+    """Seconds of each micro-batch on one GPU: by step of the plan, and of an evaluation."""
+
+    def seconds(samples: list, batch: MicroBatch, trained: bool) -> float:
+        return batch_seconds([tree_load(job.config, samples, tree) for tree in batch], gpu, trained)
+
+    steps = [[slower * seconds(job.train, batch, True) for batch in step] for step in job.plan]
+    return steps, [seconds(job.val, batch, False) for batch in job.val_batches]
+
+
+def timeline(job: Job, times: tuple, gpus: int, epochs: int) -> list[tuple[int, str, float]]:
+    """(steps done, what follows, seconds from the start to its end): evaluations and checkpoints, the last at the end.
+
+    A step takes as long as the rank with most to do. The checkpoints of new best evaluations can't be foreseen.
+    """
+
+    def longest(batches: list[MicroBatch], seconds: list[float]) -> float:
+        return max(sum(seconds[i] for i in share) for share in trees.share_out(batches, gpus))
+
+    step_s, evaluation_s = list(map(longest, job.plan, times[0])), longest(job.val_batches, times[1])
+    steps = count_steps(job.args, len(step_s), epochs)
+    now = COMPILE_S * job.args.compile + 2 * job.weights / READ_BYTES_S
+    events = [(0, "training starts", now)]
+    for step in range(1, steps + 1):
+        now += step_s[(step - 1) % len(step_s)]
+        follows = []
+        if job.val_batches and is_due(job.args.eval_every, step, steps):
+            follows.append("evaluation")
+            now += evaluation_s
+        if is_due(job.args.save_every, step, steps):
+            follows.append("checkpoint")
+            now += job.checkpoint_bytes / SAVE_BYTES_S
+        events += [(step, ", ".join(follows), now)] if follows else []
+    return events
+
+
+def hours(job: Job, times: tuple, gpus: int, epochs: int = 0) -> float:
+    """Of the whole run, or of one of so many epochs."""
+    return timeline(job, times, gpus, epochs or job.args.epochs)[-1][2] / 3600
+
+
+def estimate(job: Job, gpu: Gpu, gpus: int) -> tuple[float, float]:
+    """Hours of the whole run, and GiB that a GPU holds at its peak."""
+    chosen = choose(budgets(job, gpu, job.heavy))
+    return hours(job, pace(job, gpu, chosen.slower), gpus), chosen.peak / GIB
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def report(job: Job, data: VQAData, images: ImageSettings, val_data: VQAData | None) -> str:
+    """What --plan says about memory, time and disk on --gpu."""
+    args, gpu = job.args, GPUS[job.args.gpu]
+    found = budgets(job, gpu, job.heavy)
+    chosen = choose(found)
+    times = pace(job, gpu, chosen.slower)
+    rates = "measured" if gpu.measured else "derived from data sheets, not measured"
+    lines = [f"{args.model} in bfloat16 on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, found)]
+    if not chosen.fits:
+        lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, data, images)}")
+    lines += time_lines(job, times)
+    for limit, smaller in with_smaller_pictures(job, data, images, val_data).items():
+        tokens = sum(tree.tokens for step in smaller.plan for batch in step for tree in batch)
+        smaller_times = pace(smaller, gpu, chosen.slower)
+        ends = [hours(smaller, smaller_times, gpus) for gpus in GPU_COUNTS]
+        lines.append(_columns(f"whole run with --max-pixels {limit}, {tokens:,} tokens an epoch", ends))
+    if args.time_limit:
+        lines.append(limit_line(job, times))
+    mib, count = job.checkpoint_bytes / 2**20, args.keep + 2
+    disk = (
+        f"disk: {count} checkpoints (--keep, the best, one being written) of {mib:,.0f} MiB are {count * mib:,.0f} MiB"
+    )
+    return "\n".join([*lines, disk])
+
+
+def memory_lines(job: Job, gpu: Gpu, found: list[Budget]) -> list[str]:
+    lines = [
+        f"memory: {2 * job.weights / GIB:.1f} GiB weights, {16 * job.lora / GIB:.2f} GiB LoRA with gradient and "
+        f"optimizer, activations of {job.heavy:,} tokens; {MEMORY_MARGIN / GIB:.0f} of {gpu.memory_gib} GiB stay free"
+    ]
+    for one in found:
+        name = "not compiled" if one.budget is None else f"memory budget {one.budget:g}"
+        verdict = "does not fit" if not one.fits else "fits, chosen" if one is choose(found) else "fits"
+        lines.append(f"  {name:<18} {one.peak / GIB:6.1f} GiB, {one.slower:.2f} x step time, {verdict}")
+    return lines
+
+
+def time_lines(job: Job, times: tuple) -> list[str]:
+    """A table with a column for each number of GPUs: when evaluations and checkpoints come, and the end."""
+    runs = [timeline(job, times, gpus, job.args.epochs) for gpus in GPU_COUNTS]
+    rows = [
+        _columns(f"step {events[0][0]:,}: {events[0][1]}", [seconds / 3600 for _, _, seconds in events])
+        for events in zip(*runs)
+    ]
+    if len(rows) > LISTED_EVENTS:
+        rows[LISTED_EVENTS // 2 : -LISTED_EVENTS // 2] = [f"  ... {len(rows) - LISTED_EVENTS} more"]
+    return [
+        _columns("hours from the start, by number of GPUs", GPU_COUNTS, "d"),
+        *rows,
+        _columns("GPU hours", [gpus * events[-1][2] / 3600 for gpus, events in zip(GPU_COUNTS, runs)]),
+        _columns("rank efficiency", [trees.rank_efficiency(job.plan, gpus) for gpus in GPU_COUNTS], ".0%"),
+    ]
+
+
+def _columns(label: str, values: list[float], form: str = ".2f") -> str:
+    return f"  {label:<66}" + "".join(f"{value:>8{form}}" for value in values)
+
+
+def limit_line(job: Job, times: tuple) -> str:
+    """Whether the run fits --time-limit, and what would."""
+    limit, epochs = job.args.time_limit, range(1, job.args.epochs + 1)
+    most = {gpus: max((e for e in epochs if hours(job, times, gpus, e) <= limit), default=0) for gpus in GPU_COUNTS}
+    enough = [gpus for gpus, fitting in most.items() if fitting == job.args.epochs]
+    verdict = f"fits on {enough[0]} GPU(s) or more" if enough else f"does not fit on up to {GPU_COUNTS[-1]} GPUs"
+    fewer = ", ".join(f"{fitting} on {gpus}" for gpus, fitting in most.items())
+    return f"time limit {limit:g} h: {verdict}; epochs that fit, by number of GPUs: {fewer}"
+
+
+def with_smaller_pictures(job: Job, data: VQAData, images: ImageSettings, val_data: VQAData | None) -> dict[int, Job]:
+    """The run with pictures of at most a half and a quarter of the largest one's pixels, by that limit."""
+    jobs = {}
+    for limit in filter(None, (largest_picture(data, images) // part for part in (2, 4))):
+        train = at_limit(data, images, limit).samples
+        val = at_limit(val_data, images, limit).samples if val_data else []
+        plan = trees.make_plan(train, plan_settings(job.args), 0)
+        val_batches = trees.whole_trees(val, job.args.max_tokens)
+        jobs[limit] = replace(job, train=train, val=val, plan=plan, val_batches=val_batches)
+    return jobs

@@ -1,0 +1,305 @@
+"""--plan: it foretells what the run does, matches what was measured, and needs no weights, no pixels and no folder."""
+
+import json
+import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from PIL import ImageFile
+from test_bench import bench
+from test_data import VALID_IMAGES, cut_short, noise, turned
+from test_train import arguments, lines
+from transformers import AutoConfig, AutoTokenizer
+
+import model as model_file
+import plan
+import train
+from data import VQAData, at_limit, check_images, image_settings, load_data
+from model import choose_memory_budget
+from plan import GIB, GPUS, Gpu, budgets, choose, data_warnings, hours, make_job, pace, plan_settings, timeline
+from rows import InputError
+from settings import parse_settings
+from trees import heaviest, make_plan
+
+MEASURED = json.loads((Path(bench.__file__).parent / "results" / "step-h200.json").read_text())
+TREES = {int(row["case"].removeprefix("tree-")): row for row in MEASURED["rows"] if row["case"].startswith("tree-")}
+HERE = Gpu(("cpu",), 80, 1, measured=False)
+
+
+def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
+    args = parse_settings(arguments(world, world / "none", **settings))
+    data, _ = tiny.load_world(world)
+    plans = [make_plan(data.samples, plan_settings(args), epoch) for epoch in range(args.epochs)]
+    return make_job(args, AutoConfig.from_pretrained(world / "model"), data, data, plans[0], heaviest(plans)), data
+
+
+def job_of_8b(**settings) -> plan.Job:
+    """The 8B with micro-batches of the benchmark's tree of 9; no data."""
+    args = SimpleNamespace(compile=True, memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
+    vars(args).update(settings)
+    config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
+    return replace(make_job(args, config, VQAData("", [], {}), None, [], ()), heavy=2704 + 9 * 195)
+
+
+@pytest.fixture
+def bare(world, tmp_path):
+    """The tiny world without weights, its pictures cut short."""
+    folder = shutil.copytree(world, tmp_path / "bare")
+    (folder / "model" / "model.safetensors").unlink()
+    for path in (folder / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:-1000])
+        assert "truncated" in check_images([str(path)])[str(path)]
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ what the plan needs
+
+
+def test_the_plan_needs_no_weights_and_no_pixels_and_leaves_nothing(bare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    before = sorted(tmp_path.rglob("*"))
+    for output in (tmp_path / "out", ""):
+        assert train.main([*arguments(bare, output), "--plan"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    told = capsys.readouterr().out
+    for expected in ("train: 33 questions, 4 images", "5 steps an epoch", "memory budget 0.2", "GPU hours", "disk:"):
+        assert told.count(expected) == 2
+
+
+def test_rows_that_can_t_be_used_are_told_as_by_a_run(bare):
+    (bare / "images" / "b.png").unlink()
+    with pytest.raises(InputError, match=r"rows can't be used(.|\n)*b.png is missing"):
+        train.main([*arguments(bare, ""), "--plan"])
+
+
+def test_float32_is_refused(bare):
+    with pytest.raises(InputError, match="--dtype"):
+        train.main([*arguments(bare, ""), "--plan", "--dtype=float32"])
+
+
+def test_only_settings_and_tokenizer_are_downloaded(world, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(model_file, "snapshot_download", lambda _, **how: asked.update(how) or str(world / "model"))
+    model_file.resolve_model("Qwen/Qwen3-VL-8B-Instruct", weights=False)
+    files = ["config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+    files += ["tokenizer_config.json", "chat_template.jinja", "model-00001-of-00004.safetensors", "pytorch_model.bin"]
+    fetched = [file for file in files if any(fnmatch(file, pattern) for pattern in asked["allow_patterns"])]
+    assert fetched == files[:-2]
+
+
+@pytest.mark.parametrize("name", [*VALID_IMAGES, "turned.tif"])
+def test_a_header_tells_the_size_that_decoding_tells(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    picture, options = VALID_IMAGES[name][0] if name in VALID_IMAGES else turned(6)
+    picture.save(tmp_path / name, **options)
+    path = str(tmp_path / name)
+    with monkeypatch.context() as no_pixels:
+        no_pixels.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+        sizes = check_images([path], headers_only=True)
+    assert not (tmp_path / "cache").exists() and sizes == check_images([path])
+
+
+def test_a_size_from_a_header_is_not_taken_for_a_checked_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole, cut = str(tmp_path / "whole.png"), str(tmp_path / "cut.png")
+    noise(40, 50).save(whole)
+    check_images([whole])
+    cut_short(Path(cut), 0.5)
+    assert check_images([whole, cut], headers_only=True) == {whole: (40, 50), cut: (300, 200)}
+    assert "truncated" in check_images([whole, cut])[cut]
+
+
+# ---------------------------------------------------------------------------------------------- it foretells the run
+
+
+def test_evaluations_checkpoints_sizes_and_warnings_are_those_of_the_run(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(GPUS, "here", HERE)
+    settings = {"eval-every": 2, "save-every": 3, "keep": 9, "lora-r": 64, "max-steps": 7}
+    output = tmp_path / "out"
+    train.main(arguments(world, output, **settings))
+    told = capsys.readouterr().out.splitlines()
+    train.main([*arguments(world, tmp_path / "none", **settings), "--plan"])
+    planned = capsys.readouterr().out.splitlines()
+    warnings = [line for line in planned if line.startswith("warning:")]
+    assert warnings == [line for line in told if line.startswith("warning:")] and "rows.jsonl:28" in "".join(warnings)
+
+    job, _ = job_of(world, **settings)
+    events = timeline(job, pace(job, HERE, 1.0), 1, job.args.epochs)
+    assert [step for step, what, _ in events if "evaluation" in what] == [e["step"] for e in lines(output, "eval")]
+    saved = [int(folder.name.split("-")[1]) for folder in sorted(output.glob("checkpoint-*"))]
+    foreseen = [step for step, what, _ in events if "checkpoint" in what]
+    assert foreseen == [3, 6, 7] and set(foreseen) <= set(saved) <= {2, 3, 4, 6, 7}
+    size = sum(path.stat().st_size for path in (output / "checkpoint-000007").iterdir())
+    assert job.checkpoint_bytes == pytest.approx(size, rel=0.1)
+
+    expected = events[-1][2] / 3600
+    assert told[-1].startswith(f"planned {expected:.2f} h, took 0.0") and told[-1].endswith("peak was 0.0 GiB")
+
+
+def test_what_is_said_of_a_plan_does_not_make_another_run(world):
+    data, dataset = tiny.load_world(world)
+    asked = (arguments(world, "out") + more for more in ([], ["--gpu=l40s", "--time-limit=3", "--plan"]))
+    args = [parse_settings(words) for words in asked]
+    before, after = (train.identify(one, dataset.settings, data, None, str(world / "model")) for one in args)
+    assert before == after
+
+
+def test_an_unknown_gpu_is_not_compared(world, tmp_path, capsys):
+    train.main(arguments(world, tmp_path / "out", **{"max-steps": 1}))
+    assert "planned" not in capsys.readouterr().out
+
+
+def test_a_run_takes_its_steps_evaluations_and_saves_one_after_the_other(world):
+    job, _ = job_of(world, **{"max-steps": 0, "epochs": 2, "eval-every": 0, "save-every": 0})
+    steps, evaluation = pace(job, HERE, 1.0)
+    for gpus in (1, 2, 4):
+        events = timeline(job, (steps, evaluation), gpus, 2)
+        assert [step for step, _, _ in events] == [0, 2 * len(job.plan)]
+        training = events[1][2] - events[0][2] - job.checkpoint_bytes / plan.SAVE_BYTES_S
+        alone = 2 * sum(map(sum, steps)) + sum(evaluation)
+        assert training == pytest.approx(alone) if gpus == 1 else alone / gpus <= training < alone
+    assert hours(job, (steps, evaluation), 1, 1) < hours(job, (steps, evaluation), 1)
+
+
+def test_an_image_is_counted_once_a_tree_and_every_token_once(world):
+    job, data = job_of(world)
+    for tree in (tree for step in job.plan for batch in step for tree in batch):
+        flops, images = plan.tree_load(job.config, job.train, tree)
+        chosen = [job.train[i] for i in tree.samples]
+        assert images == len(chosen[0].images)
+        alone = plan.tree_load(job.config, job.train, plan.trees.grow_tree(job.train, [tree.samples[0]]))[0]
+        assert (flops.tower, flops.tower_attention) == (alone.tower, alone.tower_attention)
+        assert flops.language >= alone.language and (flops.language > alone.language) == (len(chosen) > 1)
+
+
+@pytest.mark.parametrize("limit", [4096, 9216, 65536])
+def test_smaller_pictures_are_planned_as_they_would_be_loaded(world, limit):
+    data, dataset = tiny.load_world(world)
+    tokenizer, settings = AutoTokenizer.from_pretrained(world / "model"), image_settings(world / "model", 0, limit)
+    loaded = load_data(world / "rows.jsonl", world / "images", tokenizer, settings, 100_000)
+    planned = at_limit(data, dataset.settings, limit)
+    assert planned.grids == loaded.grids
+    for ours, theirs in zip(planned.samples, loaded.samples, strict=True):
+        assert (ours.patches, ours.image_tokens, ours.tokens) == (theirs.patches, theirs.image_tokens, theirs.tokens)
+
+
+# ------------------------------------------------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize("questions", TREES)
+def test_the_time_of_a_tree_is_the_measured_one(questions):
+    preset = bench.PRESETS["8b"]
+    patches = preset.size[0] * preset.size[1] // 16**2
+    branches, answers = [preset.question_tokens] * questions, questions * preset.answer_tokens
+    flops = plan.step_flops(bench.Qwen3VLConfig(**preset.config), [patches], patches // 4 + 4, branches, answers)
+    (gpu,) = (gpu for gpu in GPUS.values() if MEASURED["device"] in gpu.devices)
+    assert gpu.tflops == pytest.approx(MEASURED["matmul_tflops"], rel=0.01)
+    assert 1000 * plan.batch_seconds([(flops, 1)], gpu) == pytest.approx(TREES[questions]["ms"], rel=0.15)
+
+
+@pytest.mark.parametrize("questions", TREES)
+def test_the_peak_memory_of_a_tree_is_the_measured_one(questions):
+    (found,) = budgets(job_of_8b(memory_budget=1.0), GPUS["h200"], 2704 + 195 * questions)
+    assert found.peak / GIB == pytest.approx(TREES[questions]["peak_gib"], rel=0.1)
+
+
+@pytest.mark.parametrize("gib", [23.5, 26, 32, 40, 48, 80])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_the_memory_budget_is_the_one_that_the_run_chooses(gib, dropout, monkeypatch):
+    job = job_of_8b(lora_dropout=dropout)
+    total = int(gib * GIB)
+    taken = 2 * job.weights + 4 * job.lora
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - taken, total))
+    chosen = choose_memory_budget(job.config, job.heavy, dropout > 0, torch.device("cuda"))
+    assert choose(budgets(job, Gpu((), gib, 1), job.heavy)).budget == chosen
+
+
+def test_less_memory_takes_more_time_and_a_budget_of_one_s_own_lies_between():
+    job = job_of_8b()
+    known = budgets(job, GPUS["h100"], job.heavy)
+    assert [one.budget for one in known] == [1.0, 0.5, 0.2, 0.0]
+    assert sorted(known, key=lambda one: -one.peak) == sorted(known, key=lambda one: one.slower) == known
+    (own,) = budgets(job_of_8b(memory_budget=0.3), GPUS["h100"], job.heavy)
+    assert known[1].peak > own.peak > known[2].peak and known[1].slower < own.slower < known[2].slower
+    (eager,) = budgets(job_of_8b(compile=False), GPUS["h100"], job.heavy)
+    assert eager.peak > known[0].peak and eager.slower > known[0].slower
+
+
+@pytest.mark.parametrize("tokens", [256, 128])
+def test_settings_that_would_fit_are_found(world, tokens):
+    """The 8B's memory for the tiny world's rows, the longest of which has 147 tokens."""
+    data, dataset = tiny.load_world(world)
+    job = replace(job_of_8b(), heavy=700)
+    needed = 2 * job.weights + 4 * job.lora + plan.MEMORY_MARGIN
+    gpu = Gpu((), (needed + 0.13 * plan.kept_bytes(job.config, tokens + 1, True)) / GIB, 1)
+    found = dict(zip(*[iter(plan.remedy(job, gpu, data, dataset.settings).split()[:-2])] * 2))
+    assert found["--max-tokens"] == str(tokens)
+    assert budgets(job, gpu, tokens)[-1].fits and not budgets(job, gpu, tokens + 128)[-1].fits
+    longest = max(sample.tokens for sample in data.samples)
+    assert ("--max-pixels" in found) == (longest > tokens)
+    if "--max-pixels" in found:
+        at = [int(found["--max-pixels"]) + more for more in (0, 16**2)]
+        small, large = (max(s.tokens for s in at_limit(data, dataset.settings, limit).samples) for limit in at)
+        assert small <= tokens < large
+    assert plan.remedy(job, Gpu((), needed / GIB, 1), data, dataset.settings) == "no settings would fit"
+
+
+def test_a_time_limit_says_what_would_fit(world):
+    job, _ = job_of(world, **{"max-steps": 0, "epochs": 3, "time-limit": 1})
+    times = pace(job, replace(HERE, tflops=1e-4), 1.0)
+    ends = {(gpus, epochs): hours(job, times, gpus, epochs) for gpus in (1, 2) for epochs in (1, 2, 3)}
+    assert ends[2, 3] < ends[1, 3]
+    job.args.time_limit = ends[2, 3]
+    assert "fits on 2 GPU(s) or more" in plan.limit_line(job, times)
+    job.args.time_limit = ends[1, 2]
+    assert ": 2 on 1, " in plan.limit_line(job, times)
+    job.args.time_limit = ends[1, 1] / 1000
+    assert "does not fit on up to 16 GPUs" in plan.limit_line(job, times)
+
+
+def test_every_planned_gpu_can_be_named_and_derived_rates_are_called_so(bare, capsys):
+    for name in GPUS:
+        assert parse_settings([f"--gpu={name}"]).gpu == name
+    with pytest.raises(InputError, match=f"none of {', '.join(GPUS)}"):
+        parse_settings(["--gpu=v100"])
+    for name, gpu in GPUS.items():
+        train.main([*arguments(bare, ""), "--plan", f"--gpu={name}"])
+        assert ("derived from data sheets" in capsys.readouterr().out) != gpu.measured
+
+
+# -------------------------------------------------------------------------------------------------------- the warnings
+
+
+def test_suspicious_rows_are_counted_and_the_first_is_named(world, tmp_path):
+    asked = [("a.png", "How many?", "two"), ("a.png", "Where?", "left"), ("b.png", "How many?", "one")]
+    rows = [tiny.single(*row) for row in asked]
+    rows += [
+        rows[0],
+        tiny.single("a.png", "Where?", "Left."),
+        tiny.single("b.png", "How many?", "1"),
+    ]  # the same answer
+    rows += [tiny.single("b.png", "How many?", "three"), rows[0], tiny.single("c.png", "Why?", "long " * 300)]
+    tokenizer, settings = AutoTokenizer.from_pretrained(world / "model"), image_settings(world / "model")
+    data = []
+    for name, chosen in (("train", rows), ("val", [tiny.single("d.png", "Why?", "so"), rows[2]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        data.append(load_data(tmp_path / f"{name}.jsonl", world / "images", tokenizer, settings, 100_000))
+    trained = int(data[0].samples[8].trained.sum())
+    assert data_warnings(*data) == [
+        "validation images that are also trained on: 1, val.jsonl:2 b.png",
+        "rows that repeat another in images, question and answer: 2, train.jsonl:4 repeats train.jsonl:1",
+        "rows that contradict another of the same images and question: 1, "
+        "train.jsonl:7 says 'three', train.jsonl:3 'one'",
+        f"rows of over 256 answer tokens: 1, train.jsonl:9 has {trained}",
+    ]
+    assert data_warnings(data[1], None) == []
