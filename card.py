@@ -3,7 +3,7 @@
 import json
 
 CARD = """---
-base_model: {model}
+base_model: {quoted}
 library_name: peft
 pipeline_tag: image-text-to-text
 tags: [lora, visual-question-answering]

@@ -2,6 +2,7 @@
 
 python eval.py --ckpt runs/kvasir                                  # the run's best checkpoint on its own --val rows
 torchrun --nproc_per_node=4 eval.py --ckpt runs/kvasir/checkpoint-000600 --data test.jsonl --images pictures
+python eval.py --ckpt runs/kvasir --with-base --options            # base against tuned; options by likelihood too
 python eval.py --model Qwen/Qwen3-VL-8B-Instruct --data test.jsonl --images pictures    # the base model
 """
 
@@ -89,24 +90,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("eval.py", description="Answer questions with a checkpoint or a base model, and score the answers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)  # fmt: skip
     count, positive, switch = number(int, 0), number(int, 1), argparse.BooleanOptionalAction
+    own = "0: the checkpoint's, or the model's own"
     add = parser.add_argument_group("what is answered").add_argument
     add("--ckpt", default="", help="checkpoint, or a run's folder for its best one; empty: the base model")
     add("--with-base", action=switch, default=False, help="also answer with the base model, and compare")
     add("--model", default="", help=f"base model; empty: the checkpoint's, or {DEFAULT_MODEL}")
     add("--data", default="", help="rows to answer; empty: the validation rows of the checkpoint's run")
     add("--images", default="", help="folder that image names start from; empty: the folder of --data")
-    add(
-        "--min-pixels",
-        type=count,
-        default=0,
-        help="pixels of an image at least; 0: the checkpoint's, or the model's own",
-    )
-    add(
-        "--max-pixels",
-        type=count,
-        default=0,
-        help="pixels of an image at most; 0: the checkpoint's, or the model's own",
-    )
+    add("--min-pixels", type=count, default=0, help=f"pixels of an image at least; {own}")
+    add("--max-pixels", type=count, default=0, help=f"pixels of an image at most; {own}")
     add("--skip-bad", action=switch, default=False, help="go on without rows that can't be used")
     add("--allow-outside-images", action=switch, default=False, help="images outside --images")
     add = parser.add_argument_group("how").add_argument

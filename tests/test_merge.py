@@ -95,7 +95,9 @@ def test_the_card_names_data_settings_and_score_and_escapes_them(world, run):
     text = (run / "checkpoint-000020" / "README.md").read_text()
     best = json.loads((run / "best.json").read_text())
     assert f"exact match {100 * best['exact_match']:.1f}%, at step {best['step']}" in text
-    assert f"base_model: {world / 'model'}" in text and "33 questions, fingerprint" in text and "| lr | 0.005 |" in text
+    assert (
+        f'base_model: "{world / "model"}"' in text and "33 questions, fingerprint" in text and "| lr | 0.005 |" in text
+    )
     images = {"min_pixels": 1, "max_pixels": 2}
     settings = {"model": "some/model", "lora_r": 48, "system": 'say "a | b"', "image_settings": images}
     card = model_card({"step": 7, "best": {}, "identity": {"train rows": "9", "odd": "a|b\nc"}, "settings": settings})
