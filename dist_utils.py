@@ -11,6 +11,7 @@ import random
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ TIMEOUT = timedelta(minutes=60)  # the first start may download a model while th
 TIMEOUT_IN_STEPS = timedelta(minutes=10)  # longer than any step, evaluation or save
 STACKS_AFTER = 20  # seconds from a signal to a look at where this process hangs; torchrun kills it after 30
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LET_RANK0_SPEAK = 20  # seconds
 STOPPED = 75  # exit code of a run that was stopped and can be resumed (EX_TEMPFAIL)
 
 
@@ -109,6 +111,12 @@ class Stop:
         self.reason = self.reason or signal.Signals(number).name
         faulthandler.dump_traceback_later(STACKS_AFTER)
 
+    def wait(self, seconds: float) -> None:
+        """Until a signal comes, or so long."""
+        end = time.monotonic() + seconds
+        while not self.reason and time.monotonic() < end:
+            time.sleep(0.05)
+
     def agreed(self) -> str:
         """The first reason that any rank has; the same on every rank. A collective."""
         return next(filter(None, gather_to_all(self.reason)), "")
@@ -126,10 +134,13 @@ def run_and_exit(main: Callable, argv: list[str]) -> None:
     A failure is printed once, by the rank that failed. It leaves without cleaning up: the other ranks may be waiting in
     a collective, where destroying the process group would wait for them.
     """
+    stop = Stop().watch_signals()
     try:
-        code = main(argv, Stop().watch_signals())
+        code = main(argv, stop)
     except InputError as error:
         print0(f"error: {error}")
+        if not is_rank0() and not dist.is_initialized():
+            stop.wait(LET_RANK0_SPEAK)  # it may still be importing, and torchrun ends all with the first that leaves
         code = 2
     except Exception as error:
         notes = "; ".join(getattr(error, "__notes__", []))

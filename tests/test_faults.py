@@ -228,6 +228,14 @@ def test_one_rank_that_raises_ends_the_job_with_its_traceback_once_and_its_sampl
     assert same(output, on_two_ranks)
 
 
+def test_wrong_settings_are_told_once_though_rank_0_comes_last(world, tmp_path):
+    fault, log = "int(os.environ['RANK']) or time.sleep(3)", tmp_path / "log"
+    argv = arguments(world, tmp_path / "out", train=tmp_path / "nothing.jsonl")
+    started = time.monotonic()
+    assert faults.torchrun(argv, log, fault=fault).wait(timeout=60) != 0 and time.monotonic() - started < 45
+    assert log.read_text().count("nothing.jsonl does not exist") == 1
+
+
 def test_one_rank_that_hangs_is_noticed_and_shows_where(world, tmp_path):
     fault = "short_timeouts(5, partial(at_step, 3, partial(time.sleep, 1000), 1))"
     started, log = time.monotonic(), tmp_path / "log"
