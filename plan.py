@@ -6,6 +6,7 @@ formula that picks the memory budget. Left out: waiting for images, communicatio
 
 import argparse
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -245,6 +246,12 @@ def tree_load(config: PretrainedConfig, samples: list, tree: Tree) -> tuple[Flop
     prefix, branches, patches = trees.tree_shape(chosen, tree.prefix)
     answers = sum(int(sample.trained.sum()) for sample in chosen)
     return step_flops(config, patches.tolist(), prefix, branches.tolist(), answers), len(patches)
+
+
+def tree_counter(config: PretrainedConfig, samples: list) -> Callable[[Tree], float]:
+    """What counts the operations of a tree of these samples: 0 for a model whose operations are not known."""
+    known = config.model_type == "qwen3_vl"
+    return lambda tree: sum(tree_load(config, samples, tree)[0]) if known else 0.0
 
 
 def pace(job: Job, gpu: Gpu, slower: float) -> tuple[list[list[float]], list[float]]:
