@@ -153,12 +153,13 @@ def recipe_inputs(batch, padded: int) -> tuple[dict, torch.Tensor]:
     return inputs, labels
 
 
-def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path):
-    """transformers + PEFT: one question a sequence, padded, full logits, every layer checkpointed. One step of one."""
+def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path, wrap=lambda model: model):
+    """transformers + PEFT: one question a sequence, padded, full logits, every layer checkpointed. The model, wrapped
+    as by DDP, and a forward and backward pass of one question."""
     model = random_model(preset.config, dtype, device)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=LORA_TARGETS))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
+    model = wrap(model.train())
     data, settings = make_data(preset, 1, folder)
     batch = build_batch(data, Work((grow_tree(data.samples, [0]),)), settings).to(device)
     inputs, labels = recipe_inputs(batch, preset.padded)
