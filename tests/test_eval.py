@@ -290,23 +290,28 @@ def test_one_answer_equals_plain_generation(world, prompted, capsys):
     reference.model = PeftModel.from_pretrained(base, adapter)
     inputs = reference.inputs(told, answered=False)
     assert answer(prompted, *asked(world, row)) == 0
-    assert capsys.readouterr().out == plainly(reference, inputs)
+    assert printed(capsys) == plainly(reference, inputs)
     reference.model = reference.model.unload()
     reference.processor = type(reference.processor).from_pretrained(world / "model")
     inputs = reference.inputs(row, answered=False)
     words = ["--model", str(world / "model"), "--max-new-tokens=8", *asked(world, row)]
     assert evaluation.main(words) == 0
-    assert capsys.readouterr().out == plainly(reference, inputs)
+    assert printed(capsys) == plainly(reference, inputs)
 
 
-def plainly(reference, inputs: dict) -> str:
-    """What eval.py should print, from transformers' own greedy generation."""
+def printed(capsys) -> tuple:
+    text, confidence = capsys.readouterr().out.split("\nconfidence ")
+    return text, pytest.approx(float(confidence), abs=1e-4)
+
+
+def plainly(reference, inputs: dict) -> tuple[str, float]:
+    """Text and probability of transformers' own greedy generation."""
     del inputs["labels"]
     how = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     out = reference.model.generate(**inputs, **how)
     text = reference.tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     probability = math.prod(step.softmax(-1).max().item() for step in out.logits)
-    return f"{text}\nconfidence {probability:.4f}\n"
+    return text, probability
 
 
 @pytest.mark.parametrize(
