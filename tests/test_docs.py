@@ -72,8 +72,7 @@ def test_values_and_the_way_to_turn_a_flag_off_are_accepted(program):
     for flag, (_, unit, off, _) in flag_rows(program).items():
         action = actions[flag]
         accepted = action.type or str
-        names = inspect.getclosurevars(accepted).nonlocals.get("names") if action.type else None
-        if names:
+        if inspect.isfunction(accepted) and (names := inspect.getclosurevars(accepted).nonlocals.get("names")):
             assert set(re.findall(r"`([^`]+)`", unit)) == set(names), flag
         if isinstance(action, argparse.BooleanOptionalAction):
             assert off == f"`{action.option_strings[1]}`", flag
@@ -104,9 +103,9 @@ def run_command(words: list[str], model: Path) -> None:
     while words[0] in ("python", "torchrun") or words[0].startswith("--nproc"):
         words = words[1:]
     programs = {"train.py": train.main, "eval.py": evaluation.main, "model.py": merge.main}
-    few = ["--max-steps=2", "--batch-size=4", "--workers=0", "--lr=0.02"]
-    few = {"train.py": [f"--model={model}", *few], "eval.py": ["--max-new-tokens=4", "--workers=0"], "model.py": []}[words[0]]
-    assert programs[words[0]]([*words[1:], *few]) == 0, words
+    short = {"train.py": [f"--model={model}", "--max-steps=2", "--batch-size=4", "--workers=0", "--lr=0.02"]}
+    short |= {"eval.py": ["--max-new-tokens=4", "--workers=0"], "model.py": []}
+    assert programs[words[0]]([*words[1:], *short[words[0]]]) == 0, words
 
 
 def test_the_first_hour_runs_from_a_csv_file_to_a_merged_model(world, tmp_path, monkeypatch, capsys):
@@ -155,6 +154,14 @@ def test_json_lines_are_split_as_the_csv_file_is(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------- coming from
+
+
+def test_our_defaults_beside_others_are_the_program_s():
+    actions = flags_of("train.py")
+    named = re.findall(r"\| `(--[a-z-]+)` ([\w.]+)(?:: off)? \|", text_of("coming-from.md"))
+    assert len(named) > 15
+    for flag, default in named:
+        assert type(actions[flag].default)(default) == actions[flag].default, flag
 
 
 def parsed(path: Path) -> list[tuple]:
