@@ -18,13 +18,14 @@ spec.loader.exec_module(bench)
 
 
 def test_the_benchmark_prints_a_table_and_writes_json(tmp_path):
-    words = [sys.executable, STEP, "--preset", "tiny", "--json", tmp_path / "out.json"]
+    words = [sys.executable, STEP, "--preset", "tiny", "--profile", "--json", tmp_path / "out.json"]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     assert [row["case"] for row in result["rows"]] == ["recipe", "tree-1", "tree-9", "tree-17"]
     assert all(row["ms_per_question"] > 0 and row["tflops"] > 0 for row in result["rows"])
     assert {"name", "device", "versions", "commit", "command"} <= result.keys() and "ms/question" in done.stdout
+    assert "matrix products" in done.stdout and "vision tower" in done.stdout
 
 
 def test_the_evaluation_benchmark_gets_the_same_answers_both_ways(world, tmp_path):
@@ -63,7 +64,7 @@ def test_counted_operations_are_torch_s(tmp_path, questions, monkeypatch):
     preset, cpu = bench.PRESETS["tiny"], torch.device("cpu")
     args = type("Args", (), {"compile": False, "memory_budget": 1.0})
     model = bench.tree_model(preset, cpu, torch.float32, tmp_path, args)
-    tokens, step = bench.tree_step(model, preset, questions, cpu, torch.float32, tmp_path)
+    tokens, step, _ = bench.tree_step(model, preset, questions, cpu, torch.float32, tmp_path)
     with FlopCounterMode(display=False) as counter:
         step()
     patches = (preset.size[0] // 16) * (preset.size[1] // 16)
