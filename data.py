@@ -132,17 +132,19 @@ def load_data(
     allow_outside_images: bool = False,
     limit: int = 0,
     headers_only: bool = False,
+    given: list[Row] | None = None,
 ) -> VQAData:
     """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
 
     `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample. `limit` is
-    how many rows are used at most; 0: all. `headers_only` reads sizes of images and decodes none. Raises InputError
-    when the file can't be read or the system prompt holds special tokens.
+    how many rows are used at most; 0: all. `headers_only` reads sizes of images and decodes none. `given` rows stand
+    for those of a file, none of which is read. Raises InputError when the file can't be read or the system prompt holds
+    special tokens.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if literal := [token for token in special if token in system]:
         raise InputError(f"the system prompt holds the special token {literal[0]}")
-    parsed, bad = read_rows(Path(path))
+    parsed, bad = read_rows(Path(path)) if given is None else (given, [])
     parsed = parsed[: limit or None]
     rows = []
     for row in parsed:
@@ -308,7 +310,7 @@ def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tupl
     new = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
     # Pillow decodes outside the interpreter lock. Its warnings of large pictures are silenced out here, before threads.
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
-        found = pool.map(_check_image, new, repeat(not headers_only))
+        found = pool.map(check_image, new, repeat(not headers_only))
         checked = dict(zip(new, tqdm(found, "checking images", len(new), disable=len(new) < 1000)))
     good = {path: {"stamp": stamps[path], "size": size} for path, size in checked.items() if not isinstance(size, str)}
     if good and not headers_only:
@@ -321,7 +323,8 @@ def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tupl
     return {path: checked[path] if path in checked else tuple(known[path]["size"]) for path in paths}
 
 
-def _check_image(path: str, decode: bool) -> tuple[int, int] | str:
+def check_image(path: str, decode: bool = True) -> tuple[int, int] | str:
+    """(height, width) of an image as displayed, or what is wrong with it, found without decoding only by its header."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
