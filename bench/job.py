@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import zip_longest
 from multiprocessing import Pool, Process
 from pathlib import Path
 from random import Random
@@ -49,6 +50,19 @@ def repeat_rows(rows: list[dict], images: int) -> list[dict]:
         name = names[number % len(names)]
         made += [row | {"image_filename": f"{number // len(names)}-{name}"} for row in by_image[name]]
     return made
+
+
+def leave_out(rows: list[dict], questions: int) -> list[dict]:
+    """`questions` of the rows at most: of the first images with several, the last one is left out."""
+    surplus, kept = max(0, len(rows) - questions), []
+    for row, following in zip_longest(rows, rows[1:], fillvalue={}):
+        is_last = following.get("image_filename") != row["image_filename"]
+        is_only = not kept or kept[-1]["image_filename"] != row["image_filename"]
+        if surplus and is_last and not is_only:
+            surplus -= 1
+        else:
+            kept.append(row)
+    return kept
 
 
 def lengthen(row: dict, tokenizer, tokens: int) -> dict:
@@ -87,7 +101,7 @@ def make_job(args, work: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         rows = [lengthen(row, tokenizer, args.question_tokens) for row in rows]
     held_out = set(names[args.images :])
-    train = [row for row in rows if row["image_filename"] not in held_out][: args.questions]
+    train = leave_out([row for row in rows if row["image_filename"] not in held_out], args.questions)
     work.mkdir(parents=True)
     write_rows(work / "train.jsonl", train)
     write_rows(work / "val.jsonl", [row for row in rows if row["image_filename"] in held_out])
