@@ -141,6 +141,9 @@ def test_groupings_are_compared_at_the_same_number_of_questions_and_of_images(tm
 
 def test_a_run_of_the_study_counts_questions_and_seconds_and_is_not_made_twice(tmp_path, monkeypatch, capsys):
     write_random_digits(tmp_path / "digits")
+    train, val = ((tmp_path / "digits" / f"{split}.jsonl").read_text().splitlines() for split in ("train", "val"))
+    train, val = ({json.loads(row)["image"] for row in rows} for rows in (train, val))
+    assert len(train) == 8 and len(val) == 4 and not train & val
     run = grouping.Run("digits", "few", 0, 1e-3, 0, batch_size=8, steps=2)
     monkeypatch.setattr(grouping, "EVALUATIONS", 2)
     monkeypatch.setattr(grouping, "plan_runs", lambda name, rows: [run])
