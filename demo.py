@@ -269,6 +269,14 @@ PREPROCESSOR = {
 }
 
 
+def write_model(folder: Path, texts: list[str]) -> None:
+    """The tiny model, with a tokenizer that has each word of the texts as a token."""
+    tokenizer = make_tokenizer(["user\nassistant\nsystem\n", *texts])
+    tokenizer.save_pretrained(folder)
+    make_model(tokenizer).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
+
+
 def make_demo(folder: Path, seed: int = 0) -> None:
     """Write train.jsonl, val.jsonl, images/ and model/ into the folder, whole or not at all.
 
@@ -291,10 +299,7 @@ def make_demo(folder: Path, seed: int = 0) -> None:
         (part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row, _ in rows))
         for image, scene in {row["image"]: scene for row, scene in rows}.items():
             draw(scene, 4 * SIDE, 4 * SIDE).reduce(4).save(part / image)
-    tokenizer = make_tokenizer(["user\nassistant\nsystem\n", *texts])
-    tokenizer.save_pretrained(part / "model")
-    make_model(tokenizer).save_pretrained(part / "model")
-    (part / "model" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
+    write_model(part / "model", texts)
     (part / "version").write_text(stamp)
 
     if folder.exists():

@@ -17,7 +17,7 @@ PATCH_COST = 0.041
 PATCH_PAIR_COST = 4.5e-6
 TOKEN_PAIR_COST = 7.4e-5
 
-LOOK_AHEAD = 64  # trees that a step is drawn from
+LOOK_AHEAD = 64  # trees that a step is drawn from, in random order
 DRAWS = 32  # draws of a step, the best balanced of which is kept
 RANK_MULTIPLE = 4  # a step has a multiple of this many micro-batches, so that 1, 2 and 4 ranks share it evenly
 
@@ -143,9 +143,12 @@ class _Draw(list):
 
 
 def _draw(waiting: list[_Part], room: int, random: np.random.Generator) -> _Draw:
-    """Places of parts that fill a step: the first, and others of the next LOOK_AHEAD in random order."""
-    draw = _Draw()
-    for place in [0, *(1 + random.permutation(min(len(waiting), LOOK_AHEAD) - 1))]:
+    """Places of parts that fill a step: the first, others of the next LOOK_AHEAD in random order, and where all of
+    these fit in, those that follow."""
+    draw, near = _Draw(), min(len(waiting), LOOK_AHEAD)
+    for place in [0, *(1 + random.permutation(near - 1)), *range(near, min(len(waiting), room))]:
+        if place == near and len(draw) < near:  # one of these is split to fill the step
+            break
         if len(waiting[place].indices) <= room:
             draw.append(place)
             room -= len(waiting[place].indices)
@@ -188,12 +191,15 @@ def pack(trees: list[Tree], max_tokens: int) -> Step:
     count = -(-sum(tree.tokens for tree in trees) // max_tokens)
     while True:
         count = min(len(trees), -(-count // RANK_MULTIPLE) * RANK_MULTIPLE)
-        bins = [[] for _ in range(count)]
+        bins, tokens, costs = [[] for _ in range(count)], [0] * count, [0.0] * count
         for tree in sorted(trees, key=lambda tree: -tree.cost):
-            free = [b for b in bins if sum(t.tokens for t in b) + tree.tokens <= max_tokens]
+            free = [b for b in range(count) if tokens[b] + tree.tokens <= max_tokens]
             if not free and count < len(trees):
                 break
-            min(free or bins, key=lambda b: sum(t.cost for t in b)).append(tree)
+            cheapest = min(free or range(count), key=costs.__getitem__)
+            bins[cheapest].append(tree)
+            tokens[cheapest] += tree.tokens
+            costs[cheapest] += tree.cost
         else:
             return [tuple(b) for b in sorted(bins, key=cost_of, reverse=True)]
         count += 1
