@@ -91,6 +91,8 @@ def test_the_flags_that_resuming_lets_change_are_the_program_s():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_page_names_a_flag_that_is_not_there(page):
     known = {word for build in PARSERS.values() for action in build()._actions for word in action.option_strings}
+    for bench in (ROOT / "bench").glob("*.py"):
+        known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', bench.read_text(encoding="utf-8")))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", page.read_text(encoding="utf-8")))
     assert named <= known | OF_OTHERS
 
