@@ -22,9 +22,10 @@ from transformers import AutoTokenizer
 import dist_utils
 from answers import Run, answer_all, score_all, score_samples
 from checkpoints import VERSIONS, pick_checkpoint, read_state, write_whole
-from data import ImageSettings, Sample, TreeDataset, VQAData, image_settings, load_data, stop_or_skip_bad
+from data import Sample, TreeDataset, VQAData, load_data, stop_or_skip_bad
 from dist_utils import Ranks, Stop, print0
 from feed import make_loader, my_share, next_batches, padding
+from images import ImageSettings, image_settings
 from metrics import read_metrics
 from model import TreeModel, autocast, fingerprint, load_adapter, load_base, merge_lora, pick_dtype, resolve_model
 from report import write_report

@@ -16,9 +16,10 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from checkpoints import pick_checkpoint, read_state
-from data import ImageSettings, VQAData, build_batch, load_data
+from data import VQAData, build_batch, load_data
 from dist_utils import print0
 from feed import padding
+from images import ImageSettings
 from model import TreeModel, autocast, load_adapter, load_base, merge_lora, resolve_model
 from rows import InputError
 from settings import Parser, choice, parse_words, refuse

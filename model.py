@@ -27,7 +27,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
 from attention import tree_mask
-from data import Batch, ImageSettings
+from data import Batch
+from images import ImageSettings
 from rows import InputError
 
 MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 import trees
-from data import ImageSettings, VQAData, at_limit
+from data import VQAData, at_limit
+from images import ImageSettings
 from model import MEMORY_BUDGETS, MEMORY_MARGIN, add_lora, kept_bytes, lora_table
 from scores import normalize
 from trees import MicroBatch, PlanSettings, Step, Tree

@@ -35,10 +35,11 @@ from checkpoints import (
     write_status,
     write_whole,
 )
-from data import TreeDataset, VQAData, describe_sample, image_settings, length_histogram, load_data, stop_or_skip_bad
+from data import TreeDataset, VQAData, describe_sample, length_histogram, load_data, stop_or_skip_bad
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_everything, unwrap
 from eval import accuracy_table, evaluate
 from feed import make_loader, next_batches, padding
+from images import image_settings
 from metrics import Metrics
 from model import (
     MEMORY_BUDGETS,

@@ -27,8 +27,9 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import ImageSettings, Sample, VQAData, build_batch
+from data import Sample, VQAData, build_batch
 from feed import padding
+from images import ImageSettings
 from model import LORA_TARGETS, TreeModel, add_lora, autocast, compile_layers, prepare_base
 from plan import step_flops
 from trees import StepFacts, Work, grow_tree

@@ -16,7 +16,9 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data as data_file
-from data import MAX_LISTED, check_images, describe_sample, image_settings, load_data, load_patches, stop_or_skip_bad
+import images as images_file
+from data import MAX_LISTED, describe_sample, load_data, stop_or_skip_bad
+from images import check_images, image_settings, load_patches
 from rows import InputError
 from settings import parse_settings
 from trees import PlanSettings, make_plan, rank_efficiency
@@ -358,7 +360,7 @@ def opened(monkeypatch, tmp_path):
     """Paths that are opened from here on, with an empty memory of images."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     paths, real_open = [], Image.open
-    monkeypatch.setattr(data_file.Image, "open", lambda path, *rest: paths.append(path) or real_open(path, *rest))
+    monkeypatch.setattr(images_file.Image, "open", lambda path, *rest: paths.append(path) or real_open(path, *rest))
     return paths
 
 
@@ -390,7 +392,7 @@ def test_a_changed_image_is_checked_again(opened, pictures):
 def test_a_failure_is_not_remembered(pictures, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with monkeypatch.context() as broken:
-        broken.setattr(data_file.Image, "open", lambda path: (_ for _ in ()).throw(OSError("stale file handle")))
+        broken.setattr(images_file.Image, "open", lambda path: (_ for _ in ()).throw(OSError("stale file handle")))
         assert all("stale file handle" in found for found in check_images(pictures).values())
     assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
 

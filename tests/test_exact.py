@@ -9,8 +9,9 @@ import torch
 
 import attention as attention_file
 import model as model_file
-from data import build_batch, load_patches, rotary_positions
+from data import build_batch, rotary_positions
 from dist_utils import Ranks, Stop
+from images import load_patches
 from train import train_step
 from trees import PlanSettings, StepFacts, Work, group_samples, grow_tree, make_plan, pack
 

@@ -24,7 +24,7 @@ import attention
 import eval as evaluation
 import model as model_file
 import train
-from data import ImageSettings, image_settings
+from images import ImageSettings, image_settings
 from model import MODEL_TYPES, PROJECTIONS, compile_layers, load_base, lora_table, resolve_model, save_adapter
 from rows import InputError
 from trees import Work, grow_tree

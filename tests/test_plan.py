@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoTokenizer
 import model as model_file
 import plan
 import train
-from data import VQAData, at_limit, check_images, image_settings, load_data
+from data import VQAData, at_limit, load_data
+from images import check_images, image_settings
 from model import choose_memory_budget
 from plan import GIB, GPUS, Gpu, budgets, choose, data_warnings, hours, make_job, pace, plan_settings, timeline
 from rows import InputError

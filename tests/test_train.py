@@ -72,7 +72,8 @@ def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, t
     """Loaded with transformers and peft alone, against the product's own model with the same weights."""
     from transformers import AutoTokenizer
 
-    from data import build_batch, image_settings
+    from data import build_batch
+    from images import image_settings
     from model import load_adapter, load_base
     from trees import Work, grow_tree
 

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import demo
-from data import TreeDataset, VQAData, image_settings, load_data
+from data import TreeDataset, VQAData, load_data
+from images import image_settings
 from model import TreeModel, add_lora, load_base
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
