@@ -57,6 +57,12 @@ class VQAData:
     bad: list[BadRow] = field(default_factory=list)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # of every image: height, width before resizing
 
+    def only(self, samples: list[Sample]) -> "VQAData":
+        """These samples and their images."""
+        used = sorted({image for sample in samples for image in sample.images})
+        grids, sizes = ({image: table[image] for image in used} for table in (self.grids, self.sizes))
+        return replace(self, samples=samples, grids=grids, sizes=sizes)
+
     def fingerprint(self) -> str:
         """Changes when a sample's tokens, images or order change."""
         digest = hashlib.sha256()
@@ -126,8 +132,7 @@ def load_data(
         else:
             samples.append(sample)
     bad.sort(key=lambda one: [int(number) for number in one.where.rpartition(":")[2].split(" row ")])
-    used = sorted({image for sample in samples for image in sample.images})
-    return VQAData(str(path), samples, {image: grids[image] for image in used}, bad, {one: sizes[one] for one in used})
+    return VQAData(str(path), [], grids, bad, sizes).only(samples)
 
 
 def at_limit(data: VQAData, settings: ImageSettings, max_pixels: int) -> VQAData:

@@ -25,6 +25,7 @@ from checkpoints import VERSIONS, pick_checkpoint, read_state, write_whole
 from data import Sample, TreeDataset, VQAData, load_data, stop_or_skip_bad
 from dist_utils import Ranks, Stop, print0
 from feed import make_loader, my_share, next_batches, padding
+from holdout import split, trained_rows
 from images import ImageSettings, image_settings
 from metrics import read_metrics
 from model import TreeModel, autocast, fingerprint, load_adapter, load_base, merge_lora, pick_dtype, resolve_model
@@ -131,8 +132,10 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if args.compare:
         return compare_files(*map(Path, args.compare), args.numeric_tolerance)
     ckpt = pick_checkpoint(Path(args.ckpt)) if args.ckpt else None
-    trained = read_state(ckpt)["settings"] if ckpt else {}
-    name, rows = args.model or trained.get("model", DEFAULT_MODEL), args.data or trained.get("val", "")
+    state = read_state(ckpt) if ckpt else {}
+    trained, held_out = state.get("settings", {}), state.get("held_out", [])
+    own = trained["train"] if held_out else trained.get("val", "")
+    name, rows = args.model or trained.get("model", DEFAULT_MODEL), args.data or own
     if not rows:
         raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
     pictures = args.images or (str(Path(args.data).parent) if args.data else trained["images"])
@@ -153,7 +156,10 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         data = load_data(rows, pictures, tokenizer, settings, args.max_tokens, system, args.allow_outside_images)
         output.mkdir(parents=True, exist_ok=True)
         stop_or_skip_bad([data], args.skip_bad, output)
+        if held_out and not args.data:
+            data = split(data, pictures, held_out)[1]
         train_rows = read_rows(Path(trained["train"]))[0] if args.closed_set else []
+        train_rows = trained_rows(train_rows, trained.get("images", ""), held_out)
         closed = closed_sets([row.fields for row in train_rows], args.closed_set)
         own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
         return data, [mine or closed.get(s.fields["question"], []) for mine, s in zip(own, data.samples)]

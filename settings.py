@@ -52,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--train", default="", help="rows to train on, JSON array or JSON lines; empty: the embedded demo")
     add("--val", default="", help="rows to evaluate on during training; empty: none")
+    add("--val-fraction", type=share, default=0.0,
+        help="share of the images of --train held out to evaluate on, with all their rows; 0: none")  # fmt: skip
     add("--images", default="", help="folder that image names start from; empty: the folder of --train")
     add("--min-pixels", type=count, default=0, help="pixels of an image at least, after resizing; 0: the model's own")
     add("--max-pixels", type=count, default=0, help="pixels of an image at most, after resizing; 0: the model's own")
@@ -164,6 +166,8 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
         problems.append("--resume auto: say where with --output")
     if settings.resume not in ("none", "auto") and not Path(settings.resume).is_dir():
         problems.append(f"--resume: {settings.resume} is not a folder")
+    if settings.val and settings.val_fraction:
+        problems.append("--val-fraction: --val names rows to evaluate on already")
     low, high = settings.min_pixels, settings.max_pixels
     if isinstance(low, int) and isinstance(high, int) and high and low > high:
         problems.append(f"--min-pixels {low} is over --max-pixels {high}")

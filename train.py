@@ -39,6 +39,7 @@ from data import TreeDataset, VQAData, describe_sample, length_histogram, load_d
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_everything, unwrap
 from eval import accuracy_table, evaluate
 from feed import make_loader, next_batches, padding
+from holdout import hold_out, image_names
 from images import image_settings
 from metrics import Metrics
 from model import (
@@ -131,9 +132,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         planned = estimate(make_job(args, config, train_data, val_data, plan, heavy.trees), gpu, ranks.world_size)
 
     def state() -> dict:
+        held_out = image_names(val_data, args.images) if args.val_fraction else []
         settings = vars(args) | {"image_settings": asdict(images)}
         now = {"step": done, "best": best, "evaluation_due": evaluation_due, "sums": metrics.sums, "skipped": skipped}
-        return now | {"optimizer": optimizer.state_dict(), "identity": identity, "settings": settings}
+        now |= {"optimizer": optimizer.state_dict(), "held_out": held_out}
+        return now | {"identity": identity, "settings": settings}
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
     dataset = TreeDataset(train_data, images, padding(device))
@@ -372,7 +375,11 @@ def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQA
     how = (args.max_tokens, args.system, args.allow_outside_images)
     data = [load_data(file, args.images, tokenizer, images, *how, headers_only=args.plan) for file in files]
     stop_or_skip_bad(data, args.skip_bad, output)
-    return data[0], data[1] if args.val else None
+    if args.val_fraction:
+        count = len(data[0].grids)
+        data = hold_out(data[0], args.images, args.val_fraction, args.seed)
+        print0(f"held out {len(data[1].samples):,} questions on {len(data[1].grids):,} of {count:,} images")
+    return data[0], data[1] if len(data) > 1 else None
 
 
 def print_plan(args: argparse.Namespace) -> None:

@@ -51,6 +51,7 @@ WRONG = {
     "missing images": (["--images", "nowhere"], "--images: nowhere does not exist"),
     "missing validation rows": (["--val", "nowhere.jsonl"], "--val: nowhere.jsonl does not exist"),
     "rows are a folder": (["--val", "/"], "--val: / does not exist"),
+    "two validations": (["--val", __file__, "--val-fraction", "0.1"], "--val-fraction: --val names rows"),
     "pixels": (["--min-pixels", "900", "--max-pixels", "800"], "--min-pixels 900 is over --max-pixels 800"),
     "resume without output": (["--resume", "auto"], "--resume auto: say where with --output"),
     "missing checkpoint": (["--resume", "nowhere"], "--resume: nowhere is not a folder"),
