@@ -41,6 +41,7 @@ class Sample:
     image_tokens: tuple[int, ...]  # language-model tokens of each image
     patches: tuple[int, ...]  # vision patches of each image
     fields: dict  # question, answer, question_type, options
+    file: int = 0  # which of several files of rows it is from
 
     @property
     def tokens(self) -> int:
@@ -68,11 +69,27 @@ class VQAData:
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(sample.ids.tobytes() + sample.trained.tobytes())
-            digest.update(repr([(Path(image).name, self.grids[image]) for image in sample.images]).encode())
+            digest.update(
+                repr([sample.file, *((Path(image).name, self.grids[image]) for image in sample.images)]).encode()
+            )
         return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load_files(paths: list[str], *how, **more) -> list[VQAData]:
+    """`load_data` of each file. Where files have one name, their rows are told apart by the folder."""
+    names = [Path(path).name for path in paths]
+    shown = [name if names.count(name) == 1 else "/".join(Path(path).parts[-2:]) for path, name in zip(paths, names)]
+    return [load_data(path, *how, **more, shown_as=name) for path, name in zip(paths, shown)]
+
+
+def join(parts: list[VQAData]) -> VQAData:
+    """Several files of rows as one."""
+    samples = [replace(sample, file=number) for number, part in enumerate(parts) for sample in part.samples]
+    grids, sizes = ({k: v for part in parts for k, v in getattr(part, name).items()} for name in ("grids", "sizes"))
+    return VQAData(", ".join(part.path for part in parts), samples, grids, sum((p.bad for p in parts), []), sizes)
 
 
 def load_data(
@@ -85,17 +102,19 @@ def load_data(
     allow_outside_images: bool = False,
     limit: int = 0,
     headers_only: bool = False,
+    shown_as: str = "",
 ) -> VQAData:
     """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
 
     `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample. `limit` is
-    how many rows are used at most; 0: all. `headers_only` reads sizes of images and decodes none. Raises InputError
-    when the file can't be read or the system prompt holds special tokens.
+    how many rows are used at most; 0: all. `headers_only` reads sizes of images and decodes none. `shown_as` is the
+    file's name in what is said of its rows. Raises InputError when the file can't be read or the system prompt holds
+    special tokens.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if literal := [token for token in special if token in system]:
         raise InputError(f"the system prompt holds the special token {literal[0]}")
-    parsed, bad = read_rows(Path(path))
+    parsed, bad = read_rows(Path(path), shown_as)
     parsed = parsed[: limit or None]
     rows = []
     for row in parsed:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 import dist_utils
 from answers import Run, answer_all, score_all, score_samples
 from checkpoints import VERSIONS, pick_checkpoint, read_state, write_whole
-from data import Sample, TreeDataset, VQAData, load_data, stop_or_skip_bad
+from data import Sample, TreeDataset, VQAData, join, load_files, stop_or_skip_bad
 from dist_utils import Ranks, Stop, print0
 from feed import make_loader, my_share, next_batches, padding
 from holdout import split, trained_rows
@@ -134,9 +134,9 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     ckpt = pick_checkpoint(Path(args.ckpt)) if args.ckpt else None
     state = read_state(ckpt) if ckpt else {}
     trained, held_out = state.get("settings", {}), state.get("held_out", [])
-    own = trained["train"] if held_out else trained.get("val", "")
-    name, rows = args.model or trained.get("model", DEFAULT_MODEL), args.data or own
-    if not rows:
+    own = trained["train"] if held_out else list(filter(None, [trained.get("val", "")]))
+    name, files = args.model or trained.get("model", DEFAULT_MODEL), [args.data] if args.data else own
+    if not files:
         raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
     pictures = args.images or (str(Path(args.data).parent) if args.data else trained["images"])
     output = Path(args.output or (ckpt / "eval" if ckpt else "runs/eval-base"))
@@ -153,18 +153,21 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     system = trained.get("system", "")
 
     def load() -> tuple[VQAData, list[list[str]]]:
-        data = load_data(rows, pictures, tokenizer, settings, args.max_tokens, system, args.allow_outside_images)
+        how = (args.max_tokens, system, args.allow_outside_images)
+        parts = load_files(files, pictures, tokenizer, settings, *how)
         output.mkdir(parents=True, exist_ok=True)
-        stop_or_skip_bad([data], args.skip_bad, output)
+        stop_or_skip_bad(parts, args.skip_bad, output)
+        data = join(parts)
         if held_out and not args.data:
             data = split(data, pictures, held_out)[1]
-        train_rows = read_rows(Path(trained["train"]))[0] if args.closed_set else []
+        train_rows = [row for file in trained["train"] for row in read_rows(Path(file))[0]] if args.closed_set else []
         train_rows = trained_rows(train_rows, trained.get("images", ""), held_out)
         closed = closed_sets([row.fields for row in train_rows], args.closed_set)
         own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
         return data, [mine or closed.get(s.fields["question"], []) for mine, s in zip(own, data.samples)]
 
     data, options = dist_utils.from_rank0(load)
+    rows = ", ".join(files)
     print0(f"{len(data.samples):,} questions of {rows}, {ckpt or 'base model ' + name}, {ranks.world_size} rank(s)")
 
     # Answers: of the base model, then with the adapter.

@@ -35,7 +35,7 @@ def main(argv: list[str], _stop=None) -> int:
     if out.exists():
         raise InputError(f"--out: {out} exists already")
     run = read_state(ckpt)["settings"]
-    rows, images = args.rows or run["val"] or run["train"], args.images or run["images"]
+    rows, images = args.rows or run["val"] or run["train"][0], args.images or run["images"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = resolve_model(args.model or run["model"])
     config = AutoConfig.from_pretrained(folder)

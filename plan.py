@@ -178,7 +178,9 @@ def make_job(args, config, train: VQAData, val: VQAData | None, plan: list[Step]
 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
-    return PlanSettings(args.batch_size, args.questions_per_image, args.max_tokens, args.seed)
+    return PlanSettings(
+        args.batch_size, args.questions_per_image, args.max_tokens, args.seed, tuple(args.train_weights)
+    )
 
 
 def count_steps(args: argparse.Namespace, an_epoch: int, epochs: int) -> int:

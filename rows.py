@@ -37,15 +37,16 @@ class BadRow:
     row: object = None  # the parsed row, or its text where it is not JSON
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[BadRow]]:
+def read_rows(path: Path, shown_as: str = "") -> tuple[list[Row], list[BadRow]]:
     """Read every row of a JSON array or JSON-lines file; what can't be used comes back with its line and reason."""
+    name = shown_as or path.name
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"rows {path}: {error.strerror}") from None
     good, bad = [], []
     for place, value, error in _json_values(raw.removeprefix(codecs.BOM_UTF8)):
-        where = f"{path.name}:{place}"
+        where = f"{name}:{place}"
         try:
             if error:
                 raise ValueError(error)
@@ -53,7 +54,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[BadRow]]:
         except ValueError as reason:
             bad.append(BadRow(where, str(reason), value))
     if not good and not bad:
-        bad.append(BadRow(f"{path.name}:1", "no rows in the file"))
+        bad.append(BadRow(f"{name}:1", "no rows in the file"))
     return good, bad
 
 

@@ -50,11 +50,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
     add = parser.add_argument_group("data").add_argument
-    add("--train", default="", help="rows to train on, JSON array or JSON lines; empty: the embedded demo")
+    add("--train", nargs="+", default=[], metavar="FILE",
+        help="rows to train on, JSON arrays or JSON lines; empty: the embedded demo")  # fmt: skip
+    add("--train-weights", nargs="+", type=number(float, 0.001), default=[], metavar="W",
+        help="for each file of --train, how often an epoch asks its questions, 0.5: half; empty: once")  # fmt: skip
     add("--val", default="", help="rows to evaluate on during training; empty: none")
     add("--val-fraction", type=share, default=0.0,
         help="share of the images of --train held out to evaluate on, with all their rows; 0: none")  # fmt: skip
-    add("--images", default="", help="folder that image names start from; empty: the folder of --train")
+    add(
+        "--images",
+        default="",
+        help="folder that image names start from; empty: the folder of --train (of its first file)",
+    )
     add("--min-pixels", type=count, default=0, help="pixels of an image at least, after resizing; 0: the model's own")
     add("--max-pixels", type=count, default=0, help="pixels of an image at most, after resizing; 0: the model's own")
     add("--system", default="", help="system prompt of rows that have none; empty: none")
@@ -118,7 +125,10 @@ def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Na
     for name, value in [*(defaults or {}).items(), *from_file.items()]:
         action = actions.get(name.replace("-", "_"))
         is_switch = isinstance(action, argparse.BooleanOptionalAction)
-        if action is None or isinstance(value, dict | list):
+        is_list = isinstance(value, list) and action is not None and action.nargs == "+"
+        if is_list and not any(isinstance(one, bool | dict | list) for one in value):
+            below += [action.option_strings[0], *map(str, value)] if value else []
+        elif action is None or isinstance(value, dict | list):
             problems.append(f"--config {config}: no setting {name} = {value!r}")
         elif is_switch != isinstance(value, bool):
             kind = "true or false" if is_switch else "a value, not true or false"
@@ -143,8 +153,9 @@ def parse_words(parser: Parser, words: list[str]) -> tuple[argparse.Namespace | 
         return None, [str(error)]
     problems = [f"{word}: no such flag" for word in unknown]
     for name, value in vars(settings).items():
-        if isinstance(value, Wrong):
-            problems.append(f"--{name.replace('_', '-')}: {value}")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Wrong):
+                problems.append(f"--{name.replace('_', '-')}: {one}")
     return settings, problems
 
 
@@ -155,13 +166,17 @@ def refuse(problems: list[str]) -> None:
 
 def _check_paths(settings: argparse.Namespace) -> list[str]:
     problems = []
-    settings.images = settings.images or str(Path(settings.train).parent)
+    settings.images = settings.images or str(Path(settings.train[0]).parent)
     for name in ("train", "val", "images"):
-        path = getattr(settings, name)
-        if path:
-            exists = Path(path).is_dir() if name == "images" else Path(path).is_file()
-            problems += [] if exists else [f"--{name}: {path} does not exist"]
-            setattr(settings, name, str(Path(path).resolve()))
+        value = getattr(settings, name)
+        paths = value if isinstance(value, list) else [value] if value else []
+        exists = Path.is_dir if name == "images" else Path.is_file
+        problems += [f"--{name}: {path} does not exist" for path in paths if not exists(Path(path))]
+        whole = [str(Path(path).resolve()) for path in paths]
+        setattr(settings, name, whole if isinstance(value, list) else "".join(whole))
+    files, weights = len(settings.train), len(settings.train_weights)
+    if weights not in (0, files):
+        problems.append(f"--train-weights: {weights} for {files} files of --train")
     if settings.resume == "auto" and not settings.output:
         problems.append("--resume auto: say where with --output")
     if settings.resume not in ("none", "auto") and not Path(settings.resume).is_dir():

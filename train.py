@@ -35,7 +35,7 @@ from checkpoints import (
     write_status,
     write_whole,
 )
-from data import TreeDataset, VQAData, describe_sample, length_histogram, load_data, stop_or_skip_bad
+from data import TreeDataset, VQAData, describe_sample, join, length_histogram, load_files, stop_or_skip_bad
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_everything, unwrap
 from eval import accuracy_table, evaluate
 from feed import make_loader, next_batches, padding
@@ -68,7 +68,16 @@ from plan import (
 )
 from rows import InputError
 from settings import parse_settings, to_toml
-from trees import StepSampler, Work, group_samples, heaviest, make_plan, rank_efficiency, whole_trees
+from trees import (
+    StepSampler,
+    Work,
+    group_samples,
+    heaviest,
+    make_plan,
+    questions_by_file,
+    rank_efficiency,
+    whole_trees,
+)
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
@@ -92,7 +101,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         dist_utils.leave()
         return 0
     device, dtype = ranks.device, pick_dtype(args.dtype, ranks.device)
-    name = "demo" if is_demo else Path(args.train).stem
+    name = "demo" if is_demo else Path(args.train[0]).stem
     output = dist_utils.from_rank0(lambda: open_output(args.output, name, args.resume != "none"))
     args.output = str(output)
     if dist_utils.restarted() and checkpoints(output):  # by torchrun --max-restarts
@@ -371,15 +380,19 @@ def demo_files(folder: Path) -> dict[str, str]:
 
 
 def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
-    files = [args.train, args.val] if args.val else [args.train]
+    files = [*args.train, args.val] if args.val else args.train
     how = (args.max_tokens, args.system, args.allow_outside_images)
-    data = [load_data(file, args.images, tokenizer, images, *how, headers_only=args.plan) for file in files]
+    data = load_files(files, args.images, tokenizer, images, *how, headers_only=args.plan)
     stop_or_skip_bad(data, args.skip_bad, output)
+    train, val = join(data[: len(args.train)]), data[-1] if args.val else None
     if args.val_fraction:
-        count = len(data[0].grids)
-        data = hold_out(data[0], args.images, args.val_fraction, args.seed)
-        print0(f"held out {len(data[1].samples):,} questions on {len(data[1].grids):,} of {count:,} images")
-    return data[0], data[1] if len(data) > 1 else None
+        count = len(train.grids)
+        train, val = hold_out(train, args.images, args.val_fraction, args.seed)
+        print0(f"held out {len(val.samples):,} questions on {len(val.grids):,} of {count:,} images")
+    if len(args.train) > 1:
+        for own, asked in questions_by_file(train.samples, plan_settings(args)):
+            print0(f"{args.train[train.samples[own[0]].file]}: {len(own):,} questions, {asked:,} an epoch")
+    return train, val
 
 
 def print_plan(args: argparse.Namespace) -> None:
@@ -453,7 +466,8 @@ def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
     print0(f"questions an image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
     print0("tokens a question (image included):\n" + length_histogram([sample.tokens for sample in train.samples]))
     trees = [tree for step in plan for batch in step for tree in batch]
-    alone, together = sum(sample.tokens for sample in train.samples), sum(tree.tokens for tree in trees)
+    alone = sum(train.samples[i].tokens for tree in trees for i in tree.samples)
+    together = sum(tree.tokens for tree in trees)
     print0(
         f"plan: {len(trees):,} trees in {len(plan):,} steps an epoch of {len(trees) / len(plan):.1f} images in "
         f"{sum(map(len, plan)) / len(plan):.1f} micro-batches; trees need {together:,} tokens an epoch, "

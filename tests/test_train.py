@@ -53,7 +53,7 @@ def finished(world, tmp_path_factory):
 
 def test_a_run_leaves_settings_metrics_and_checkpoints(world, finished):
     settings = tomllib.loads((finished / "settings.toml").read_text())
-    assert settings["lr"] == 0.02 and settings["train"] == str(world / "rows.jsonl") and len(settings) >= 29
+    assert settings["lr"] == 0.02 and settings["train"] == [str(world / "rows.jsonl")] and len(settings) >= 29
     assert [line["step"] for line in lines(finished, "train")] == [1, 2, 3, 4, 5, 6]
     assert all(
         line["loss"] > 0 and line["grad_norm"] > 0 and line["questions_per_s"] > 0 for line in lines(finished, "train")
