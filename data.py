@@ -41,6 +41,7 @@ class Sample:
     image_tokens: tuple[int, ...]  # language-model tokens of each image
     patches: tuple[int, ...]  # vision patches of each image
     fields: dict  # question, answer, question_type, options
+    weight: float = 1.0  # of its answers' tokens in the loss
     file: int = 0  # which of several files of rows it is from
 
     @property
@@ -70,7 +71,9 @@ class VQAData:
         for sample in self.samples:
             digest.update(sample.ids.tobytes() + sample.trained.tobytes())
             digest.update(
-                repr([sample.file, *((Path(image).name, self.grids[image]) for image in sample.images)]).encode()
+                repr(
+                    [sample.file, sample.weight, *((Path(image).name, self.grids[image]) for image in sample.images)]
+                ).encode()
             )
         return digest.hexdigest()[:16]
 
@@ -231,6 +234,7 @@ def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge: int) -
         image_tokens=tuple(count // merge for count in patches),
         patches=patches,
         fields=row.fields,
+        weight=row.weight,
     )
 
 
@@ -277,6 +281,7 @@ class Batch:
     image_at: torch.Tensor  # (I,) int64: where the image tokens are
     answer_at: torch.Tensor  # (N,) int64: tokens whose next token is trained
     targets: torch.Tensor  # (N,) int64: those next tokens
+    weights: torch.Tensor  # (N,) float32: how much each counts in the loss
     question: torch.Tensor  # (N,) int64: which of the batch's samples each belongs to
     patches: torch.Tensor  # (sum of grids, 3, patch_size**2) uint8
     grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
@@ -328,7 +333,8 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
             positions = rotary_positions(sample, data.grids, settings.merge_size)[:, first:end]
             branch_ids = np.where(np.arange(first, end) < prefix, 0, branch)
             parts.append((ids[first:end], positions, np.full(end - first, number), branch_ids, is_image[first:end]))
-            answers.append((marked - 1 - first + offset, ids[marked], np.full(len(marked), len(samples))))
+            weights = np.full(len(marked), sample.weight, np.float32)
+            answers.append((marked - 1 - first + offset, ids[marked], weights, np.full(len(marked), len(samples))))
             images += [path for path, at in zip(sample.images, sample.image_at) if branch == 1 or at >= tree.prefix]
             samples.append(index)
             offset += end - first
@@ -337,7 +343,7 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
         parts.append((zeros, np.stack([np.arange(padding)] * 3), zeros - 1, zeros, zeros.astype(bool)))
 
     ids, positions, tree, branch, is_image = (torch.from_numpy(np.concatenate(part, axis=-1)) for part in zip(*parts))
-    answer_at, targets, question = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers))
+    answer_at, targets, weights, question = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers))
     loaded = {path: load_patches(path, data.grids[path], settings) for path in dict.fromkeys(images)}
     grid = torch.tensor([(1, *data.grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
     no_patches = np.zeros((0, 3, settings.patch_size**2), np.uint8)
@@ -349,6 +355,7 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
         image_at=is_image.nonzero().flatten(),
         answer_at=answer_at,
         targets=targets.long(),
+        weights=weights,
         question=question,
         patches=torch.from_numpy(np.concatenate([no_patches, *(loaded[path] for path in images)])),
         grid=grid,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from checkpoints import write_whole
 from dist_utils import Ranks, print0
 
-SUMS = {"losses": 0.0, "tokens": 0, "questions": 0, "images": 0}  # since the last line
+SUMS = {"losses": 0.0, "weight": 0.0, "questions": 0, "images": 0}  # since the last line
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -44,17 +44,17 @@ class Metrics:
     def step(self, done: int, facts, loss: float, grad_norm: float, lr: float, waited: float, bar: tqdm, last: bool):
         """Count a step; when `last`, write the mean loss and the speed since the line before."""
         if math.isfinite(loss):
-            self.sums["losses"] += loss * facts.answer_tokens
-            self.sums["tokens"] += facts.answer_tokens
+            self.sums["losses"] += loss * facts.answer_weight
+            self.sums["weight"] += facts.answer_weight
         self.sums["questions"] += facts.questions
         self.sums["images"] += facts.images
         self.waited += waited
         bar.update(1)
-        if not last or not self.sums["tokens"]:
+        if not last or not self.sums["weight"]:
             return
         seconds = time.perf_counter() - self.started
         questions = self.sums["questions"]
-        line = {"loss": self.sums["losses"] / self.sums["tokens"], "questions_per_s": questions / seconds}
+        line = {"loss": self.sums["losses"] / self.sums["weight"], "questions_per_s": questions / seconds}
         if self.ranks.device.type == "cuda":
             line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         bar.set_postfix({name: f"{value:.3g}" for name, value in line.items()}, refresh=False)

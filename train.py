@@ -244,8 +244,8 @@ def train_step(
 ) -> tuple[float, float, list[torch.Tensor], bool]:
     """One optimizer step over this rank's micro-batches of it.
 
-    The step's loss is the sum of all answer tokens' cross-entropy over their number on all ranks; DDP averages
-    gradients, hence the factor world_size. Dropout is seeded from (seed, step, micro-batch), never from a rank.
+    The step's loss is the weighted mean of all answer tokens' cross-entropy, over all ranks; DDP averages gradients,
+    hence the factor world_size. Dropout is seeded from (seed, step, micro-batch), never from a rank.
     Returns the loss and the gradient norm, equal on all ranks, this rank's loss sum of each micro-batch, and whether
     any rank was asked to stop. When loss or norm is not finite, nothing was changed.
     """
@@ -258,12 +258,12 @@ def train_step(
             with autocast(ranks.device, dtype):
                 features = unwrap(model).encode_images(batch)
                 token_losses, _ = model(batch, features)
-            loss_sum = token_losses.sum() * work.live
-            (loss_sum * (ranks.world_size / work.step.answer_tokens)).backward()
+            loss_sum = (token_losses * batch.weights).sum() * work.live
+            (loss_sum * (ranks.world_size / work.step.answer_weight)).backward()
         loss_sums.append(loss_sum.detach())
     asked = loss_sums[0].new_tensor(float(bool(stop.reason)))
     loss, stopping = dist_utils.all_reduce_sum(torch.stack([sum(loss_sums), asked]).double()).tolist()
-    loss /= work.step.answer_tokens
+    loss /= work.step.answer_weight
     trained = [p for p in model.parameters() if p.requires_grad]
     grad_norm = clip_grad_norm_(trained, max_grad_norm or math.inf).item()  # of reduced gradients: equal everywhere
     if math.isfinite(loss) and math.isfinite(grad_norm):

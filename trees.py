@@ -41,7 +41,7 @@ class StepFacts:
     number: int  # over all epochs, from 0
     questions: int
     images: int  # trees
-    answer_tokens: int  # what the step's loss is divided by
+    answer_weight: float  # what the step's loss is divided by: its answer tokens, each times its row's weight
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,8 @@ class StepSampler(DistributedSampler):
 
     def _facts(self, step: Step, number: int) -> StepFacts:
         indices = [i for batch in step for tree in batch for i in tree.samples]
-        tokens = sum(int(self.dataset[i].trained.sum()) for i in indices)
-        return StepFacts(self.epoch * len(self) + number, len(indices), sum(len(batch) for batch in step), tokens)
+        weight = sum(self.dataset[i].weight * int(self.dataset[i].trained.sum()) for i in indices)
+        return StepFacts(self.epoch * len(self) + number, len(indices), sum(len(batch) for batch in step), weight)
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank (not micro-batches, whose number differs)."""

@@ -187,13 +187,13 @@ class Reference:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def loss_and_gradients(self, rows: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
-        """Sum of all answer tokens' cross-entropy over their number, and its gradient by parameter name."""
+        """Mean of all answer tokens' cross-entropy, weighted by rows, and its gradient by parameter name."""
         all_inputs = [self.inputs(row) for row in rows]
-        count = sum(int((inputs["labels"] != -100).sum()) for inputs in all_inputs)
+        weights = [row.get("weight", 1) * int((i["labels"] != -100).sum()) for row, i in zip(rows, all_inputs)]
         total = 0.0
         self.model.zero_grad()
-        for inputs in all_inputs:
-            loss = self.model(**inputs).loss * (inputs["labels"] != -100).sum() / count
+        for inputs, weight in zip(all_inputs, weights):
+            loss = self.model(**inputs).loss * weight / sum(weights)
             loss.backward()
             total += loss.item()
         return total, {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
