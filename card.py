@@ -28,7 +28,7 @@ model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 With vLLM: `vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER`
 
 Images were resized to between {min_pixels:,} and {max_pixels:,} pixels; do the same where it is used.
-System prompt: {system}.
+System prompt: {system}.{prompt}
 
 ## What it depends on
 
@@ -55,6 +55,9 @@ def model_card(state: dict) -> str:
         min_pixels=images["min_pixels"],
         max_pixels=images["max_pixels"],
         system=json.dumps(settings["system"]) if settings["system"] else "none, or the row's own",
+        prompt=f" Questions were put as {json.dumps(settings['prompt'])}."
+        if settings["prompt"] != "{question}"
+        else "",
         identity="\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
     )
 

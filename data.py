@@ -105,18 +105,21 @@ def load_data(
     allow_outside_images: bool = False,
     limit: int = 0,
     headers_only: bool = False,
+    prompt: str = "{question}",
     shown_as: str = "",
 ) -> VQAData:
     """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
 
-    `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample. `limit` is
+    `system` is the system prompt of rows that have none of their own, `prompt` what each user turn says, its own text
+    standing for {question}. `max_tokens` bounds a single sample. `limit` is
     how many rows are used at most; 0: all. `headers_only` reads sizes of images and decodes none. `shown_as` is the
-    file's name in what is said of its rows. Raises InputError when the file can't be read or the system prompt holds
-    special tokens.
+    file's name in what is said of its rows. Raises InputError when the file can't be read, or the system prompt or
+    the template of questions holds special tokens.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if literal := [token for token in special if token in system]:
-        raise InputError(f"the system prompt holds the special token {literal[0]}")
+    for name, text in (("system prompt", system), ("--prompt template", prompt)):
+        if literal := [token for token in special if token in text]:
+            raise InputError(f"the {name} holds the special token {literal[0]}")
     parsed, bad = read_rows(Path(path), shown_as)
     parsed = parsed[: limit or None]
     rows = []
@@ -136,7 +139,7 @@ def load_data(
                 if isinstance(grids[image], str):
                     raise ValueError(f"image {image}: {grids[image]}")
             _refuse_special_tokens(row, special)
-            segments.append(_segments(row.messages, tokenizer, system))
+            segments.append(_segments(_prompted(row.messages, prompt), tokenizer, system))
             kept.append(row)
         except ValueError as reason:
             bad.append(BadRow(row.where, str(reason), row.fields))
@@ -200,6 +203,21 @@ def _refuse_special_tokens(row: Row, special: list[str]) -> None:
         for token in special:
             if token in text:
                 raise ValueError(f"the {name} holds the special token {token}")
+
+
+def _prompted(messages: list[dict], template: str) -> list[dict]:
+    """The messages with what the template has around {question} before the first and after the last text of each user
+    turn; images in front of the text stay there."""
+    before, after = template.split("{question}")
+    prompted = []
+    for message in messages:
+        parts = [dict(part) for part in message["content"]]
+        texts = [part for part in parts if part["type"] == "text"]
+        if message["role"] == "user":
+            texts[0]["text"] = before + texts[0]["text"]
+            texts[-1]["text"] += after
+        prompted.append({"role": message["role"], "content": parts})
+    return prompted
 
 
 def _segments(messages: list[dict], tokenizer, system: str) -> list[tuple[str, bool]]:

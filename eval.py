@@ -150,11 +150,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         settings = ImageSettings(**trained["image_settings"])
     else:
         settings = image_settings(folder, args.min_pixels, args.max_pixels)
-    system = trained.get("system", "")
+    system, prompt = trained.get("system", ""), trained.get("prompt", "{question}")
 
     def load() -> tuple[VQAData, list[list[str]]]:
         how = (args.max_tokens, system, args.allow_outside_images)
-        parts = load_files(files, pictures, tokenizer, settings, *how)
+        parts = load_files(files, pictures, tokenizer, settings, *how, prompt=prompt)
         output.mkdir(parents=True, exist_ok=True)
         stop_or_skip_bad(parts, args.skip_bad, output)
         data = join(parts)
@@ -174,7 +174,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     base = load_base(folder, dtype, ranks.device)
     model = TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
     facts = {"model": name, "base": fingerprint(folder), "checkpoint": str(ckpt or ""), "rows": rows}
-    facts |= {"data": data.fingerprint(), "images": asdict(settings), "system": system}
+    facts |= {"data": data.fingerprint(), "images": asdict(settings), "system": system, "prompt": prompt}
     facts |= {"options": sha256(json.dumps(options).encode()).hexdigest()[:16]}
     facts |= {"manifest": sha256((ckpt / "manifest.json").read_bytes()).hexdigest() if ckpt else ""}
     facts |= {name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")}

@@ -42,7 +42,8 @@ def main(argv: list[str], _stop=None) -> int:
     own = config.dtype or config.get_text_config().dtype or torch.float32
     dtype = torch.float32 if args.dtype == "float32" else own
     settings, tokenizer = ImageSettings(**run["image_settings"]), AutoTokenizer.from_pretrained(folder)
-    data = load_data(rows, images, tokenizer, settings, run["max_tokens"], run["system"], True, limit=ROWS)
+    how = (run["max_tokens"], run["system"], True)
+    data = load_data(rows, images, tokenizer, settings, *how, limit=ROWS, prompt=run.get("prompt", "{question}"))
     if not data.samples:
         raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
 

@@ -41,6 +41,10 @@ def _budget(text: str):
     return text if text == "auto" else number(float, 0, 1)(text)
 
 
+def _template(text: str):
+    return text if text.count("{question}") == 1 else Wrong(f"{text!r} must hold {{question}}, once")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "train.py",
@@ -65,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-pixels", type=count, default=0, help="pixels of an image at least, after resizing; 0: the model's own")
     add("--max-pixels", type=count, default=0, help="pixels of an image at most, after resizing; 0: the model's own")
     add("--system", default="", help="system prompt of rows that have none; empty: none")
+    add("--prompt", type=_template, default="{question}",
+        help="text of a user's turn, {question} being the row's; {question} alone: the row's as it is")  # fmt: skip
     add(
         "--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="go on without rows that can't be used"
     )

@@ -382,7 +382,7 @@ def demo_files(folder: Path) -> dict[str, str]:
 def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
     files = [*args.train, args.val] if args.val else args.train
     how = (args.max_tokens, args.system, args.allow_outside_images)
-    data = load_files(files, args.images, tokenizer, images, *how, headers_only=args.plan)
+    data = load_files(files, args.images, tokenizer, images, *how, headers_only=args.plan, prompt=args.prompt)
     stop_or_skip_bad(data, args.skip_bad, output)
     train, val = join(data[: len(args.train)]), data[-1] if args.val else None
     if args.val_fraction:

@@ -123,6 +123,21 @@ def test_the_system_prompt_is_for_rows_that_have_none(load, tokenizer):
         assert trained_text(after, tokenizer) == trained_text(before, tokenizer)
 
 
+def test_the_template_is_put_around_every_question_and_behind_leading_images(load, tokenizer):
+    names = ["flat, image", "flat, placeholder", "LLaVA, system and turns", "messages, text only"]
+    plain, prompted = (
+        load([FORMATS[n][0] for n in names], prompt=p).samples for p in ("{question}", "Q: {question} {A}!")
+    )
+    for before, after, name in zip(plain, prompted, names, strict=True):
+        expected, text = (tokenizer.decode(sample.ids.tolist()) for sample in (before, after))
+        questions = [turn.removeprefix("user: ").strip("▣") for turn in FORMATS[name][2] if turn.startswith("user")]
+        for question in questions:  # "and" has an image behind it
+            tail = "<|vision_start|><|image_pad|><|vision_end|>" if question == "and" else ""
+            expected = expected.replace(f"{question}{tail}<", f"Q: {question} {{A}}!{tail}<")
+        assert text == expected and text.count("Q: ") == len(questions)
+        assert trained_text(after, tokenizer) == trained_text(before, tokenizer) and after.fields == before.fields
+
+
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|video_pad|>", "<|endoftext|>"])
 def test_literal_special_tokens_are_refused(load, token):
     rows = [flat(question=f"What is {token}?"), flat(f"It is {token}.")]
@@ -133,6 +148,8 @@ def test_literal_special_tokens_are_refused(load, token):
     assert all(f"special token {token}" in one.reason for one in data.bad) and len(data.samples) == 1
     with pytest.raises(InputError, match="system prompt"):
         load([flat()], system=f"Say {token}.")
+    with pytest.raises(InputError, match="--prompt template"):
+        load([flat()], prompt=f"{{question}}{token}")
 
 
 def test_an_over_long_sample_is_named_with_its_length_and_the_remedy(load):

@@ -54,6 +54,10 @@ WRONG = {
     "two validations": (["--val", __file__, "--val-fraction", "0.1"], "--val-fraction: --val names rows"),
     "weights for other files": (["--train-weights", "1", "2"], "--train-weights: 2 for 1 files of --train"),
     "no weight": (["--train-weights", "0"], "--train-weights: 0 is not between 0.001"),
+    "template without a question": (
+        ["--prompt", "Answer briefly."],
+        "--prompt: 'Answer briefly.' must hold {question}",
+    ),
     "pixels": (["--min-pixels", "900", "--max-pixels", "800"], "--min-pixels 900 is over --max-pixels 800"),
     "resume without output": (["--resume", "auto"], "--resume auto: say where with --output"),
     "missing checkpoint": (["--resume", "nowhere"], "--resume: nowhere is not a folder"),

@@ -134,6 +134,17 @@ def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_
     assert by_type == {kind: share for kind, (share, _) in teacher_forced["by_type"].items()}
 
 
+def test_eval_puts_questions_as_the_run_did(world, tmp_path):
+    output = tmp_path / "out"
+    train.main(arguments(world, output, prompt="How {question} briefly?", system="You are", **{"max-steps": 1}))
+    evaluation.main(["--ckpt", str(output), "--max-new-tokens=1", "--workers=0"])
+    file = output / "checkpoint-000001" / "eval" / "predictions.jsonl"
+    predictions = [json.loads(line) for line in file.read_text().splitlines()]
+    loss = sum(one["loss"] for one in predictions) / sum(one["answer_tokens"] for one in predictions)
+    assert loss == pytest.approx(lines(output, "eval")[-1]["loss"], rel=1e-4)
+    assert predictions[17]["question"] == "Where is finding 0?"
+
+
 def test_the_base_model_is_scored_without_a_checkpoint(world, tmp_path, capsys):
     rows, out = world / "rows.jsonl", tmp_path / "base"
     words = ["--model", world / "model", "--data", rows, "--images", world / "images", "--output", out]
