@@ -136,6 +136,11 @@ def test_the_template_is_put_around_every_question_and_behind_leading_images(loa
             expected = expected.replace(f"{question}{tail}<", f"Q: {question} {{A}}!{tail}<")
         assert text == expected and text.count("Q: ") == len(questions)
         assert trained_text(after, tokenizer) == trained_text(before, tokenizer) and after.fields == before.fields
+    (two,) = load(
+        [flat(question="first <image> then <image>", image=["a.png", "b.png"])], prompt="Q: {question}!"
+    ).samples
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert f"user\nQ: first{image}then!{image}<|im_end|>" in tokenizer.decode(two.ids.tolist())
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|video_pad|>", "<|endoftext|>"])
