@@ -30,7 +30,7 @@ FORMAT = 2
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
 # what may differ in a resumed run without changing what it learns
 FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
-FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images"}
+FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
 FREE_SETTINGS |= {"plan", "gpu", "time_limit"}
 _locks = []  # open files: a lock lasts as long as its file is open
 
@@ -175,7 +175,7 @@ def load_checkpoint(folder: Path, model, optimizer, output: Path) -> dict:
     optimizer.load_state_dict(state["optimizer"])
     print0(f"resumed {folder} at step {state['step']}")
     if folder.parent.resolve() != output:
-        state["best"] = {}  # it is not in this folder
+        state |= {"best": {}, "stale": 0}  # it is not in this folder
     return state
 
 

@@ -100,6 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output", default="", help="folder of the run; empty: the next free runs/NAME-N")
     add("--eval-every", type=count, default=200, help="steps between evaluations; 0: only at the end")
+    add("--patience", type=count, default=0,
+        help="evaluations in a row without a better exact match (or equal, and loss) that end it; 0: none")  # fmt: skip
     add("--save-every", type=count, default=200, help="steps between checkpoints; 0: only at the end")
     add("--keep", type=positive, default=3, help="newest checkpoints kept, besides the best one")
     add("--resume", default="none", help="none, auto (newest checkpoint in --output) or a checkpoint folder")
@@ -189,6 +191,8 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
         problems.append(f"--resume: {settings.resume} is not a folder")
     if settings.val and settings.val_fraction:
         problems.append("--val-fraction: --val names rows to evaluate on already")
+    if settings.patience and not (settings.val or settings.val_fraction):
+        problems.append("--patience: there is nothing to evaluate on, give --val or --val-fraction")
     low, high = settings.min_pixels, settings.max_pixels
     if isinstance(low, int) and isinstance(high, int) and high and low > high:
         problems.append(f"--min-pixels {low} is over --max-pixels {high}")

@@ -134,6 +134,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = load_checkpoint(found, model, optimizer, output) if found else {}
     done, best, evaluation_due = start.get("step", 0), start.get("best", {}), start.get("evaluation_due", False)
+    stale = start.get("stale", 0)  # evaluations since the best one
     result, skipped, failed_saves = None, start.get("skipped", 0), 0
     metrics = Metrics(output / "metrics.jsonl", done, start.get("sums", {}), ranks)
     config, gpu, planned = AutoConfig.from_pretrained(model_folder), known_gpu(device), None
@@ -144,7 +145,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         held_out = image_names(val_data, args.images) if args.val_fraction else []
         settings = vars(args) | {"image_settings": asdict(images)}
         now = {"step": done, "best": best, "evaluation_due": evaluation_due, "sums": metrics.sums, "skipped": skipped}
-        now |= {"optimizer": optimizer.state_dict(), "held_out": held_out}
+        now |= {"optimizer": optimizer.state_dict(), "held_out": held_out, "stale": stale}
         return now | {"identity": identity, "settings": settings}
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
@@ -161,7 +162,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
     often = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar: a log keeps every one
     bar = tqdm(total=steps, initial=done, unit="step", disable=not ranks.is_main, mininterval=often, maxinterval=often)
-    finished, stopping = done >= steps, bool(stop.agreed())
+    finished, stopping = done >= steps or 0 < args.patience <= stale, bool(stop.agreed())
 
     def save() -> None:
         nonlocal failed_saves
@@ -172,14 +173,16 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
             write_status(output, "running", done)
 
     def evaluate_now() -> None:
-        nonlocal result, best, evaluation_due
+        nonlocal result, best, stale, finished, evaluation_due
         paused = time.perf_counter()
         result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop)
         metrics.started += time.perf_counter() - paused  # speed is that of training alone
         evaluation_due = result is None  # a stop came first: a resumed run begins with it
         if result:
-            is_best = result["exact_match"] > best.get("exact_match", -1.0)
-            best = {"exact_match": result["exact_match"], "step": done} if is_best else best
+            is_best = is_better(result, best)
+            best = {"exact_match": result["exact_match"], "loss": result["loss"], "step": done} if is_best else best
+            stale = 0 if is_best else stale + 1
+            finished = finished or 0 < args.patience <= stale
             metrics.evaluation(done, result, is_best)
 
     if evaluation_due and not stopping:
@@ -217,16 +220,16 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
             if evaluation_due and not stopping:
                 evaluate_now()
                 stopping = evaluation_due
-            if best.get("step") == done or stopping or is_due(args.save_every, done, steps):
+            if best.get("step") == done or finished or stopping or is_due(args.save_every, done, steps):
                 save()
             if finished or stopping:
                 break
     bar.close()
 
-    code = conclude(output, done, steps, stop, evaluation_due, failed_saves)
+    code = conclude(output, done, steps, stop, finished and not evaluation_due, failed_saves)
     if result and not code:
         print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
-    if planned and not code:
+    if planned and done == steps and not code:
         took, peak = (time.perf_counter() - started) / 3600, torch.cuda.max_memory_allocated() / 2**30
         print0(
             f"planned {planned[0]:.2f} h, took {took:.2f} h; planned peak {planned[1]:.1f} GiB, peak was {peak:.1f} GiB"
@@ -283,6 +286,11 @@ def by_step(loader):
             yield micro_batches, waited
             micro_batches, waited = [], 0.0
         started = time.perf_counter()
+
+
+def is_better(result: dict, best: dict) -> bool:
+    """Whether an evaluation has the higher exact match or, at an equal one, the lower loss."""
+    return not best or (result["exact_match"], -result["loss"]) > (best["exact_match"], -best["loss"])
 
 
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
@@ -433,21 +441,22 @@ def rehearse_save(output: Path, model, args: argparse.Namespace, state: dict) ->
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def conclude(output: Path, done: int, steps: int, stop: Stop, evaluation_due: bool, failed_saves: int) -> int:
+def conclude(output: Path, done: int, steps: int, stop: Stop, finished: bool, failed_saves: int) -> int:
     """Say how the run ended, on paper and on screen, and return its exit code."""
     faulthandler.cancel_dump_traceback_later()
     reason = stop.agreed()
     if dist_utils.from_rank0(lambda: failed_saves):
         state, code = "failed", 1
         print0(f"error: stopped at step {done} of {steps}: the last checkpoint could not be saved to {output}")
-    elif done < steps or evaluation_due:
+    elif not finished:
         state, code = "stopped", STOPPED
         print0(
             f"stopped by {reason} at step {done} of {steps}; to go on: --config {output}/settings.toml --resume auto"
         )
     else:
         state, code = "done", 0
-        print0(f"done: {steps} steps, {output}")
+        early = f" of {steps}, no evaluation was better than the best for --patience" if done < steps else ""
+        print0(f"done: {done} steps{early}, {output}")
     if dist_utils.is_rank0():
         write_status(output, state, done)
     return code

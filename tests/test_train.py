@@ -153,6 +153,38 @@ def test_the_base_model_is_scored_without_a_checkpoint(world, tmp_path, capsys):
     assert "base model" in capsys.readouterr().out
 
 
+def test_a_run_out_of_patience_is_done_with_its_best_checkpoint_and_resumed_like_an_undisturbed_one(
+    world, tmp_path, monkeypatch, capsys
+):
+    """Six evaluations: better, worse, equal with lower loss, equal, worse, worse."""
+    scores = [(0.5, 2.0), (0.4, 1.0), (0.5, 1.5), (0.5, 1.5), (0.4, 1.0), (0.5, 1.6), (0.9, 0.1)]
+    output = tmp_path / "out"
+
+    def run(evaluated: int, **settings) -> int:
+        """From the seventh, eighth ... step on the scores are (0, 0); the first call is the rehearsal's."""
+        found = iter([(0.0, 0.0), *scores[evaluated:], *[(0.0, 0.0)] * 9])
+        keys = ("exact_match", "loss")
+        fixed = {"questions": 1, "by_type": {}}
+        monkeypatch.setattr(train, "evaluate", lambda *_: dict(zip(keys, next(found))) | fixed)
+        given = {"patience": 3, "eval-every": 1, "save-every": 4, "max-steps": 9, "epochs": 9, "keep": 9}
+        return train.main(arguments(world, output, **(given | settings)))
+
+    def ended() -> tuple:
+        state = torch.load(output / "checkpoint-000006/state.pt", weights_only=True)
+        return (output / "status").read_text(), state["stale"], state["best"], len(lines(output, "eval"))
+
+    assert run(0) == 0
+    best = {"exact_match": 0.5, "loss": 1.5, "step": 3}
+    assert ended() == ("done 6\n", 3, best, 6) and "done: 6 steps of 9" in capsys.readouterr().out
+    weights = adapter(output, 6)
+    assert run(6, resume="auto") == 0 and ended() == ("done 6\n", 3, best, 6)
+    shutil.rmtree(output / "checkpoint-000006")
+    assert run(4, resume="auto") == 0 and ended() == ("done 6\n", 3, best, 6)
+    assert all(torch.equal(adapter(output, 6)[name], weight) for name, weight in weights.items())
+    assert run(6, resume="auto", patience=0) == 0 and (output / "status").read_text() == "done 9\n"
+    assert json.loads((output / "best.json").read_text())["step"] == 7
+
+
 def poison(monkeypatch, steps: range):
     """Make the loss of these steps NaN."""
     forward = TreeModel.forward
