@@ -3,12 +3,14 @@
 import argparse
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 
 from rows import InputError
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
+DEFAULT_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
 class Wrong(str):
@@ -39,6 +41,15 @@ class Parser(argparse.ArgumentParser):
 
 def _budget(text: str):
     return text if text == "auto" else number(float, 0, 1)(text)
+
+
+def _targets(text: str):
+    for part in text.split(","):
+        try:
+            re.compile(part)
+        except re.error as error:
+            return Wrong(f"{part!r} is no regular expression: {error}")
+    return text if all(text.split(",")) else Wrong(f"{text!r} has an empty part")
 
 
 def _template(text: str):
@@ -84,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--memory-budget", type=_budget, default="auto", help="share of activations kept, 0 to 1; auto: what fits")
     add("--lora-r", type=positive, default=16, help="rank of the LoRA matrices")
     add("--lora-alpha", type=number(float, 0), default=32.0, help="LoRA output is scaled by alpha / r")
+    add("--rslora", action=argparse.BooleanOptionalAction, default=False, help="scale by alpha / sqrt(r) (rsLoRA)")
+    add("--dora", action=argparse.BooleanOptionalAction, default=False,
+        help="train magnitudes of weights too (DoRA), by PEFT's code, not compiled: slower, more memory")  # fmt: skip
+    add("--lora-targets", type=_targets, default=DEFAULT_TARGETS,
+        help="language-model layers, by name or regular expression; vision, merger: the vision tower's")  # fmt: skip
+    add("--init-from", default="", help="adapter folder whose weights LoRA starts from, at step 0; empty: new ones")
     add("--lora-dropout", type=share, default=0.05, help="dropout before LoRA; 0: none")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=3, help="passes over the questions")
@@ -101,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", default="", help="folder of the run; empty: the next free runs/NAME-N")
     add("--eval-every", type=count, default=200, help="steps between evaluations; 0: only at the end")
     add("--patience", type=count, default=0,
-        help="evaluations in a row without a better exact match (or equal, and loss) that end it; 0: none")  # fmt: skip
+        help="evaluations in a row, none of them the best so far, that end the run; 0: none")  # fmt: skip
     add("--save-every", type=count, default=200, help="steps between checkpoints; 0: only at the end")
     add("--keep", type=positive, default=3, help="newest checkpoints kept, besides the best one")
     add("--resume", default="none", help="none, auto (newest checkpoint in --output) or a checkpoint folder")
@@ -185,6 +202,10 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
     files, weights = len(settings.train), len(settings.train_weights)
     if weights not in (0, files):
         problems.append(f"--train-weights: {weights} for {files} files of --train")
+    if settings.init_from:
+        if not (Path(settings.init_from) / "adapter_model.safetensors").is_file():
+            problems.append(f"--init-from: {settings.init_from} holds no adapter_model.safetensors")
+        settings.init_from = str(Path(settings.init_from).resolve())
     if settings.resume == "auto" and not settings.output:
         problems.append("--resume auto: say where with --output")
     if settings.resume not in ("none", "auto") and not Path(settings.resume).is_dir():

@@ -31,6 +31,7 @@ from checkpoints import (
     load_checkpoint,
     open_output,
     save_checkpoint,
+    size_and_sum,
     write_checkpoint,
     write_status,
     write_whole,
@@ -51,6 +52,8 @@ from model import (
     compile_layers,
     fingerprint,
     load_base,
+    load_lora,
+    lora_differences,
     lora_table,
     pick_dtype,
     resolve_model,
@@ -59,12 +62,15 @@ from plan import (
     GPU_COUNTS,
     count_steps,
     data_warnings,
+    empty_model,
     estimate,
     is_due,
     known_gpu,
+    lora_settings,
     make_job,
     plan_settings,
     report,
+    uncounted,
 )
 from rows import InputError
 from settings import parse_settings, to_toml
@@ -111,7 +117,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     # Data: rank 0 reads and checks, every rank gets the same samples.
     model_folder = dist_utils.local_rank0_first(lambda: resolve_model(args.model))
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    images = image_settings(model_folder, args.min_pixels, args.max_pixels)
+    images, config = (
+        image_settings(model_folder, args.min_pixels, args.max_pixels),
+        AutoConfig.from_pretrained(model_folder),
+    )
+    dist_utils.from_rank0(lambda: check_lora(args, config))
     train_data, val_data = dist_utils.from_rank0(lambda: load_all(args, tokenizer, images, output))
     sampler = StepSampler(train_data.samples, plan_settings(args), ranks.rank, ranks.world_size)
     plan = sampler.plan()
@@ -123,9 +133,10 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
     # Model, optimizer, and where a run goes on.
     seed_everything(args.seed)
-    peft_model = add_lora(
-        load_base(model_folder, dtype, device), args.model, args.lora_r, args.lora_alpha, args.lora_dropout
-    )
+    peft_model = add_lora(load_base(model_folder, dtype, device), args.model, **lora_settings(args))
+    if args.init_from and not found:
+        load_lora(peft_model, Path(args.init_from))
+        print0(f"LoRA starts from the weights of {args.init_from}")
     describe_lora(peft_model)
     heavy = Work(heaviest(make_plan(train_data.samples, sampler.settings, epoch) for epoch in range(args.epochs)))
     budgets = plan_compile(args, peft_model, heavy, ranks)
@@ -137,8 +148,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     stale = start.get("stale", 0)  # evaluations since the best one
     result, skipped, failed_saves = None, start.get("skipped", 0), 0
     metrics = Metrics(output / "metrics.jsonl", done, start.get("sums", {}), ranks)
-    config, gpu, planned = AutoConfig.from_pretrained(model_folder), known_gpu(device), None
-    if gpu and ranks.is_main and not done and config.model_type == "qwen3_vl":
+    gpu, planned = known_gpu(device), None
+    if gpu and ranks.is_main and not done and not uncounted(config, args):
         planned = estimate(make_job(args, config, train_data, val_data, plan, heavy.trees), gpu, ranks.world_size)
 
     def state() -> dict:
@@ -259,7 +270,7 @@ def train_step(
         seed_everything(seed, work.step.number, work.number)
         with no_sync(model, skip=not work.last):
             with autocast(ranks.device, dtype):
-                features = unwrap(model).encode_images(batch)
+                features = unwrap(model).frozen_features(batch)
                 token_losses, _ = model(batch, features)
             loss_sum = (token_losses * batch.weights).sum() * work.live
             (loss_sum * (ranks.world_size / work.step.answer_weight)).backward()
@@ -327,7 +338,7 @@ def report_skipped(step, loss, grad_norm, micro_batches, loss_sums, data: VQADat
 
 def plan_compile(args, peft_model, heavy: Work, ranks: Ranks) -> list[float]:
     """Memory budgets to try, the most promising first; none where nothing is compiled."""
-    if not args.compile or ranks.device.type != "cuda":
+    if not args.compile or args.dora or ranks.device.type != "cuda":
         return []
     if args.memory_budget != "auto":
         return [args.memory_budget]
@@ -372,7 +383,7 @@ def _try_micro_batch(model, batch, ranks: Ranks, dtype) -> bool:
     try:
         with no_sync(model, skip=True):
             with autocast(ranks.device, dtype):
-                token_losses, _ = model(batch, unwrap(model).encode_images(batch))
+                token_losses, _ = model(batch, unwrap(model).frozen_features(batch))
             token_losses.mean().backward()
     except torch.OutOfMemoryError:
         return False
@@ -409,8 +420,9 @@ def print_plan(args: argparse.Namespace) -> None:
         raise InputError("--plan knows what bfloat16 costs: leave --dtype at auto")
     model_folder = resolve_model(args.model, weights=False)
     config, tokenizer = AutoConfig.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
-    if config.model_type != "qwen3_vl":
-        raise InputError(f"--plan knows what Qwen3-VL costs, not {config.model_type}")
+    if unknown := uncounted(config, args):
+        raise InputError(f"--plan knows what LoRA on Qwen3-VL's language model costs, not {unknown}")
+    check_lora(args, config)
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = load_all(args, tokenizer, images, None)
     plans = [make_plan(train_data.samples, plan_settings(args), epoch) for epoch in range(args.epochs)]
@@ -420,12 +432,22 @@ def print_plan(args: argparse.Namespace) -> None:
     )
 
 
+def check_lora(args: argparse.Namespace, config) -> None:
+    """Raises InputError where --lora-targets names no layer or --init-from does not fit. Loads no weights."""
+    model = empty_model(config, args)
+    if args.init_from and (differences := lora_differences(model, Path(args.init_from))):
+        raise InputError("\n  ".join([f"--init-from {args.init_from} does not fit:", *differences]))
+
+
 def identify(args, images, train_data: VQAData, val_data: VQAData | None, model_folder: str) -> dict:
     """What a run's result depends on: a checkpoint of one run is not resumed by another."""
     facts = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     facts |= {f"image {name}": value for name, value in asdict(images).items()}
     for name, data in (("train rows", train_data), ("val rows", val_data)):
         facts[name] = f"{len(data.samples):,} questions, fingerprint {data.fingerprint()}" if data else "none"
+    facts["first weights"] = ""
+    if args.init_from:
+        facts["first weights"] = size_and_sum(Path(args.init_from) / "adapter_model.safetensors")["sha256"][:16]
     return facts | {"base model": fingerprint(model_folder)}
 
 
@@ -489,7 +511,7 @@ def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
 def describe_lora(model) -> None:
     table = lora_table(model)
     for kind, (modules, parameters) in table.items():
-        print0(f"  {kind:<10} {modules:>4} modules {parameters:>12,} parameters")
+        print0(f"  {kind:<38} {modules:>4} modules {parameters:>12,} parameters")
     print0(f"  trained in all {sum(parameters for _, parameters in table.values()):,} parameters")
 
 

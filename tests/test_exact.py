@@ -18,10 +18,10 @@ from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree, mak
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-def run_step(world, trees_of_batches, dropout=0.0, seed=0):
+def run_step(world, trees_of_batches, dropout=0.0, seed=0, **more):
     """One step of the product over the given micro-batches of trees: its loss and gradients."""
     data, dataset = tiny.load_world(world)
-    model = tiny.lora_model(world, dropout)
+    model = tiny.lora_model(world, dropout, **more)
     (facts,) = {work.step for work in StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)}
     last = len(trees_of_batches) - 1
     works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]

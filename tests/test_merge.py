@@ -104,6 +104,8 @@ def test_the_card_names_data_settings_and_score_and_escapes_them(world, run):
         "lora_r": 48,
         "system": 'say "a | b"',
         "prompt": "{question}?",
+        "dora": False,
+        "lora_targets": "q_proj",
         "image_settings": images,
     }
     card = model_card({"step": 7, "best": {}, "identity": {"train rows": "9", "odd": "a|b\nc"}, "settings": settings})

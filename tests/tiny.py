@@ -128,10 +128,10 @@ def load_world(folder: Path) -> tuple[VQAData, TreeDataset]:
     return data, TreeDataset(data, settings)
 
 
-def lora_model(folder: Path, dropout: float = 0.0) -> TreeModel:
+def lora_model(folder: Path, dropout: float = 0.0, **more) -> TreeModel:
     """The product's model with LoRA matrices that are not zero."""
     torch.manual_seed(0)
-    model = add_lora(load_base(folder / "model", torch.float32, torch.device("cpu")), "tiny", 4, 8, dropout)
+    model = add_lora(load_base(folder / "model", torch.float32, torch.device("cpu")), "tiny", 4, 8, dropout, **more)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -194,7 +194,8 @@ class Reference:
         self.model.zero_grad()
         for inputs, weight in zip(all_inputs, weights):
             loss = self.model(**inputs).loss * weight / sum(weights)
-            loss.backward()
+            if loss.requires_grad:  # not where only the vision tower is trained and a row shows nothing
+                loss.backward()
             total += loss.item()
         return total, {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
 
