@@ -113,12 +113,15 @@ def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> l
 def answer_all(model: TreeModel, data: VQAData, tokenizer, run: Run) -> list[dict] | None:
     """Generate an answer to every sample. Returns {"prediction", "confidence"} of each, or None when stopped."""
 
-    def answer(batch) -> list[dict]:
-        found = generate(model, batch, run.args.max_new_tokens, tokenizer.eos_token_id)
-        texts = tokenizer.batch_decode([tokens for tokens, _ in found])
-        return [{"prediction": t, "confidence": probability} for t, (_, probability) in zip(texts, found)]
+    dataset = TreeDataset(data, model.settings, padding(run.ranks.device), prompts_only=True)
+    return run.over(dataset, lambda batch: answer_batch(model, batch, tokenizer, run.args.max_new_tokens), "answers")
 
-    return run.over(TreeDataset(data, model.settings, padding(run.ranks.device), prompts_only=True), answer, "answers")
+
+def answer_batch(model: TreeModel, batch, tokenizer, max_new_tokens: int) -> list[dict]:
+    """{"prediction", "confidence"} of every question of a `prompts_only` batch."""
+    found = generate(model, batch, max_new_tokens, tokenizer.eos_token_id)
+    texts = tokenizer.batch_decode([tokens for tokens, _ in found])
+    return [{"prediction": text, "confidence": probability} for text, (_, probability) in zip(texts, found)]
 
 
 def score_all(model: TreeModel, data: VQAData, tokenizer, run: Run, options: list[list[str]]) -> list[dict] | None:

@@ -107,20 +107,21 @@ def load_data(
     headers_only: bool = False,
     prompt: str = "{question}",
     shown_as: str = "",
+    given: list[Row] | None = None,
 ) -> VQAData:
     """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
 
     `system` is the system prompt of rows that have none of their own, `prompt` what each user turn says, its own text
-    standing for {question}. `max_tokens` bounds a single sample. `limit` is
-    how many rows are used at most; 0: all. `headers_only` reads sizes of images and decodes none. `shown_as` is the
-    file's name in what is said of its rows. Raises InputError when the file can't be read, or the system prompt or
-    the template of questions holds special tokens.
+    standing for {question}. `max_tokens` bounds a single sample. `limit` is how many rows are used at most; 0: all.
+    `headers_only` reads sizes of images and decodes none. `shown_as` is the file's name in what is said of its rows.
+    `given` rows stand for those of a file, none of which is read. Raises InputError when the file can't be read, or the
+    system prompt or the template of questions holds special tokens.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for name, text in (("system prompt", system), ("--prompt template", prompt)):
         if literal := [token for token in special if token in text]:
             raise InputError(f"the {name} holds the special token {literal[0]}")
-    parsed, bad = read_rows(Path(path), shown_as)
+    parsed, bad = read_rows(Path(path), shown_as) if given is None else (given, [])
     parsed = parsed[: limit or None]
     rows = []
     for row in parsed:

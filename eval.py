@@ -4,6 +4,7 @@ python eval.py --ckpt runs/kvasir                                  # the run's b
 torchrun --nproc_per_node=4 eval.py --ckpt runs/kvasir/checkpoint-000600 --data test.jsonl --images pictures
 python eval.py --ckpt runs/kvasir --with-base --options            # base against tuned; options by likelihood too
 python eval.py --model Qwen/Qwen3-VL-8B-Instruct --data test.jsonl --images pictures    # the base model
+python eval.py --ckpt runs/kvasir --image a.jpg --question "Is there text?"    # one answer and its confidence, no files
 """
 
 import argparse
@@ -20,20 +21,20 @@ import torch
 from transformers import AutoTokenizer
 
 import dist_utils
-from answers import Run, answer_all, score_all, score_samples
+from answers import Run, answer_all, answer_batch, score_all, score_samples
 from checkpoints import VERSIONS, pick_checkpoint, read_state, write_whole
-from data import Sample, TreeDataset, VQAData, join, load_files, stop_or_skip_bad
+from data import Sample, TreeDataset, VQAData, join, load_data, load_files, stop_or_skip_bad
 from dist_utils import Ranks, Stop, print0
 from feed import make_loader, my_share, next_batches, padding
 from holdout import split, trained_rows
-from images import ImageSettings, image_settings
+from images import ImageSettings, check_image, image_settings
 from metrics import read_metrics
 from model import TreeModel, autocast, fingerprint, load_adapter, load_base, merge_lora, pick_dtype, resolve_model
 from report import write_report
-from rows import InputError, read_rows
+from rows import InputError, parse_row, read_rows
 from scores import closed_sets, compare, normalize, question_type, summarize, summary_table
 from settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
-from trees import MicroBatch
+from trees import MicroBatch, Work, whole_trees
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
 
@@ -86,9 +87,10 @@ def accuracy_table(columns: dict[str, dict]) -> str:
 
 # --------------------------------------------------------------------------------------------------------- command line
 
+NOT_WITH_QUESTION = ("data", "images", "with_base", "options", "closed_set", "output", "compare")
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Settings from the command line. Raises InputError of all that is wrong with them."""
+
+def build_parser() -> Parser:
     parser = Parser("eval.py", description="Answer questions with a checkpoint or a base model, and score the answers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)  # fmt: skip
     count, positive, switch = number(int, 0), number(int, 1), argparse.BooleanOptionalAction
@@ -99,6 +101,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--model", default="", help=f"base model; empty: the checkpoint's, or {DEFAULT_MODEL}")
     add("--data", default="", help="rows to answer; empty: the validation rows of the checkpoint's run")
     add("--images", default="", help="folder that image names start from; empty: the folder of --data")
+    add("--question", help="in place of --data: one question, whose answer and confidence are printed")
+    add("--image", action="append", default=[], help="picture that --question is about; may be repeated")
     add("--min-pixels", type=count, default=0, help=f"pixels of an image at least; {own}")
     add("--max-pixels", type=count, default=0, help=f"pixels of an image at most; {own}")
     add("--skip-bad", action=switch, default=False, help="go on without rows that can't be used")
@@ -116,11 +120,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--output", default="", help="folder of the results; empty: CKPT/eval, or runs/eval-base")
     add("--numeric-tolerance", type=number(float, 0), default=0.05, help="relative error of a right number or size")
     add("--compare", nargs=2, metavar="FILE", help="compare two predictions files, and nothing else")
-    args, problems = parse_words(parser, argv)
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Settings from the command line. Raises InputError of all that is wrong with them."""
+    args, problems = parse_words(build_parser(), argv)
     if not problems and args.with_base and not args.ckpt:
         problems.append("--with-base: needs --ckpt")
     if not problems and args.closed_set and not args.ckpt:
         problems.append("--closed-set: needs --ckpt, whose run names the training rows")
+    if not problems and args.question is None and args.image:
+        problems.append("--image: needs --question")
+    if not problems and args.question is not None:
+        others = [f"--{name.replace('_', '-')}" for name in NOT_WITH_QUESTION if getattr(args, name)]
+        problems += [f"{flag}: not with --question, which answers one question and writes nothing" for flag in others]
+        checked = [(path, check_image(path)) for path in args.image]
+        problems += [f"--image: {path}: {reason}" for path, reason in checked if isinstance(reason, str)]
     refuse(problems)
     return args
 
@@ -136,9 +152,9 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     trained, held_out = state.get("settings", {}), state.get("held_out", [])
     own = trained["train"] if held_out else list(filter(None, [trained.get("val", "")]))
     name, files = args.model or trained.get("model", DEFAULT_MODEL), [args.data] if args.data else own
-    if not files:
+    if not files and args.question is None:
         raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
-    pictures = args.images or (str(Path(args.data).parent) if args.data else trained["images"])
+    pictures = args.images or (str(Path(args.data).parent) if args.data else trained.get("images", ""))
     output = Path(args.output or (ckpt / "eval" if ckpt else "runs/eval-base"))
 
     # Rows: rank 0 reads and checks, every rank gets the same samples.
@@ -151,6 +167,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     else:
         settings = image_settings(folder, args.min_pixels, args.max_pixels)
     system, prompt = trained.get("system", ""), trained.get("prompt", "{question}")
+    if args.question is not None:
+        data = question_data(args, tokenizer, settings, system, prompt)
+        print_answer(load_model(folder, ckpt, settings, dtype, ranks.device), data, tokenizer, args, ranks, dtype)
+        dist_utils.leave()
+        return 0
 
     def load() -> tuple[VQAData, list[list[str]]]:
         how = (args.max_tokens, system, args.allow_outside_images)
@@ -171,8 +192,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     print0(f"{len(data.samples):,} questions of {rows}, {ckpt or 'base model ' + name}, {ranks.world_size} rank(s)")
 
     # Answers: of the base model, then with the adapter.
-    base = load_base(folder, dtype, ranks.device)
-    model = TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
+    model = load_model(folder, ckpt, settings, dtype, ranks.device)
     facts = {"model": name, "base": fingerprint(folder), "checkpoint": str(ckpt or ""), "rows": rows}
     facts |= {"data": data.fingerprint(), "images": asdict(settings), "system": system, "prompt": prompt}
     facts |= {"options": sha256(json.dumps(options).encode()).hexdigest()[:16]}
@@ -199,6 +219,36 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         write_results(output, predictions, data, facts, args)
     dist_utils.leave()
     return 0
+
+
+def load_model(folder: str, ckpt: Path | None, settings: ImageSettings, dtype, device: torch.device) -> TreeModel:
+    base = load_base(folder, dtype, device)
+    return TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
+
+
+def question_data(args: argparse.Namespace, tokenizer, settings: ImageSettings, system: str, prompt: str) -> VQAData:
+    """--question with its --image files as data of one row, which no file holds. Raises InputError if it can't be."""
+    fields = {"image": args.image, "question": args.question, "answer": "none"}  # cut off before it is generated
+    try:
+        rows = [parse_row("--question:1", fields)]
+    except ValueError as error:
+        raise InputError(f"--question: {error}") from None
+    how = {"headers_only": True, "given": rows, "system": system, "prompt": prompt}
+    data = load_data("", "", tokenizer, settings, args.max_tokens, allow_outside_images=True, **how)
+    if data.bad:
+        raise InputError(f"--question: {data.bad[0].reason}")
+    return data
+
+
+def print_answer(model: TreeModel, data: VQAData, tokenizer, args: argparse.Namespace, ranks: Ranks, dtype) -> None:
+    """Generate and print the answer to the one question of `data`, and its confidence."""
+    if args.ckpt and args.merge:
+        merge_lora(model.model)
+    dataset = TreeDataset(data, model.settings, padding(ranks.device), prompts_only=True)
+    (trees,) = whole_trees(data.samples, args.max_tokens)
+    with autocast(ranks.device, dtype):
+        (answer,) = answer_batch(model, dataset[Work(trees)].to(ranks.device), tokenizer, args.max_new_tokens)
+    print0(f"{answer['prediction']}\nconfidence {answer['confidence']:.4f}")
 
 
 def write_results(output: Path, predictions: dict[str, list[dict]], data: VQAData, facts: dict, args) -> None:

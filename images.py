@@ -82,7 +82,7 @@ def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tupl
     new = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
     # Pillow decodes outside the interpreter lock. Its warnings of large pictures are silenced out here, before threads.
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
-        found = pool.map(_check_image, new, repeat(not headers_only))
+        found = pool.map(check_image, new, repeat(not headers_only))
         checked = dict(zip(new, tqdm(found, "checking images", len(new), disable=len(new) < 1000)))
     good = {path: {"stamp": stamps[path], "size": size} for path, size in checked.items() if not isinstance(size, str)}
     if good and not headers_only:
@@ -95,7 +95,8 @@ def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tupl
     return {path: checked[path] if path in checked else tuple(known[path]["size"]) for path in paths}
 
 
-def _check_image(path: str, decode: bool) -> tuple[int, int] | str:
+def check_image(path: str, decode: bool = True) -> tuple[int, int] | str:
+    """(height, width) of an image as displayed, or what is wrong with it, found without decoding only by its header."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:

@@ -66,7 +66,7 @@ def main(argv: list[str], _stop=None) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser("model.py merge", description="Add a checkpoint's LoRA to its base model's weights.")
     parser.add_argument("action", choices=["merge"])
     parser.add_argument("--ckpt", required=True, help="checkpoint, or a run's folder for its best one")
@@ -75,7 +75,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", type=choice("auto", "float32"), default="auto", help="auto: the base model's")
     parser.add_argument("--rows", default="", help="rows to compare logits on; empty: the run's validation rows")
     parser.add_argument("--images", default="", help="folder that their image names start from; empty: the run's")
-    args, problems = parse_words(parser, argv)
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    args, problems = parse_words(build_parser(), argv)
     refuse(problems)
     return args
 

@@ -357,6 +357,8 @@ class TreeModel(nn.Module):
             embeds = embeds.index_copy(0, image_at, features.embeds.to(embeds.dtype))
             if features.deepstack:
                 deepstack = {"visual_pos_masks": image_at, "deepstack_visual_embeds": features.deepstack}
+        if torch.is_grad_enabled():  # so that the first layer is like the others and is not compiled on its own
+            embeds.requires_grad_()
         return language_model(
             inputs_embeds=embeds[None],
             position_ids=positions[:, None],

@@ -51,7 +51,7 @@ def read_rows(path: Path, shown_as: str = "") -> tuple[list[Row], list[BadRow]]:
         try:
             if error:
                 raise ValueError(error)
-            good.append(_parse_row(where, value))
+            good.append(parse_row(where, value))
         except ValueError as reason:
             bad.append(BadRow(where, str(reason), value))
     if not good and not bad:
@@ -125,7 +125,8 @@ def _refuse_constant(name: str):
 STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _parse_row(where: str, row) -> Row:
+def parse_row(where: str, row) -> Row:
+    """A row of any format, read from the place `where`. Raises ValueError of what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
     json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # raises for half a surrogate pair and for 1e999

@@ -155,14 +155,15 @@ def recipe_inputs(batch, padded: int) -> tuple[dict, torch.Tensor]:
     return inputs, labels
 
 
-def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path):
-    """transformers + PEFT: one question a sequence, padded, full logits, every layer checkpointed. One step of one."""
+def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path, wrap=lambda model: model):
+    """transformers + PEFT: one question a sequence, padded, full logits, every layer checkpointed. The model, wrapped
+    as by DDP, and a forward and backward pass of one question."""
     model = random_model(preset.config, dtype, device)
     model = get_peft_model(
         model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=target_pattern(DEFAULT_TARGETS))
     )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
+    model = wrap(model.train())
     data, settings = make_data(preset, 1, folder)
     batch = build_batch(data, Work((grow_tree(data.samples, [0]),)), settings).to(device)
     inputs, labels = recipe_inputs(batch, preset.padded)
@@ -184,7 +185,8 @@ def tree_model(preset: Preset, device: torch.device, dtype: torch.dtype, folder:
 
 
 def tree_step(model: TreeModel, preset: Preset, questions: int, device: torch.device, dtype: torch.dtype, folder: Path):
-    """Our step on one tree, without the optimizer and the feed, as for the recipe."""
+    """Our step on one tree, without the optimizer and the feed, as for the recipe: its tokens, the step, and the vision
+    tower's part of it."""
     data, settings = make_data(preset, questions, folder)
     tree = grow_tree(data.samples, list(range(questions)))
     batch = build_batch(data, Work((tree,), 0, StepFacts(0, questions, 1, 1)), settings, padding(device)).to(device)
@@ -194,7 +196,11 @@ def tree_step(model: TreeModel, preset: Preset, questions: int, device: torch.de
             losses, _ = model(batch, model.encode_images(batch))
         losses.mean().backward()
 
-    return tree.tokens, step
+    def vision():
+        with autocast(device, dtype):
+            model.encode_images(batch)
+
+    return tree.tokens, step, vision
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -240,30 +246,41 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 10 * 2 * side**3 / (time.perf_counter() - started) / 1e12
 
 
-def profile(step, device: torch.device) -> str:
-    """The ten costliest kernels of a step, and its time by kind of work."""
+KINDS = {
+    "attention": ("flash", "flex", "attention", "fmha", "cudnn"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "mm", "sm90"),
+}
+
+
+def kernel_times(work, device: torch.device) -> dict[str, tuple[float, int]]:
+    """Milliseconds and calls of each kernel (on a CPU: of each operator) that `work` runs."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     with torch.profiler.profile(activities=activities) as prof:
-        step()
+        work()
         synchronize(device)
+    name = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
     events = [e for e in prof.key_averages() if device.type == "cpu" or e.device_type.name == "CUDA"]
-    cost = (
-        (lambda e: e.self_device_time_total / 1000)
-        if device.type == "cuda"
-        else (lambda e: e.self_cpu_time_total / 1000)
-    )
-    kinds = {
-        "attention": ("flash", "flex", "attention", "fmha", "cudnn"),
-        "matrix products": ("gemm", "nvjet", "cutlass", "mm", "sm90"),
-    }
-    totals = dict.fromkeys([*kinds, "rest"], 0.0)
-    for event in events:
-        kind = next((k for k, words in kinds.items() if any(w in event.key.lower() for w in words)), "rest")
-        totals[kind] += cost(event)
-    top = sorted(events, key=cost, reverse=True)[:10]
-    lines = [f"  {kind:<16} {ms:8.1f} ms" for kind, ms in totals.items()]
-    return "\n".join([*lines, *(f"  {cost(e):8.2f} ms {e.count:5} x {e.key[:90]}" for e in top)])
+    return {event.key: (getattr(event, name) / 1000, event.count) for event in events}
+
+
+def by_kind(kernels: dict[str, tuple[float, int]]) -> dict[str, float]:
+    totals = dict.fromkeys([*KINDS, "rest"], 0.0)
+    for key, (ms, _) in kernels.items():
+        totals[next((kind for kind, words in KINDS.items() if any(word in key.lower() for word in words)), "rest")] += (
+            ms
+        )
+    return totals
+
+
+def profile(step, vision, device: torch.device) -> str:
+    """A step's time by kind of work, the vision tower's apart, and its ten costliest kernels."""
+    kernels, tower = kernel_times(step, device), by_kind(kernel_times(vision, device))
+    language = {kind: ms - tower[kind] for kind, ms in by_kind(kernels).items()}
+    lines = [f"  {kind:<16} {ms:8.1f} ms" for kind, ms in language.items()]
+    lines.append(f"  vision tower     {sum(tower.values()):8.1f} ms, its attention {tower['attention']:.1f}")
+    top = sorted(kernels.items(), key=lambda kernel: -kernel[1][0])[:10]
+    return "\n".join([*lines, *(f"  {ms:8.2f} ms {count:5} x {key[:90]}" for key, (ms, count) in top)])
 
 
 def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ceiling: float):
@@ -279,15 +296,15 @@ def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ce
             else:
                 questions = int(case.removeprefix("tree-"))
                 model = ours = ours or tree_model(preset, device, dtype, folder, args)
-                tokens, step = tree_step(ours, preset, questions, device, dtype, folder)
+                tokens, step, vision = tree_step(ours, preset, questions, device, dtype, folder)
             row = {"case": case, **measure(step, model, device, preset.repeats)}
             branches = [preset.question_tokens] * questions
             answers = questions * preset.answer_tokens
             flops = sum(step_flops(Qwen3VLConfig(**preset.config), [patches], patches // 4 + 4, branches, answers))
             row |= {"ms_per_question": row["ms"] / questions, "tokens_per_s": 1000 * tokens / row["ms"]}
             row |= {"tflops": flops / row["ms"] / 1e9, "share": flops / row["ms"] / 1e9 / ceiling}
-            if args.profile and case == cases[-1]:
-                print(f"where the time of {case} goes:\n{profile(step, device)}", flush=True)
+            if args.profile and case == cases[-1] != "recipe":
+                print(f"where the time of {case} goes:\n{profile(step, vision, device)}", flush=True)
             yield row
             if case == "recipe":
                 del model, step

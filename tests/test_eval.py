@@ -8,12 +8,15 @@ import pytest
 import tiny
 import torch
 from faults import arguments
+from peft import PeftModel
+from tiny import single
 from transformers import AutoTokenizer
 
 import answers
 import eval as evaluation
 import train
 from answers import Run, generate, score_all, with_answer
+from checkpoints import checkpoints
 from data import build_batch
 from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
@@ -129,6 +132,15 @@ def run(world, tmp_path_factory):
     return output
 
 
+@pytest.fixture(scope="module")
+def prompted(world, tmp_path_factory):
+    """A run with a system prompt and pixel limits of its own."""
+    output = tmp_path_factory.mktemp("prompted") / "out"
+    given = {"max_steps": 20, "epochs": 9, "lr": 0.005, "val": "", "system": "Be brief."}
+    assert train.main(arguments(world, output, **given, min_pixels=1024, max_pixels=4096)) == 0
+    return output
+
+
 def answer(run, *words, stop=None) -> int:
     return evaluation.main(["--ckpt", str(run), "--workers=0", "--max-new-tokens=8", *map(str, words)], stop)
 
@@ -232,3 +244,92 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path, monkeypat
     assert in_two_parts == len(calls) > 3  # no micro-batch was run twice
     left, right = tmp_path / "out" / "predictions.jsonl", tmp_path / "whole" / "predictions.jsonl"
     assert left.read_text() == right.read_text()
+
+
+# --------------------------------------------------------------------------------------------------------- one question
+
+QUESTIONS = {
+    "one picture": single("a.png", "How many polyps are in part 3?", "3"),
+    "two pictures in order": {"image": ["d.png", "c.png"], "question": "Which is larger?", "answer": "first"},
+    "placeholders": {"image": ["c.png", "d.png"], "question": "Is <image> larger than <image>?", "answer": "no"},
+    "text only": {"question": "What is a polyp?", "answer": "a growth"},
+}
+
+
+def asked(world, row: dict) -> list[str]:
+    names = row.get("image", [])
+    names = names if isinstance(names, list) else [names]
+    return [f"--question={row['question']}", *(f"--image={world / 'images' / name}" for name in names)]
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_one_question_is_answered_like_a_row_and_leaves_nothing(world, prompted, tmp_path, monkeypatch, capsys, name):
+    row = QUESTIONS[name]
+    (tmp_path / "row.jsonl").write_text(json.dumps(row))
+    words = ["--data", tmp_path / "row.jsonl", "--images", world / "images", "--output", tmp_path / "out"]
+    assert answer(prompted, *words) == 0
+    expected = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    before, _ = sorted(tmp_path.rglob("*")), capsys.readouterr()
+    assert answer(prompted, *asked(world, row)) == 0
+    assert capsys.readouterr().out == f"{expected['prediction']}\nconfidence {expected['confidence']:.4f}\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_answer_equals_plain_generation(world, prompted, capsys):
+    """Of transformers and peft with the run's system prompt and pixel limits, and of the base model without them."""
+    adapter = checkpoints(prompted)[-1]
+    row = QUESTIONS["two pictures in order"]
+    told = {"messages": [tiny.turn("system", "Be brief."), tiny.turn("user", row["question"], 2),
+                         tiny.turn("assistant", row["answer"])], "images": row["image"]}  # fmt: skip
+    reference = tiny.Reference(world, tiny.lora_model(world), prompted.parent / "any")
+    small = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    reference.processor = type(reference.processor).from_pretrained(world / "model", size=small)
+    base = reference.model.unload()
+    reference.model = PeftModel.from_pretrained(base, adapter)
+    inputs = reference.inputs(told, answered=False)
+    assert answer(prompted, *asked(world, row)) == 0
+    assert printed(capsys) == plainly(reference, inputs)
+    reference.model = reference.model.unload()
+    reference.processor = type(reference.processor).from_pretrained(world / "model")
+    inputs = reference.inputs(row, answered=False)
+    words = ["--model", str(world / "model"), "--max-new-tokens=8", *asked(world, row)]
+    assert evaluation.main(words) == 0
+    assert printed(capsys) == plainly(reference, inputs)
+
+
+def printed(capsys) -> tuple:
+    text, confidence = capsys.readouterr().out.split("\nconfidence ")
+    return text, pytest.approx(float(confidence), abs=1e-4)
+
+
+def plainly(reference, inputs: dict) -> tuple[str, float]:
+    """Text and probability of transformers' own greedy generation."""
+    del inputs["labels"]
+    how = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    out = reference.model.generate(**inputs, **how)
+    text = reference.tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    probability = math.prod(step.softmax(-1).max().item() for step in out.logits)
+    return text, probability
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--question=Sharp?", "--image=nowhere.png"], "--image: nowhere.png: .*No such file"),
+        (["--question=Sharp?", "--image={world}/rows.jsonl"], "--image: .*rows.jsonl: .*cannot identify image file"),
+        (["--question=Sharp?", "--image={world}/images"], "--image: .*images: .*Is a directory"),
+        (["--question=Sharp?", "--image=nowhere.png", "--image={world}/images"], "nowhere.png(.|\n)*Is a directory"),
+        (["--image={world}/images/a.png"], "--image: needs --question"),
+        (["--question=Sharp?", "--data={world}/rows.jsonl"], "--data: not with --question"),
+        (["--question=Sharp?", "--with-base", "--ckpt=any", "--output=out"], "--with-base: not(.|\n)*--output: not"),
+        (["--question= "], "--question: the question is empty"),
+        (["--question=<image>?"], "--question: 1 image placeholders for 0 images"),
+        (["--question=<|im_end|>"], r"--question: the user text holds the special token <\|im_end\|>"),
+        (["--question=Sharp?", "--max-tokens=3"], "--question: .* tokens, over --max-tokens 3"),
+    ],
+)
+def test_a_question_that_can_t_be_asked_is_refused(world, words, told):
+    with pytest.raises(InputError, match=told):
+        evaluation.main([f"--model={world / 'model'}", *(word.format(world=world) for word in words)])

@@ -79,6 +79,13 @@ def test_rows_with_weights_count_that_much_in_loss_and_gradients(tmp_path):
     assert_exact(run_step(world, [trees[::2], trees[1::2]]), expected)
 
 
+def test_a_picture_is_encoded_once_for_all_its_questions(world):
+    data, dataset = tiny.load_world(world)
+    (tree,) = (tree for tree in whole(data.samples) if len(tree.samples) == 17)
+    batch = build_batch(data, Work((tree,)), dataset.settings)
+    assert len(batch.grid) == 1 and len(batch.patches) == data.samples[tree.samples[0]].patches[0]
+
+
 def test_padding_changes_nothing(world, reference, monkeypatch):
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world)

@@ -1,5 +1,6 @@
 """train.py and eval.py as their users run them, on a tiny model."""
 
+import copy
 import json
 import shutil
 import tomllib
@@ -14,7 +15,7 @@ from test_ranks import HERE, torchrun
 import eval as evaluation
 import model as model_file
 import train
-from model import TreeModel
+from model import TreeModel, add_lora
 from rows import InputError
 
 
@@ -214,6 +215,19 @@ def test_one_rank_s_nan_skips_the_step_on_all_ranks(world, tmp_path):
     assert skipped["step"] == 3 and 0 < len(skipped["samples"]) < 8  # those of rank 1 only
     assert [line["step"] for line in lines(output, "train")][-1] == 6
     assert all(torch.isfinite(weight).all() for weight in adapter(output, 6).values())
+
+
+def test_a_trained_weight_without_a_gradient_is_named_before_step_1(world, tmp_path, monkeypatch):
+    def with_a_spare(*args):
+        model = add_lora(*args)
+        adapter = model.base_model.model.model.language_model.layers[-1].self_attn.q_proj.lora_A
+        adapter["spare"] = copy.deepcopy(adapter["default"])  # in no layer's forward pass
+        return model
+
+    monkeypatch.setattr(train, "add_lora", with_a_spare)
+    with pytest.raises(RuntimeError, match=r"q_proj.lora_A.spare.weight gets no finite gradient from rows.jsonl:\d+"):
+        train.main(arguments(world, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(world, tmp_path, monkeypatch):

@@ -1,0 +1,226 @@
+"""The reference job: train.py, unmodified, on as many questions an image as Kvasir-VQA has, beside the usual recipe.
+
+    python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --gpus 1,2 --max-steps 12       # DIR: config, tokenizer
+    python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --gpus 4 --epochs 1             # one whole epoch
+
+The rows' images are repeated under new names until there are 4,550 of them with 41,079 questions, as in Kvasir-VQA's
+training split. Each question is lengthened to 195 tokens with its answer and template, each picture has 1920x1440
+pixels, @@"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from multiprocessing import Pool, Process
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from step import PRESETS, device_name, random_model, recipe_step, synchronize, write_json
+
+import dist_utils
+from demo import make_picture
+from dist_utils import no_sync, wrap
+from metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+IMAGES, QUESTIONS, EPOCHS, VAL_IMAGES = 4550, 41079, 3, 20
+RECIPE_BATCH, RECIPE_STEPS = 16, 7704  # questions an optimizer step, steps of the job
+
+
+# ----------------------------------------------------------------------------------------------------------- workload
+
+
+def repeat_rows(rows: list[dict], images: int) -> list[dict]:
+    """Rows of `images` images: those of `rows`, under new names each time round."""
+    by_image: dict[str, list[dict]] = {}
+    for row in rows:
+        by_image.setdefault(row["image_filename"], []).append(row)
+    names, made = list(by_image), []
+    Random(0).shuffle(names)  # the file has them by their number of questions
+    for number in range(images):
+        name = names[number % len(names)]
+        made += [row | {"image_filename": f"{number // len(names)}-{name}"} for row in by_image[name]]
+    return made
+
+
+def lengthen(row: dict, tokenizer, tokens: int) -> dict:
+    """The row with a longer question: `tokens` tokens from the image's end to the answer's end."""
+    template = f"<|vision_end|>{row['question']}<|im_end|>\n<|im_start|>assistant\n{row['answer']}<|im_end|>"
+    short = tokens - len(tokenizer(template)["input_ids"])
+    return row | {"question": row["question"] + " x" * short}
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_pictures(folder: Path, names: list[str], size: tuple[int, int] | None, distinct: int) -> None:
+    """Draw the first `distinct` pictures, and give them the other names too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with Pool() as pool:
+        pool.starmap(make_picture, [(name, folder, size) for name in names[:distinct]])
+    for number, name in enumerate(names[distinct:]):
+        os.link(folder / names[number % distinct], folder / name)
+
+
+def make_model(source: str, folder: str) -> None:
+    """A model of random weights by the configuration in `source`, with its tokenizer."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shutil.copytree(source, folder)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    random_model(AutoConfig.from_pretrained(source), dtype, device).save_pretrained(folder, max_shard_size="4GB")
+
+
+def make_job(args, work: Path) -> None:
+    rows = [json.loads(line) for line in Path(args.rows).read_text().splitlines()]
+    rows = repeat_rows(rows, args.images + VAL_IMAGES)
+    names = list(dict.fromkeys(row["image_filename"] for row in rows))
+    if not args.mixed:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        rows = [lengthen(row, tokenizer, args.question_tokens) for row in rows]
+    held_out = set(names[args.images :])
+    train = [row for row in rows if row["image_filename"] not in held_out][: args.questions]
+    work.mkdir(parents=True)
+    write_rows(work / "train.jsonl", train)
+    write_rows(work / "val.jsonl", [row for row in rows if row["image_filename"] in held_out])
+    size = None if args.mixed else tuple(map(int, args.size.split("x")))
+    make_pictures(work / "pictures", names, size, args.pictures)
+    process = Process(target=make_model, args=(args.model, str(work / "model")))
+    process.start()  # so that its memory is given back
+    process.join()
+    if process.exitcode:
+        raise SystemExit("error: the model could not be made")
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+def torchrun(gpus: int, *words, log: Path) -> float:
+    """Run a script of ours on so many GPUs, its output into `log`. Returns the seconds that it took."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    started = time.perf_counter()
+    with open(log, "w") as file:
+        done = subprocess.run(
+            [*command, *map(str, words)], stdout=file, stderr=subprocess.STDOUT, check=False, cwd=ROOT
+        )
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(map(str, words))} ended with {done.returncode}\n{log.read_text()[-3000:]}")
+    return time.perf_counter() - started
+
+
+def train(args, work: Path, gpus: int, settings: list[str]) -> dict:
+    """train.py on the job; its figures are those of its metrics.jsonl, the first two steps left out."""
+    output, log = work / f"run-{gpus}", work / f"train-{gpus}.log"
+    files = {"model": "model", "train": "train.jsonl", "val": "val.jsonl", "images": "pictures"}
+    words = [word for name, file in files.items() for word in (f"--{name}", work / file)]
+    seconds = torchrun(gpus, "train.py", *words, "--output", output, "--log-every", 1, *settings, log=log)
+    lines = read_metrics(output / "metrics.jsonl")
+    steps = [line for line in lines if line["event"] == "train"]
+    steady = steps[2:]
+    took = [line["questions"] / line["questions_per_s"] for line in steady]
+    questions = sum(line["questions"] for line in steady)
+    hours = EPOCHS * QUESTIONS / (questions / sum(took)) / 3600
+    row = {"case": f"trees, {gpus} GPU(s)", "gpus": gpus, "steps": len(steps), "questions": questions}
+    row |= {"seconds": seconds, "questions_per_s": questions / sum(took), "job_hours": hours}
+    row |= {"step_s": statistics.median(took), "step_s_range": [min(took), max(took)]}
+    row |= {"data_wait": statistics.fmean(line["data_wait"] for line in steady), "losses": [s["loss"] for s in steps]}
+    row |= {"grad_norms": [step["grad_norm"] for step in steps], "peak_gib": max(s.get("gpu_gib", 0) for s in steps)}
+    return row | {"planned": next((x for x in log.read_text().splitlines() if x.startswith("planned ")), "")}
+
+
+def recipe(args, work: Path, gpus: int) -> dict:
+    words = [Path(__file__), "--recipe-steps", args.recipe_steps, "--preset", args.preset]
+    torchrun(gpus, *words, "--work", work, log=work / f"recipe-{gpus}.log")
+    took = json.loads((work / "recipe.json").read_text())
+    row = {"case": f"usual recipe, {gpus} GPU(s)", "gpus": gpus, "steps": len(took), "step_s": statistics.median(took)}
+    row |= {"questions": RECIPE_BATCH * len(took), "questions_per_s": RECIPE_BATCH / row["step_s"]}
+    return row | {"step_s_range": [min(took), max(took)], "job_hours": RECIPE_STEPS * row["step_s"] / 3600}
+
+
+def recipe_worker(args) -> int:
+    """One rank of the usual recipe under DDP: optimizer steps of RECIPE_BATCH questions, one a sequence."""
+    ranks = dist_utils.start()
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    folder = args.work / f"recipe-{ranks.rank}"
+    folder.mkdir(exist_ok=True)
+    model, one_question = recipe_step(PRESETS[args.preset], ranks.device, dtype, folder, lambda m: wrap(m, ranks))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    took, passes = [], RECIPE_BATCH // ranks.world_size
+    for _ in range(args.recipe_steps + 1):
+        synchronize(ranks.device)
+        started = time.perf_counter()
+        for number in range(passes):
+            with no_sync(model, skip=number < passes - 1):
+                one_question()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(ranks.device)
+        took.append(time.perf_counter() - started)
+    if ranks.is_main:
+        (args.work / "recipe.json").write_text(json.dumps(took[1:]))
+    dist_utils.leave()
+    return 0
+
+
+def print_table(rows: list[dict]) -> None:
+    print("case                    steps  questions/s  step s (from, to)      data wait    GiB  3 epochs, h")
+    for row in rows:
+        low, high = row["step_s_range"]
+        print(
+            f"{row['case']:<24}{row['steps']:>5}{row['questions_per_s']:>13.2f}"
+            f"{row['step_s']:>8.2f} ({low:.2f}, {high:.2f}){row.get('data_wait', 0):>14.1%}"
+            f"{row.get('peak_gib', 0):>7.1f}{row['job_hours']:>13.2f}"
+        )
+    ours = {row["gpus"]: row["questions_per_s"] for row in rows if "losses" in row}
+    for gpus, rate in ours.items():
+        if gpus > 1 and 1 in ours:
+            print(f"{gpus} GPUs give {rate / gpus / ours[1]:.1%} of {gpus} times one GPU's questions/s")
+    first, *others = (row for row in rows if "losses" in row)
+    for row in others:
+        pairs = zip(first["losses"] + first["grad_norms"], row["losses"] + row["grad_norms"])
+        apart = max(abs(a - b) / a for a, b in pairs)
+        print(f"losses and norms of {row['case']} against {first['case']}: {apart:.1e} apart")
+
+
+def main(argv: list[str], _stop) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="jsonl file with image_filename, question and answer")
+    parser.add_argument("--model", default="", help="folder of config.json, tokenizer and image settings")
+    parser.add_argument("--work", type=Path, default=Path("job"), help="folder for rows, pictures, model, runs; kept")
+    parser.add_argument("--gpus", default="1", help="numbers of GPUs to run on, one after the other")
+    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="at most")
+    parser.add_argument("--question-tokens", type=int, default=195, help="question, answer and template")
+    parser.add_argument("--size", default="1920x1440", help="of the pictures, in pixels")
+    parser.add_argument("--mixed", action="store_true", help="questions as they are, pictures of mixed sizes")
+    parser.add_argument("--pictures", type=int, default=128, help="different pictures")
+    parser.add_argument("--recipe-steps", type=int, default=3, help="optimizer steps of the usual recipe; 0: leave out")
+    parser.add_argument("--preset", choices=PRESETS, default="8b", help="model of the usual recipe")
+    parser.add_argument("--name", default="job")
+    parser.add_argument("--json", default="", help="file for the results")
+    args, settings = parser.parse_known_args(argv)  # the rest are settings of train.py
+    if not args.rows:
+        return recipe_worker(args)
+    if not args.work.exists():
+        make_job(args, args.work)
+    args.work, gpus = args.work.resolve(), [int(n) for n in args.gpus.split(",")]
+    rows = [train(args, args.work, n, settings) for n in gpus]
+    rows += [recipe(args, args.work, n) for n in gpus[-1:] if args.recipe_steps]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(device_name(device))
+    print_table(rows)
+    if args.json:
+        write_json(Path(args.json), args.name, device, {"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    dist_utils.run_and_exit(main, sys.argv[1:])
