@@ -203,7 +203,8 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
     if weights not in (0, files):
         problems.append(f"--train-weights: {weights} for {files} files of --train")
     if settings.init_from:
-        if not (Path(settings.init_from) / "adapter_model.safetensors").is_file():
+        there = (Path(settings.init_from) / "adapter_model.safetensors").is_file()
+        if not there and settings.resume == "none":
             problems.append(f"--init-from: {settings.init_from} holds no adapter_model.safetensors")
         settings.init_from = str(Path(settings.init_from).resolve())
     if settings.resume == "auto" and not settings.output:

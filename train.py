@@ -117,11 +117,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     # Data: rank 0 reads and checks, every rank gets the same samples.
     model_folder = dist_utils.local_rank0_first(lambda: resolve_model(args.model))
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    images, config = (
-        image_settings(model_folder, args.min_pixels, args.max_pixels),
-        AutoConfig.from_pretrained(model_folder),
-    )
-    dist_utils.from_rank0(lambda: check_lora(args, config))
+    images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = dist_utils.from_rank0(lambda: load_all(args, tokenizer, images, output))
     sampler = StepSampler(train_data.samples, plan_settings(args), ranks.rank, ranks.world_size)
     plan = sampler.plan()
@@ -130,6 +126,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     val_batches = whole_trees(val_data.samples, args.max_tokens) if val_data else []
     identity = identify(args, images, train_data, val_data, model_folder)
     found = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
+    config = AutoConfig.from_pretrained(model_folder)
+    dist_utils.from_rank0(lambda: check_lora(args, config, found))
 
     # Model, optimizer, and where a run goes on.
     seed_everything(args.seed)
@@ -408,7 +406,7 @@ def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQA
         count = len(train.grids)
         train, val = hold_out(train, args.images, args.val_fraction, args.seed)
         print0(f"held out {len(val.samples):,} questions on {len(val.grids):,} of {count:,} images")
-    if len(args.train) > 1:
+    if len(args.train) > 1 or args.train_weights:
         for own, asked in questions_by_file(train.samples, plan_settings(args)):
             print0(f"{args.train[train.samples[own[0]].file]}: {len(own):,} questions, {asked:,} an epoch")
     return train, val
@@ -422,7 +420,7 @@ def print_plan(args: argparse.Namespace) -> None:
     config, tokenizer = AutoConfig.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     if unknown := uncounted(config, args):
         raise InputError(f"--plan knows what LoRA on Qwen3-VL's language model costs, not {unknown}")
-    check_lora(args, config)
+    check_lora(args, config, None)
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = load_all(args, tokenizer, images, None)
     plans = [make_plan(train_data.samples, plan_settings(args), epoch) for epoch in range(args.epochs)]
@@ -432,10 +430,11 @@ def print_plan(args: argparse.Namespace) -> None:
     )
 
 
-def check_lora(args: argparse.Namespace, config) -> None:
-    """Raises InputError where --lora-targets names no layer or --init-from does not fit. Loads no weights."""
+def check_lora(args: argparse.Namespace, config, found: Path | None) -> None:
+    """Raises InputError where --lora-targets names no layer, or --init-from does not fit a run that starts: none is
+    `found` to go on with. Loads no weights."""
     model = empty_model(config, args)
-    if args.init_from and (differences := lora_differences(model, Path(args.init_from))):
+    if args.init_from and not found and (differences := lora_differences(model, Path(args.init_from))):
         raise InputError("\n  ".join([f"--init-from {args.init_from} does not fit:", *differences]))
 
 
@@ -445,9 +444,9 @@ def identify(args, images, train_data: VQAData, val_data: VQAData | None, model_
     facts |= {f"image {name}": value for name, value in asdict(images).items()}
     for name, data in (("train rows", train_data), ("val rows", val_data)):
         facts[name] = f"{len(data.samples):,} questions, fingerprint {data.fingerprint()}" if data else "none"
-    facts["first weights"] = ""
-    if args.init_from:
-        facts["first weights"] = size_and_sum(Path(args.init_from) / "adapter_model.safetensors")["sha256"][:16]
+    first = Path(args.init_from) / "adapter_model.safetensors"
+    if not args.init_from or first.is_file():  # a run that is resumed can do without
+        facts["first weights"] = size_and_sum(first)["sha256"][:16] if args.init_from else ""
     return facts | {"base model": fingerprint(model_folder)}
 
 
@@ -477,7 +476,7 @@ def conclude(output: Path, done: int, steps: int, stop: Stop, finished: bool, fa
         )
     else:
         state, code = "done", 0
-        early = f" of {steps}, no evaluation was better than the best for --patience" if done < steps else ""
+        early = f" of {steps}, --patience is used up" if done < steps else ""
         print0(f"done: {done} steps{early}, {output}")
     if dist_utils.is_rank0():
         write_status(output, state, done)

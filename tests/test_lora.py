@@ -16,7 +16,7 @@ import eval as evaluation
 import merge
 import train
 from checkpoints import read_state
-from model import lora_table
+from model import add_lora, load_base, lora_table
 from rows import InputError
 from settings import DEFAULT_TARGETS
 from trees import Work
@@ -80,6 +80,15 @@ def test_a_frozen_tower_runs_without_gradient_and_a_trained_one_with_it(world):
     assert trained.base.model.visual.training and not trained.eval().base.model.visual.training
 
 
+@pytest.mark.parametrize("targets", ["q_proj", "q_proj,merger", "vision"])
+def test_a_trained_tower_has_an_attention_with_a_backward(world, targets):
+    base = load_base(world / "model", torch.float32, torch.device("cpu"))
+    base.model.visual.config._attn_implementation = "onelook_cudnn_flash_vision"  # as on a Hopper GPU
+    add_lora(base, "", 4, 8, 0.0, targets)
+    chosen = base.model.visual.config._attn_implementation
+    assert chosen == ("onelook_cudnn_flash_vision" if targets == "q_proj" else "onelook_flash_vision")
+
+
 def test_two_processes_train_the_vision_tower_like_one(world, tmp_path):
     """Steps of two questions: some show no image, some show one on one rank only."""
     given = {"lora-targets": "q_proj,vision", "batch-size": 2, "max-steps": 17, "eval-every": 0, "save-every": 0}
@@ -121,12 +130,12 @@ def test_targets_name_layers(world, targets, expected):
     ],
 )
 def test_a_target_that_is_no_linear_layer_of_the_language_model_is_refused_before_weights_are_read(
-    world, monkeypatch, targets, told
+    world, monkeypatch, tmp_path, targets, told
 ):
     monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("read weights"))
     for more in ([], ["--plan"]):
         with pytest.raises(InputError, match=f"^--lora-targets: {re.escape(told)}"):
-            train.main([*arguments(world, "", **{"lora-targets": targets}), *more])
+            train.main([*arguments(world, tmp_path / "out", **{"lora-targets": targets}), *more])
 
 
 def test_a_plan_is_refused_for_what_it_does_not_count(world):
@@ -194,6 +203,11 @@ def test_a_checkpoint_wins_over_the_first_weights_which_are_known_by_their_finge
     for other in (moved, ""):
         with pytest.raises(InputError, match="first weights: was"):
             train.main(arguments(world, output, **given | {"init-from": other, "resume": "auto"}))
+    shutil.rmtree(moved)
+    resumed = given | {"init-from": moved, "resume": "auto"}
+    assert train.main(arguments(world, output, **resumed)) == 0
+    with pytest.raises(InputError, match="does not fit:\n  it holds no adapter_model.safetensors"):
+        train.main(arguments(world, tmp_path / "new", **resumed))
 
 
 @pytest.mark.parametrize(
@@ -209,8 +223,9 @@ def test_a_checkpoint_wins_over_the_first_weights_which_are_known_by_their_finge
         ({"rslora": True}, "use_rslora is False there, True here"),
     ],
 )
-def test_first_weights_of_other_lora_are_refused_with_the_difference(world, start, monkeypatch, more, told):
+def test_first_weights_of_other_lora_are_refused_with_the_difference(world, start, tmp_path, monkeypatch, more, told):
     monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("read weights"))
-    argv = [word.replace("=True", "") for word in arguments(world, "", **{"lora-r": 4, "init-from": start} | more)]
+    given = {"lora-r": 4, "init-from": start} | more
+    argv = [word.replace("=True", "") for word in arguments(world, tmp_path / "out", **given)]
     with pytest.raises(InputError, match=re.escape(told)):
         train.main(argv)
