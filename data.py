@@ -83,8 +83,9 @@ class VQAData:
 
 def load_files(paths: list[str], *how, **more) -> list[VQAData]:
     """`load_data` of each file. Where files have one name, their rows are told apart by the folder."""
-    names = [Path(path).name for path in paths]
-    shown = [name if names.count(name) == 1 else "/".join(Path(path).parts[-2:]) for path, name in zip(paths, names)]
+    names = [Path(path).name for path in set(paths)]
+    unlike = [-1 if names.count(Path(path).name) == 1 else -2 for path in paths]
+    shown = ["/".join(Path(path).parts[first:]) for path, first in zip(paths, unlike)]
     return [load_data(path, *how, **more, shown_as=name) for path, name in zip(paths, shown)]
 
 
