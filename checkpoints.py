@@ -29,7 +29,8 @@ VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__
 # what may differ in a resumed run without changing what it learns
 FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
 FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
-FREE_SETTINGS |= {"plan", "gpu", "time_limit", "init_from"}  # its weights are told by their fingerprint
+FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb"}
+FREE_SETTINGS |= {"init_from"}  # its weights are told by their fingerprint
 _locks = []  # open files: a lock lasts as long as its file is open
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -86,6 +87,14 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """The same for a file that a run can do without: a disk that does not take it is told."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        print0(f"warning: {path.name} not written: {error}")
 
 
 def _to_disk(path: Path) -> None:
@@ -211,11 +220,3 @@ def open_output(output: str, name: str, resuming: bool) -> Path:
     for stray in folder.glob("tmp-*"):  # of a save that was killed
         shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
     return folder.resolve()
-
-
-def write_status(output: Path, state: str, step: int) -> None:
-    """A line that tells scripts and people how the run stands: running, stopped (to be resumed), done, and the step."""
-    try:
-        write_whole(output / "status", f"{state} {step}\n")
-    except OSError as error:
-        print0(f"warning: status not written: {error}")

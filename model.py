@@ -40,9 +40,10 @@ VISION_TARGETS = {
     "vision": r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(linear_fc[12]|fc[12]|gate_proj|up_proj|down_proj))",
     "merger": r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.(linear_fc[12]|mlp\.[02])",
 }
-# activation memory budget -> share of a layer's activations that are kept (seen on Qwen3-VL-8B, 4,460 tokens)
+# activation memory budget -> share of `kept_bytes` that is kept, seen on Qwen3-VL-8B with 2,900 to 8,126 tokens
 MEMORY_BUDGETS = {1.0: 1.03, 0.5: 0.55, 0.2: 0.30, 0.0: 0.13}
-MEMORY_MARGIN = 4 * 2**30  # bytes: the vision tower, logits, the optimizer, fragmentation
+WITH_DROPOUT = 1.5  # the same at budget 1 with dropout, every LoRA input being kept once more; below it is made again
+MEMORY_MARGIN = 2 * 2**30, 0.05  # bytes for the vision tower, logits and optimizer; share of a card for fragmentation
 RECOMPILE_LIMIT = 32  # variants (first and other layers, training and evaluation, text and vision) share one function
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -247,21 +248,31 @@ def merge_lora(model: PeftModel) -> None:
             layer.merged_adapters.append("default")
 
 
-def kept_bytes(config, tokens: int, dropout: bool) -> int:
-    """Activations that the decoder layers keep of `tokens` tokens at memory budget 1, two bytes each: 8 of hidden and 3
-    of intermediate size a token and layer, and with dropout every LoRA input once more (6 and 1)."""
+def kept_bytes(config, tokens: int) -> int:
+    """Activations that the decoder layers keep of `tokens` tokens, two bytes each: 8 of hidden and 3 of intermediate
+    size a token and layer."""
     text = config.text_config
-    hidden, intermediate = (14, 4) if dropout else (8, 3)
-    return 2 * text.num_hidden_layers * tokens * (hidden * text.hidden_size + intermediate * text.intermediate_size)
+    return 2 * text.num_hidden_layers * tokens * (8 * text.hidden_size + 3 * text.intermediate_size)
+
+
+def kept_share(budget: float, dropout: bool) -> float:
+    return WITH_DROPOUT if dropout and budget == 1 else MEMORY_BUDGETS[budget]
+
+
+def memory_margin(total: float) -> float:
+    """Bytes that an estimate leaves free on a card of `total` bytes."""
+    fixed, share = MEMORY_MARGIN
+    return fixed + share * total
 
 
 def choose_memory_budget(config, tokens: int, dropout: bool, device: torch.device) -> float:
     """The highest memory budget at which a micro-batch of `tokens` tokens should fit beside what is allocated now.
     The rehearsal has the last word."""
-    kept = kept_bytes(config, tokens, dropout)
+    kept = kept_bytes(config, tokens)
     total = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
     free = min(total - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0])
-    fitting = [budget for budget, share in MEMORY_BUDGETS.items() if share * kept + MEMORY_MARGIN < free]
+    room = free - memory_margin(total)
+    fitting = [budget for budget in MEMORY_BUDGETS if kept_share(budget, dropout) * kept < room]
     return fitting[0] if fitting else min(MEMORY_BUDGETS)
 
 

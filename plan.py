@@ -6,6 +6,7 @@ formula that picks the memory budget. Left out: waiting for images, communicatio
 
 import argparse
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 import trees
 from data import VQAData, at_limit
 from images import ImageSettings
-from model import MEMORY_BUDGETS, MEMORY_MARGIN, VISION_TARGETS, add_lora, kept_bytes, lora_table
+from model import VISION_TARGETS, add_lora, kept_bytes, kept_share, lora_table, memory_margin
 from scores import normalize
 from trees import MicroBatch, PlanSettings, Step, Tree
 
@@ -54,8 +55,8 @@ MATMUL_SHARE, ATTENTION_SHARE, TOWER_ATTENTION_SHARE = 0.77, 0.206, 0.43
 MICRO_BATCH_S = 0.035  # gaps between kernels, forward and backward, in a profile; a faster GPU does not shorten them
 IMAGE_S = 0.018  # the vision tower's small kernels
 SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.21, 0.0: 1.27}  # step time by memory budget: a tree of 9 on an H100
-NOT_COMPILED = (1.39, 1.37)  # share of activations kept and step time, there too
-COMPILE_S = 87  # first start of the 8B on an H200
+NOT_COMPILED = (1.39, 1.37)  # activations kept and step time against budget 1, there too
+COMPILE_S = 160  # first start of the 8B: 87 to 187 s were seen on four machines with H100s and H200s
 READ_BYTES_S = 1e9  # assumed: the weights to the GPU
 SAVE_BYTES_S = 0.3e9  # a checkpoint, hashed, to the disk of a small machine
 
@@ -222,18 +223,16 @@ class Budget:
 
 def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
     """The memory budgets that a run may choose from, the fastest first, for micro-batches of `tokens` tokens."""
-    kept = kept_bytes(job.config, tokens, job.args.lora_dropout > 0)
-    free = gpu.memory_gib * GIB - 2 * job.weights - 4 * job.lora  # beside the model, as choose_memory_budget sees it
+    kept, dropout = kept_bytes(job.config, tokens), job.args.lora_dropout > 0
+    room = gpu.memory_gib * GIB - 2 * job.weights - 4 * job.lora - memory_margin(gpu.memory_gib * GIB)
     held = 2 * job.weights + 4 * 4 * job.lora  # bfloat16 weights; float32 LoRA, its gradient, AdamW's two moments
     known = sorted(SLOWER)
-    costs = [(None, *NOT_COMPILED)]
+    costs = [(None, NOT_COMPILED[0] * kept_share(1.0, dropout), NOT_COMPILED[1])]
     if job.args.compile:
         names = SLOWER if job.args.memory_budget == "auto" else [job.args.memory_budget]
-        tables = [[table[budget] for budget in known] for table in (MEMORY_BUDGETS, SLOWER)]
+        tables = [kept_share(budget, dropout) for budget in known], [SLOWER[budget] for budget in known]
         costs = [(name, *(np.interp(name, known, table) for table in tables)) for name in names]
-    return [
-        Budget(name, slower, held + share * kept, share * kept + MEMORY_MARGIN < free) for name, share, slower in costs
-    ]
+    return [Budget(name, slower, held + share * kept, share * kept < room) for name, share, slower in costs]
 
 
 def choose(found: list[Budget]) -> Budget:
@@ -268,6 +267,11 @@ def tree_load(config: PretrainedConfig, samples: list, tree: Tree) -> tuple[Flop
     prefix, branches, patches = trees.tree_shape(chosen, tree.prefix)
     answers = sum(int(sample.trained.sum()) for sample in chosen)
     return step_flops(config, patches.tolist(), prefix, branches.tolist(), answers), len(patches)
+
+
+def tree_counter(config: PretrainedConfig, samples: list, known: bool) -> Callable[[Tree], float]:
+    """What counts the operations of a tree of these samples: 0 where not all of the model's are `known`."""
+    return lambda tree: sum(tree_load(config, samples, tree)[0]) if known else 0.0
 
 
 def pace(job: Job, gpu: Gpu, slower: float) -> tuple[list[list[float]], list[float]]:
@@ -348,7 +352,8 @@ def report(job: Job, data: VQAData, images: ImageSettings, val_data: VQAData | N
 def memory_lines(job: Job, gpu: Gpu, found: list[Budget]) -> list[str]:
     lines = [
         f"memory: {2 * job.weights / GIB:.1f} GiB weights, {16 * job.lora / GIB:.2f} GiB LoRA with gradient and "
-        f"optimizer, activations of {job.heavy:,} tokens; {MEMORY_MARGIN / GIB:.0f} of {gpu.memory_gib} GiB stay free"
+        f"optimizer, activations of {job.heavy:,} tokens; "
+        f"{memory_margin(gpu.memory_gib * GIB) / GIB:.1f} of {gpu.memory_gib} GiB stay free"
     ]
     for one in found:
         name = "not compiled" if one.budget is None else f"memory budget {one.budget:g}"

@@ -170,8 +170,8 @@ def calibration(predictions: dict[str, list[dict]]) -> str:
     return grid(told, [reliability(kind, answers) for kind, answers in known.items() if answers])
 
 
-def chart(lines: dict[str, list[tuple[float, float]]], mark: int) -> list[tuple[str, str]]:
-    """A figure of one or two lines against steps, the second with dots; none where there is no point."""
+def chart(lines: dict[str, list[tuple[float, float]]], mark: int) -> list[tuple[list[str], str]]:
+    """One or two lines' names and their plot against steps, the second with dots; none where there is no point."""
     points = [point for line in lines.values() for point in line]
     if not points:
         return []
@@ -182,19 +182,25 @@ def chart(lines: dict[str, list[tuple[float, float]]], mark: int) -> list[tuple[
         drawn += f'<polyline class="k{i}" points="{" ".join(f"{x},{y}" for x, y in places)}"/>'
         drawn += "".join(f'<circle class="k{i}" cx="{x}" cy="{y}" r="3"/>' for x, y in places if i or len(places) < 60)
     said = "; ".join(f"{name} from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in lines.items() if line)
-    return [(legend(lines, "—●"), plot(xs, ys, "step", said, drawn))]
+    return [(list(lines), plot(xs, ys, "step", said, drawn))]
 
 
-def training(metrics: list[dict], name: str) -> str:
+def curves(metrics: list[dict], mark: int = 0) -> list[tuple[list[str], str]]:
+    """Charts of losses, exact match and learning rate from the lines of metrics.jsonl, with step `mark` dashed."""
+
     def line(event: str, field: str, scale: float = 1) -> list[tuple[float, float]]:
         points = [(one["step"], scale * one[field]) for one in metrics if one["event"] == event]
         return [point for point in points if math.isfinite(point[1])]
 
+    figures = chart({"training loss": line("train", "loss"), "validation loss": line("eval", "loss")}, mark)
+    figures += chart({"validation exact match, %": line("eval", "exact_match", 100)}, mark)
+    return figures + chart({"learning rate": line("train", "lr")}, mark)
+
+
+def training(metrics: list[dict], name: str) -> str:
     found = re.fullmatch(r"checkpoint-(\d+)", name)
     step = int(found[1]) if found else 0
-    figures = chart({"training loss": line("train", "loss"), "validation loss": line("eval", "loss")}, step)
-    figures += chart({"validation exact match, %": line("eval", "exact_match", 100)}, step)
-    figures += chart({"learning rate": line("train", "lr")}, step)
+    figures = [(legend(names, "—●"), drawn) for names, drawn in curves(metrics, step)]
     return grid(f"The dashed line marks this checkpoint, step {step:,}." if step else "", figures)
 
 

@@ -6,6 +6,7 @@ style or the script. The content security policy permits the page's own style an
 
 import base64
 import math
+import re
 from hashlib import sha256
 from html import escape
 
@@ -94,12 +95,41 @@ def plot(xs: list[float], ys: list[float], x_name: str, said: str, drawn: str) -
     return f'<svg viewBox="0 0 412 236" role="img" aria-label="{text(said, 2000)}">{drawn}</svg>'
 
 
+def sheet(figures: list[tuple[list[str], str]]) -> str:
+    """Plots under the names of their lines, side by side in one SVG file that needs no page around it."""
+    shown = ""
+    for number, (names, drawn) in enumerate(figures):
+        told = (f'<tspan class="k{i}" dx="{8 * i}">{"—●"[i]} {text(name)}</tspan>' for i, name in enumerate(names))
+        told = f'<text x="50" y="20">{"".join(told)}</text>'
+        plotted = f'<svg y="24" width="412" height="236">{drawn}</svg>'
+        shown += f'<svg x="{420 * number}" width="412" height="260">{told}{plotted}</svg>'
+    box = f'viewBox="0 0 {420 * len(figures)} 264" width="{420 * len(figures)}" height="264"'
+    style = f"{painted(LIGHT)}@media (prefers-color-scheme:dark){{{painted(DARK)}}}"
+    paper = '<rect class="paper" width="100%" height="100%"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box}><style>{style}</style>{paper}\n{shown}</svg>\n'
+
+
+def painted(colours: str) -> str:
+    """A lone drawing's style with its colours written out: not every viewer of SVG files knows CSS variables."""
+    known = dict(one.removeprefix("--").split(":") for one in colours.split(";"))
+    rules = DRAWN + ".paper{fill:var(--bg)}svg{font-family:system-ui,sans-serif}tspan{stroke:none!important}"
+    return re.sub(r"var\(--(\w+)\)", lambda found: known[found[1]], rules)
+
+
 # ------------------------------------------------------------------------------------------------------ style, script
 
+LIGHT = "--fg:#1b1f24;--dim:#59636e;--bg:#fff;--card:#f5f7f9;--line:#d4dae0;--a:#0072b2;--b:#b35900"
+DARK = "--fg:#e6edf3;--dim:#9aa5b1;--bg:#101418;--card:#191f26;--line:#343d48;--a:#56b4e9;--b:#e69f00"
+DRAWN = """\
+.k0{color:var(--a);stroke:var(--a);fill:var(--a)}.k1{color:var(--b);stroke:var(--b);fill:var(--b)}
+.k0,.k1{stroke-width:1.4}polyline{fill:none!important}svg text{fill:var(--dim);font-size:13px}
+.rule{stroke:var(--line);fill:none}.dashed{stroke:var(--dim);stroke-dasharray:4 4;fill:none}
+"""
+
 CSS = """
-:root{--fg:#1b1f24;--dim:#59636e;--bg:#fff;--card:#f5f7f9;--line:#d4dae0;--a:#0072b2;--b:#b35900}
+:root{LIGHT}
 @media screen and (prefers-color-scheme:dark){
-:root{--fg:#e6edf3;--dim:#9aa5b1;--bg:#101418;--card:#191f26;--line:#343d48;--a:#56b4e9;--b:#e69f00}}
+:root{DARK}}
 *{box-sizing:border-box}[hidden]{display:none!important}
 body{margin:0 auto;max-width:1120px;padding:16px;font:15px/1.45 system-ui,sans-serif;color:var(--fg);
 background:var(--bg);print-color-adjust:exact;-webkit-print-color-adjust:exact;-webkit-text-size-adjust:100%}
@@ -115,10 +145,7 @@ th,td{padding:4px 10px;text-align:right;border-bottom:1px solid var(--line)}td{w
 th:first-child,.texts *{text-align:left}tbody th{font-weight:400;min-width:8em}
 thead th{color:var(--dim);font-weight:500;vertical-align:bottom}
 .texts td{white-space:normal;min-width:8em}.texts *{vertical-align:top}.texts tbody th{overflow-wrap:break-word}
-.k0{color:var(--a);stroke:var(--a);fill:var(--a)}.k1{color:var(--b);stroke:var(--b);fill:var(--b)}
-.bars{vertical-align:middle}.k0,.k1{stroke-width:1.4}polyline{fill:none!important}
-svg text{fill:var(--dim);font-size:13px}svg .count{fill:var(--fg);font-size:12px}.span{opacity:.35;stroke:none}
-.rule{stroke:var(--line);fill:none}.dashed{stroke:var(--dim);stroke-dasharray:4 4;fill:none}
+DRAWN.bars{vertical-align:middle}svg .count{fill:var(--fg);font-size:12px}.span{opacity:.35;stroke:none}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr));gap:24px}
 .grid svg{width:100%;max-width:440px}figcaption{margin-bottom:6px}figure{min-width:0;break-inside:avoid}
 .heat th,.heat td{padding:1px;border:0;font-size:.87em;text-align:center}
@@ -140,6 +167,7 @@ article dl{display:grid;grid-template-columns:auto 1fr;gap:0 8px}article .dim{ma
 @media print{nav,form{display:none!important}body{max-width:none;padding:0;font-size:11px}h2,p{break-after:avoid}
 .cards{grid-template-columns:repeat(4,minmax(0,1fr))}.wide{overflow:visible}}
 """.replace("HEAT", "".join(f".h{n}{{background:rgb(0 114 178/{n}0%)}}" for n in range(1, 11)))
+CSS = CSS.replace("LIGHT", LIGHT).replace("DARK", DARK).replace("DRAWN", DRAWN)
 
 JS = """
 const form = document.forms[0], wanted = form.elements, cards = [...document.querySelectorAll('article')];

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 from rows import InputError
@@ -123,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep", type=positive, default=3, help="newest checkpoints kept, besides the best one")
     add("--resume", default="none", help="none, auto (newest checkpoint in --output) or a checkpoint folder")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+        help="write the same numbers to OUTPUT/tensorboard")  # fmt: skip
+    add("--wandb", default="", help="Weights & Biases project that gets the same numbers; empty: none")
     add = parser.add_argument_group("plan").add_argument
     add("--plan", action=argparse.BooleanOptionalAction, default=False,
         help="print what the run would do, take and need, and exit; needs no GPU and no weights")  # fmt: skip
@@ -164,6 +168,7 @@ def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Na
             below.append(f"{action.option_strings[0]}={value}")
     settings, wrong = parse_words(parser, below + argv)
     problems += wrong
+    problems += _check_packages(settings) if settings else []
     if settings and settings.train:
         problems += _check_paths(settings)
     refuse(problems)
@@ -187,6 +192,12 @@ def parse_words(parser: Parser, words: list[str]) -> tuple[argparse.Namespace | 
 def refuse(problems: list[str]) -> None:
     if problems:
         raise InputError("wrong settings:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _check_packages(settings: argparse.Namespace) -> list[str]:
+    specs = {name: find_spec(name) for name in ("tensorboard", "wandb") if getattr(settings, name)}
+    missing = [name for name, spec in specs.items() if not (spec and spec.origin)]  # a folder wandb/ has no origin
+    return [f"--{name}: not installed here: pip install {name}" for name in missing]
 
 
 def _check_paths(settings: argparse.Namespace) -> list[str]:

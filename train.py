@@ -33,7 +33,6 @@ from checkpoints import (
     save_checkpoint,
     size_and_sum,
     write_checkpoint,
-    write_status,
     write_whole,
 )
 from data import TreeDataset, VQAData, describe_sample, join, length_histogram, load_files, stop_or_skip_bad
@@ -70,6 +69,7 @@ from plan import (
     make_job,
     plan_settings,
     report,
+    tree_counter,
     uncounted,
 )
 from rows import InputError
@@ -84,6 +84,7 @@ from trees import (
     rank_efficiency,
     whole_trees,
 )
+from watch import open_trackers
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
@@ -119,15 +120,18 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = dist_utils.from_rank0(lambda: load_all(args, tokenizer, images, output))
-    sampler = StepSampler(train_data.samples, plan_settings(args), ranks.rank, ranks.world_size)
+    config = AutoConfig.from_pretrained(model_folder)
+    tree_flops = tree_counter(config, train_data.samples, not uncounted(config, args))
+    sampler = StepSampler(train_data.samples, plan_settings(args), ranks.rank, ranks.world_size, tree_flops)
     plan = sampler.plan()
     describe_data(train_data, val_data, plan, tokenizer)
     steps = count_steps(args, len(sampler), args.epochs)
     val_batches = whole_trees(val_data.samples, args.max_tokens) if val_data else []
     identity = identify(args, images, train_data, val_data, model_folder)
     found = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
-    config = AutoConfig.from_pretrained(model_folder)
     dist_utils.from_rank0(lambda: check_lora(args, config, found))
+    trackers = []  # rank 0's
+    dist_utils.from_rank0(lambda: trackers.extend(open_trackers(args, output, found)))
 
     # Model, optimizer, and where a run goes on.
     seed_everything(args.seed)
@@ -145,8 +149,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     done, best, evaluation_due = start.get("step", 0), start.get("best", {}), start.get("evaluation_due", False)
     stale = start.get("stale", 0)  # evaluations since the best one
     result, skipped, failed_saves = None, start.get("skipped", 0), 0
-    metrics = Metrics(output / "metrics.jsonl", done, start.get("sums", {}), ranks)
     gpu, planned = known_gpu(device), None
+    metrics = Metrics(output, start, steps, len(sampler), gpu, ranks, trackers)
     if gpu and ranks.is_main and not done and not uncounted(config, args):
         planned = estimate(make_job(args, config, train_data, val_data, plan, heavy.trees), gpu, ranks.world_size)
 
@@ -179,13 +183,12 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
             failed_saves = 0 if save_checkpoint(output, model, state(), args.keep) else failed_saves + 1
             if failed_saves == FAILED_SAVES_IN_A_ROW:
                 stop.reason = f"{failed_saves} checkpoints in a row could not be saved"
-            write_status(output, "running", done)
+            metrics.status("running", done)
+            metrics.draw()
 
     def evaluate_now() -> None:
         nonlocal result, best, stale, finished, evaluation_due
-        paused = time.perf_counter()
         result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop)
-        metrics.started += time.perf_counter() - paused  # speed is that of training alone
         evaluation_due = result is None  # a stop came first: a resumed run begins with it
         if result:
             is_best = is_better(result, best)
@@ -198,8 +201,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         evaluate_now()
         save()
         stopping = evaluation_due
-    if ranks.is_main:
-        write_status(output, "running", done)
+    metrics.status("running", done)
+    metrics.start_clock()
     dist_utils.shorten_timeout()
     while not (finished or stopping):
         sampler.set_epoch(done // len(sampler))
@@ -225,17 +228,19 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
                     raise RuntimeError(f"stopped: {skipped} steps in a row had a non-finite loss or gradient")
 
             metrics.step(done, facts, loss, grad_norm, lr, waited, bar, finished or done % args.log_every == 0)
+            paused = time.perf_counter()
             evaluation_due = bool(val_batches) and is_due(args.eval_every, done, steps)
             if evaluation_due and not stopping:
                 evaluate_now()
                 stopping = evaluation_due
             if best.get("step") == done or finished or stopping or is_due(args.save_every, done, steps):
                 save()
+            metrics.started += time.perf_counter() - paused  # speed is that of training alone
             if finished or stopping:
                 break
     bar.close()
 
-    code = conclude(output, done, steps, stop, finished and not evaluation_due, failed_saves)
+    code = conclude(metrics, done, steps, stop, finished and not evaluation_due, failed_saves)
     if result and not code:
         print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
     if planned and done == steps and not code:
@@ -245,6 +250,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         )
     model = optimizer = peft_model = trained = None  # before the group is left
     dist_utils.leave()
+    metrics.close(code)  # may wait for a network: the other ranks need not
     return code
 
 
@@ -462,10 +468,10 @@ def rehearse_save(output: Path, model, args: argparse.Namespace, state: dict) ->
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def conclude(output: Path, done: int, steps: int, stop: Stop, finished: bool, failed_saves: int) -> int:
+def conclude(metrics: Metrics, done: int, steps: int, stop: Stop, finished: bool, failed_saves: int) -> int:
     """Say how the run ended, on paper and on screen, and return its exit code."""
     faulthandler.cancel_dump_traceback_later()
-    reason = stop.agreed()
+    reason, output = stop.agreed(), metrics.output
     if dist_utils.from_rank0(lambda: failed_saves):
         state, code = "failed", 1
         print0(f"error: stopped at step {done} of {steps}: the last checkpoint could not be saved to {output}")
@@ -478,8 +484,7 @@ def conclude(output: Path, done: int, steps: int, stop: Stop, finished: bool, fa
         state, code = "done", 0
         early = f" of {steps}, --patience is used up" if done < steps else ""
         print0(f"done: {done} steps{early}, {output}")
-    if dist_utils.is_rank0():
-        write_status(output, state, done)
+    metrics.status(state, done)
     return code
 
 

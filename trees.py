@@ -4,7 +4,7 @@ A tree is one list of images with questions about it. The plan is a pure functio
 ranks only share out a step's micro-batches, so the number of GPUs changes no loss.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,8 @@ class StepFacts:
     questions: int
     images: int  # trees
     answer_weight: float  # what the step's loss is divided by: its answer tokens, each times its row's weight
+    tokens: int = 0  # of the language model: a prefix counts once
+    flops: float = 0.0  # operations without recomputation; 0 where the model's are not known
 
 
 @dataclass(frozen=True)
@@ -257,11 +259,19 @@ def rank_efficiency(plan: list[Step], ranks: int) -> float:
 
 
 class StepSampler(DistributedSampler):
-    """This rank's micro-batches of an epoch, step by step, as `Work`. `first_step` skips an epoch's done part."""
+    """This rank's micro-batches of an epoch, step by step, as `Work`. `first_step` skips an epoch's done part,
+    `tree_flops` counts a tree's operations."""
 
-    def __init__(self, samples: list, settings: PlanSettings, rank: int, world_size: int):
+    def __init__(
+        self,
+        samples: list,
+        settings: PlanSettings,
+        rank: int,
+        world_size: int,
+        tree_flops: Callable[[Tree], float] = lambda tree: 0.0,
+    ):
         super().__init__(samples, num_replicas=world_size, rank=rank, seed=settings.seed)
-        self.settings = settings
+        self.settings, self.tree_flops = settings, tree_flops
         self.questions = sum(count for _, count in questions_by_file(samples, settings))  # of an epoch
         self.first_step = 0
 
@@ -279,9 +289,11 @@ class StepSampler(DistributedSampler):
                 yield Work(step[-1], len(step) - 1, facts, live=False)
 
     def _facts(self, step: Step, number: int) -> StepFacts:
-        indices = [i for batch in step for tree in batch for i in tree.samples]
+        trees = [tree for batch in step for tree in batch]
+        indices = [i for tree in trees for i in tree.samples]
         weight = sum(self.dataset[i].weight * int(self.dataset[i].trained.sum()) for i in indices)
-        return StepFacts(self.epoch * len(self) + number, len(indices), sum(len(batch) for batch in step), weight)
+        tokens, flops = sum(tree.tokens for tree in trees), sum(map(self.tree_flops, trees))
+        return StepFacts(self.epoch * len(self) + number, len(indices), len(trees), weight, tokens, flops)
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank (not micro-batches, whose number differs)."""

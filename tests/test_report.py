@@ -17,7 +17,7 @@ from PIL import Image
 
 import report
 import scores
-from report_page import ticks
+from report_page import sheet, ticks
 
 HOSTILE = (
     "</script></style><img src=x onerror=\"document.title='broken'\"> ' \" & <script>document.title='broken'</script>"
@@ -388,9 +388,14 @@ def test_an_injected_script_does_not_run(write, tmp_path, chromium):
     assert "<title>Evaluation of checkpoint-000020</title>" in found
 
 
-def test_the_page_is_light_or_dark_as_the_reader_wants(write, tmp_path, chromium):
+def test_page_and_curves_are_light_or_dark_as_the_reader_wants(write, tmp_path, chromium):
     write(pair())
-    for scheme, expected in ((0, (16, 20, 24)), (1, (255, 255, 255))):
+    (tmp_path / "curves.svg").write_text(sheet(report.curves(METRICS)), encoding="utf-8")
+    dark, light = ((16, 20, 24), (86, 180, 233), (230, 159, 0)), ((255, 255, 255), (0, 114, 178), (179, 89, 0))
+    for scheme, (paper, blue, orange) in enumerate((dark, light)):
         options = (f"--screenshot={tmp_path}/page.png", f"--blink-settings=preferredColorScheme={scheme}")
-        chromium(f"file://{tmp_path}/report.html", *options)
-        assert Image.open(tmp_path / "page.png").convert("RGB").getpixel((2, 2)) == expected
+        for name, lines in (("report.html", set()), ("curves.svg", {blue, orange})):
+            chromium(f"file://{tmp_path}/{name}", *options)
+            drawn = Image.open(tmp_path / "page.png").convert("RGB")
+            assert drawn.getpixel((2, 2)) == paper
+            assert lines <= {colour for _, colour in drawn.getcolors(drawn.width * drawn.height)}

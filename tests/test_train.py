@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -117,8 +118,10 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(world, finished, t
 def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_path):
     output = tmp_path / "out"
     settings = {"max-steps": 80, "epochs": 16, "lr": 0.005, "lora-dropout": 0.0, "eval-every": 0, "save-every": 0}
-    done = torchrun(2, HERE.parent / "train.py", *arguments(world, output, **settings))
+    tracked = ["--tensorboard"] if find_spec("tensorboard") else []
+    done = torchrun(2, HERE.parent / "train.py", *arguments(world, output, **settings), *tracked)
     assert done.returncode == 0, done.stderr
+    assert len(list(output.glob("tensorboard/*"))) == len(tracked)  # by rank 0 alone
     assert "⟦" in done.stdout and "rehearsed the heaviest micro-batch" in done.stdout and "q_proj" in done.stdout
     alone = tmp_path / "alone"
     train.main(arguments(world, alone, **settings))

@@ -1,0 +1,300 @@
+"""What a run tells while it trains: the numbers of a line, status, curves.svg, TensorBoard and Weights & Biases."""
+
+import errno
+import importlib
+import json
+import shutil
+import time
+import xml.etree.ElementTree as ElementTree
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from test_train import arguments, lines
+from tqdm import tqdm
+from transformers import AutoConfig
+
+import checkpoints
+import metrics
+import settings
+import train
+import watch
+from data import build_batch
+from dist_utils import Ranks
+from metrics import Metrics, read_metrics
+from model import load_base
+from plan import Gpu, tree_counter
+from report import curves
+from report_page import sheet
+from rows import InputError
+from settings import parse_settings
+from trees import PlanSettings, StepFacts, StepSampler, Work
+
+FIELDS = {"event", "step", "loss", "grad_norm", "lr", "questions", "images", "questions_per_s", "tokens_per_s"}
+FIELDS |= {"tflops_per_gpu", "data_wait", "skipped", "epoch", "eta_s"}
+FACTS = StepFacts(0, questions=8, images=2, answer_weight=10, tokens=500, flops=3e12)
+
+
+def sampler_of(world: Path, rank: int = 0, world_size: int = 1) -> StepSampler:
+    samples = tiny.load_world(world)[0].samples
+    flops = tree_counter(AutoConfig.from_pretrained(world / "model"), samples, known=True)
+    return StepSampler(samples, PlanSettings(8, 0, 700, seed=0), rank, world_size, flops)
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Make Metrics of a run of 40 steps, 10 an epoch, whose clock goes on by four seconds at every look."""
+    looks = count(1000, 4)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: float(next(looks))))
+
+    def make(start: dict | None = None, gpu: Gpu | None = None, world_size: int = 1, trackers=()) -> Metrics:
+        ranks = Ranks(0, 0, world_size, torch.device("cpu"))
+        return Metrics(tmp_path, start or {}, 40, 10, gpu, ranks, list(trackers))
+
+    return make
+
+
+def take(told: Metrics, done: int, loss: float = 2.0, grad_norm: float = 1.0, last: bool = True, facts=FACTS) -> dict:
+    """One step; returns the last line."""
+    with tqdm(total=40, initial=done - 1, disable=True) as bar:
+        told.step(done, facts, loss, grad_norm, 1e-4, 0.5, bar, last)
+    return (read_metrics(told.output / "metrics.jsonl") or [{}])[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------- the numbers
+
+
+def test_a_run_s_lines_and_its_bar_have_every_number(world, tmp_path, capsys):
+    train.main(arguments(world, tmp_path / "out", **{"log-every": 2}))
+    found = lines(tmp_path / "out", "train")
+    assert [line["step"] for line in found] == [2, 4, 6] and all(line.keys() == FIELDS for line in found)
+    assert [line["epoch"] for line in found] == [0.4, 0.8, 1.2] and found[-1]["eta_s"] == 0 < found[0]["eta_s"]
+    bar = capsys.readouterr().err.splitlines()[-1]
+    assert "6/6" in bar and all(
+        f"{name}=" in bar for name in FIELDS - {"event", "step", "questions", "images", "eta_s"}
+    )
+    sampler = sampler_of(world)  # speeds are ratios of one time
+    plan = [facts for number, step in enumerate(sampler.plan()) for facts in [sampler._facts(step, number)]]
+    for line, two in zip(found, zip(plan[::2], plan[1::2])):
+        seconds = sum(facts.questions for facts in two) / line["questions_per_s"]
+        assert line["tokens_per_s"] * seconds == pytest.approx(sum(facts.tokens for facts in two))
+        assert line["tflops_per_gpu"] * seconds * 1e12 == pytest.approx(sum(facts.flops for facts in two))
+
+
+def operations(model, batch) -> float:
+    """By hand: every matrix's weights times its rows, twice forward, and twice backward outside the vision tower; every
+    visible pair of tokens and pair of an image's patches."""
+    text, vision = model.config.text_config, model.config.vision_config
+    patches, tokens, answers = len(batch.patches), len(batch.ids), len(batch.targets)
+    found = 0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            if "visual" in name:
+                found += 2 * module.weight.numel() * (patches / 4 if "merger" in name else patches)
+            else:
+                late = "lm_head" in name or f"layers.{text.num_hidden_layers - 1}.mlp" in name
+                found += 4 * module.weight.numel() * (answers if late else tokens)
+    one = torch.arange(tokens)
+    visible = (batch.tree[:, None] == batch.tree) & (one[:, None] >= one)
+    visible &= (batch.branch == 0) | (batch.branch[:, None] == batch.branch)
+    heads = text.num_attention_heads * text.head_dim
+    found += 3.5 * 4 * heads * text.num_hidden_layers * int(visible.sum())
+    return found + 4 * vision.hidden_size * vision.depth * int((batch.grid.prod(-1) ** 2).sum())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_speeds_of_a_step_are_those_worked_out_by_hand(world, make, world_size):
+    data, dataset = tiny.load_world(world)
+    model = load_base(world / "model", torch.float32, torch.device("cpu"))
+    step = sampler_of(world).plan()[1]
+    batches = [build_batch(data, Work(micro_batch), dataset.settings) for micro_batch in step]
+    facts = next(iter(w.step for w in sampler_of(world, world_size - 1, world_size) if w.step.number == 1))
+    assert facts.tokens == sum(len(batch.ids) for batch in batches)
+    flops = sum(operations(model, batch) for batch in batches)
+    assert facts.flops == pytest.approx(flops, rel=1e-12)
+
+    line = take(make(gpu=Gpu((), 80, tflops=1e-4), world_size=world_size), 1, facts=facts)  # four seconds
+    assert line["tokens_per_s"] == facts.tokens / 4 and line["questions_per_s"] == 2
+    assert line["tflops_per_gpu"] == pytest.approx(flops / 4 / world_size / 1e12)
+    assert line["matmul_share"] == pytest.approx(line["tflops_per_gpu"] / 1e-4)
+
+
+def test_operations_that_are_not_known_are_left_out(world, make):
+    config = AutoConfig.from_pretrained(world / "model")
+    samples = tiny.load_world(world)[0].samples
+    sampler = StepSampler(samples, PlanSettings(8, 0, 700, seed=0), 0, 1, tree_counter(config, samples, known=False))
+    facts = next(iter(sampler)).step
+    assert facts.flops == 0 < facts.tokens
+    line = take(make(gpu=Gpu((), 80, 1)), 1, facts=facts)
+    assert not {"tflops_per_gpu", "matmul_share"} & line.keys() and line["tokens_per_s"] == facts.tokens / 4
+
+
+def test_speed_and_time_left_are_those_since_this_start(make):
+    told = make()
+    take(told, 1, last=False)
+    resumed = make({"step": 1, "sums": told.sums})
+    resumed.start_clock()
+    line = take(resumed, 2)
+    assert line["questions"] == 16 and line["loss"] == 2 and line["questions_per_s"] == 8 / 4
+    assert line["eta_s"] == 38 * 8  # eight seconds, two looks, a step
+
+
+def test_set_up_evaluations_and_saves_take_from_the_time_left_and_not_from_the_speed(world, tmp_path, monkeypatch):
+    now, long = time.perf_counter, 1e6  # seconds
+    ahead = []
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + sum(ahead))
+    for name in ("rehearse", "evaluate", "save_checkpoint"):
+        real = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *words, real=real: ahead.append(long) or real(*words))
+    train.main(arguments(world, tmp_path / "out"))
+    found = lines(tmp_path / "out", "train")
+    assert all(line["questions_per_s"] > 1e3 / long for line in found)
+    assert found[1]["eta_s"] < long < found[2]["eta_s"]  # the first evaluation follows step 2
+
+
+def test_skipped_steps_are_counted_over_lines_and_starts(make):
+    told = make()
+    take(told, 1, loss=float("nan"), last=False)
+    take(told, 2, grad_norm=float("inf"), last=False)
+    assert take(told, 3)["skipped"] == 2
+    assert take(make({"step": 3, "sums": told.sums}), 4)["skipped"] == 2
+
+
+# --------------------------------------------------------------------------------------------------- status and curves
+
+
+def test_status_tells_where_a_run_stands(make):
+    told = make()
+    told.status("running", 0)
+    status = told.output / "status"
+    assert status.read_text() == "running 0\nstep 0 of 40\n"
+    take(told, 5)
+    assert status.read_text() == "running 5\nstep 5 of 40, epoch 0.50, 0:00:56 left, loss 2\n"
+    told.evaluation(5, {"loss": 1.5, "exact_match": 0.625}, is_best=True)
+    told.evaluation(6, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
+    expected = "step 6 of 40, epoch 0.60, 0:00:56 left, loss 2, best exact match 62.5% at step 5"
+    assert status.read_text() == f"running 6\n{expected}\n"
+    make({"step": 6, "best": told.best}).status("stopped", 6)
+    assert status.read_text() == f"stopped 6\n{expected}\n"
+
+
+def test_curves_are_drawn_anew_at_every_evaluation(make):
+    told, drawn = make(), []
+    for step in (1, 2, 3):
+        take(told, step)
+        told.evaluation(step, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
+        root = ElementTree.parse(told.output / "curves.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        circles = root.findall(".//{*}circle[@class='k1']")
+        drawn.append((len(circles), "".join(root.itertext())))
+    assert [points for points, _ in drawn] == [1, 2, 3]
+    assert all(name in drawn[0][1] for name in ("training loss", "validation loss", "exact match", "learning rate"))
+
+
+def test_a_run_without_validation_rows_draws_its_curves_too(world, tmp_path):
+    train.main([*arguments(world, tmp_path / "out"), "--val="])
+    found = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert (tmp_path / "out" / "curves.svg").read_text() == sheet(curves(found)) and len(curves(found)) == 2
+
+
+def test_a_full_disk_costs_status_and_curves_and_nothing_else(make, monkeypatch, capsys):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    told = make()
+    monkeypatch.setattr(checkpoints, "write_whole", full)
+    take(told, 1)
+    told.draw()
+    printed = capsys.readouterr().out
+    assert "status not written: " in printed and "curves.svg not written: [Errno 28] No space" in printed
+
+
+# ------------------------------------------------------------------------------------------------------------ trackers
+
+
+def test_a_tracker_that_fails_is_told_once_and_ends_nothing(make, capsys):
+    class Broken:
+        calls = 0
+
+        def write(self, line):
+            self.calls += 1
+            raise ConnectionResetError("Connection lost")
+
+    broken, whole = Broken(), SimpleNamespace(lines=[], close=lambda code: None)
+    whole.write = whole.lines.append
+    told = make(trackers=[broken, whole])
+    found = [take(told, step) for step in (1, 2)]
+    told.close(0)
+    assert whole.lines == found and broken.calls == 1
+    assert capsys.readouterr().out.count("Broken gets nothing more until the run is resumed: ConnectionReset") == 1
+
+
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)])  # a folder of that name has no origin
+def test_a_package_that_is_not_installed_is_told_before_anything_is_loaded(monkeypatch, spec):
+    monkeypatch.setattr(settings, "find_spec", lambda name: spec)
+    parse_settings([])
+    with pytest.raises(InputError) as caught:
+        parse_settings(["--tensorboard", "--wandb", "polyps"])
+    told = ["--tensorboard: not installed here: pip install tensorboard"]
+    assert str(caught.value).split("\n  ")[1:] == [*told, "--wandb: not installed here: pip install wandb"]
+
+
+@pytest.fixture(scope="module")
+def resumed(world, tmp_path_factory):
+    """A run of six steps that was lost after step 4 and went on from step 2, with both trackers; each one's lines."""
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("wandb")
+    output = tmp_path_factory.mktemp("tracked") / "out"
+    words = [*arguments(world, output, keep=9), "--tensorboard", "--wandb=polyps"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        train.main(words)
+        before = read_metrics(output / "metrics.jsonl")
+        for step in (4, 6):
+            shutil.rmtree(output / f"checkpoint-{step:06d}")
+        train.main([*words, "--resume=auto"])
+    return output, before, read_metrics(output / "metrics.jsonl")
+
+
+def test_tensorboard_has_the_numbers_of_metrics_jsonl_each_step_once(resumed):
+    output, before, after = resumed
+    assert before[:3] == after[:3] and before[3:] != after[3:]
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    events = accumulator(str(output / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    expected = {}
+    for line in after:
+        for name, value in watch.scalars(line).items():
+            expected.setdefault(name, []).append((line["step"], pytest.approx(value, rel=1e-6)))
+    assert {"train/loss", "train/eta_s", "eval/exact_match", "eval/exact_match/yes/no"} <= expected.keys()
+    found = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert found == expected
+
+
+def test_wandb_gets_numbers_and_settings_and_goes_on_with_the_same_run(resumed):
+    output, before, after = resumed
+    name = (output / "wandb-id").read_text()
+    folders = sorted((output / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(folder.name.endswith(name) for folder in folders)
+    again = [line for line in after if line["step"] > 2]
+    for folder, kept in zip(folders, (before, again)):
+        written = (folder / f"run-{name}.wandb").read_bytes()
+        assert b"polyps" in written and json.dumps(str(output)).encode() in written
+        for line in kept:
+            assert all(json.dumps(value).encode() in written for value in watch.scalars(line).values())
+        assert "⟦" not in written.decode(errors="ignore")
+
+
+def test_wandb_that_can_not_start_is_an_error_before_the_model_is_loaded(world, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**how):
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="--wandb: No API key configured. .WANDB_MODE=offline"):
+        train.main([*arguments(world, tmp_path / "out"), "--wandb=polyps"])
