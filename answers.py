@@ -154,7 +154,7 @@ def score_all(model: TreeModel, data: VQAData, tokenizer, run: Run, options: lis
 def score_samples(model: TreeModel, batch) -> list[tuple[float, int, bool]]:
     """Of each sample of a batch: the cross-entropy of its trained tokens, summed, their number, and whether each is the
     most likely token given what is before it."""
-    losses, right = model(batch, model.encode_images(batch))
+    losses, right = model(batch, model.frozen_features(batch))
     counts = torch.bincount(batch.question)
     sums = torch.zeros(len(counts), device=losses.device).index_add_(0, batch.question, losses)
     all_right = torch.bincount(batch.question, right.float()) == counts

@@ -2,6 +2,8 @@
 
 import json
 
+from model import VISION_TARGETS
+
 CARD = """---
 base_model: {quoted}
 library_name: peft
@@ -25,10 +27,10 @@ base = AutoModelForImageTextToText.from_pretrained({quoted}, dtype="bfloat16", d
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 
-With vLLM: `vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER`
+{vllm}
 
 Images were resized to between {min_pixels:,} and {max_pixels:,} pixels; do the same where it is used.
-System prompt: {system}.
+System prompt: {system}.{prompt}
 
 ## What it depends on
 
@@ -37,6 +39,9 @@ System prompt: {system}.
 {identity}
 """
 
+# vLLM wants a power of two from 8 as the highest rank
+VLLM = "With vLLM: `vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER`"
+
 
 def model_card(state: dict) -> str:
     """Markdown with the front matter that model hubs read. `state` is a checkpoint's state."""
@@ -44,6 +49,9 @@ def model_card(state: dict) -> str:
     score = ""
     if best:
         score = f"\nBest validation so far: exact match {100 * best['exact_match']:.1f}%, at step {best['step']:,}."
+    vllm = VLLM.format(model=settings["model"], rank=2 ** max(3, (settings["lora_r"] - 1).bit_length()))
+    if settings["dora"] or VISION_TARGETS.keys() & set(settings["lora_targets"].split(",")):
+        vllm = "vLLM loads LoRA on the language model only, without DoRA: merge it first, `python model.py merge`."
     facts = {name: value for name, value in state["identity"].items() if value != ""}
     return CARD.format(
         model=settings["model"],
@@ -51,10 +59,13 @@ def model_card(state: dict) -> str:
         step=state["step"],
         train=state["identity"]["train rows"],
         score=score,
-        rank=2 ** max(3, (settings["lora_r"] - 1).bit_length()),  # vLLM wants a power of two from 8
+        vllm=vllm,
         min_pixels=images["min_pixels"],
         max_pixels=images["max_pixels"],
         system=json.dumps(settings["system"]) if settings["system"] else "none, or the row's own",
+        prompt=f" Questions were put as {json.dumps(settings['prompt'])}."
+        if settings["prompt"] != "{question}"
+        else "",
         identity="\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
     )
 

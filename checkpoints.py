@@ -17,21 +17,20 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from card import model_card
 from dist_utils import print0, restarted, unwrap
-from model import save_adapter
+from model import load_lora, save_adapter
 from rows import InputError
 
 FORMAT = 2
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
 # what may differ in a resumed run without changing what it learns
 FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
-FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images"}
+FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
 FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb"}
+FREE_SETTINGS |= {"init_from"}  # its weights are told by their fingerprint
 _locks = []  # open files: a lock lasts as long as its file is open
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -44,7 +43,7 @@ def write_checkpoint(folder: Path, model, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     (folder / "state.pt").write_bytes(buffer.getbuffer())
-    files = {path.name: _size_and_sum(path) for path in sorted(folder.iterdir())}
+    files = {path.name: size_and_sum(path) for path in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "step": state["step"], "versions": VERSIONS, "identity": state["identity"]}
     manifest["files"] = files
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -106,7 +105,7 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _size_and_sum(path: Path) -> dict:
+def size_and_sum(path: Path) -> dict:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -132,7 +131,7 @@ def damage(folder: Path) -> str:
             return f"{name} is missing"
         if path.stat().st_size != written["bytes"]:
             return f"{name} has {path.stat().st_size:,} of {written['bytes']:,} bytes"
-        if _size_and_sum(path) != written:
+        if size_and_sum(path) != written:
             return f"{name} has changed since it was written (SHA-256)"
     return ""
 
@@ -179,11 +178,11 @@ def find_checkpoint(choice: str, output: Path, identity: dict) -> Path | None:
 def load_checkpoint(folder: Path, model, optimizer, output: Path) -> dict:
     """Give model and optimizer what a checkpoint holds. Returns its state."""
     state = read_state(folder)
-    set_peft_model_state_dict(unwrap(model).model, load_file(folder / "adapter_model.safetensors"))
+    load_lora(unwrap(model).model, folder)
     optimizer.load_state_dict(state["optimizer"])
     print0(f"resumed {folder} at step {state['step']}")
     if folder.parent.resolve() != output:
-        state["best"] = {}  # it is not in this folder
+        state |= {"best": {}, "stale": 0}  # it is not in this folder
     return state
 
 

@@ -1,27 +1,19 @@
-"""Data: rows to token ids with marked answers, images, and the batches that carry both to the model.
+"""Data: rows to token ids with marked answers, and the batches that carry them and their images to the model.
 
 `load_data` reads and checks everything before a GPU is touched. `trees.py` says which samples form a step;
 `TreeDataset` turns one micro-batch of that plan into a `Batch`.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
-from tqdm import tqdm
-from transformers import AutoConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -29,33 +21,11 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from images import ImageSettings, check_images, load_patches
 from rows import BadRow, InputError, Row, read_rows
 from trees import Work
 
-MAX_IMAGE_PIXELS = 100_000_000
 MAX_LISTED = 50  # bad rows told on the console; the file has all
-HIGH_BIT_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """How a picture becomes patches; stored in checkpoints so that evaluation sees what training saw."""
-
-    patch_size: int
-    merge_size: int  # merge_size x merge_size patches become one image token
-    temporal_patch_size: int
-    min_pixels: int  # after resizing
-    max_pixels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    position_side: int  # of the vision tower's square table of learned positions; 0: it has none
-    window_size: int = 0  # pixels, side of the windows that vision attention is cut into; 0: none
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches (down, across) of a picture of this size. Raises ValueError beyond an aspect ratio of 200."""
-        factor = self.patch_size * self.merge_size
-        size = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
-        return size[0] // self.patch_size, size[1] // self.patch_size
 
 
 @dataclass
@@ -71,6 +41,8 @@ class Sample:
     image_tokens: tuple[int, ...]  # language-model tokens of each image
     patches: tuple[int, ...]  # vision patches of each image
     fields: dict  # question, answer, question_type, options
+    weight: float = 1.0  # of its answers' tokens in the loss
+    file: int = 0  # which of several files of rows it is from
 
     @property
     def tokens(self) -> int:
@@ -87,39 +59,41 @@ class VQAData:
     bad: list[BadRow] = field(default_factory=list)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # of every image: height, width before resizing
 
+    def only(self, samples: list[Sample]) -> "VQAData":
+        """These samples and their images."""
+        used = sorted({image for sample in samples for image in sample.images})
+        grids, sizes = ({image: table[image] for image in used} for table in (self.grids, self.sizes))
+        return replace(self, samples=samples, grids=grids, sizes=sizes)
+
     def fingerprint(self) -> str:
         """Changes when a sample's tokens, images or order change."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(sample.ids.tobytes() + sample.trained.tobytes())
-            digest.update(repr([(Path(image).name, self.grids[image]) for image in sample.images]).encode())
+            digest.update(
+                repr(
+                    [sample.file, sample.weight, *((Path(image).name, self.grids[image]) for image in sample.images)]
+                ).encode()
+            )
         return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageSettings:
-    """The model's own image settings; 0 leaves its pixel limits as they are."""
-    processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
-    vision = AutoConfig.from_pretrained(model_folder).vision_config
-    settings = ImageSettings(
-        processor.patch_size,
-        processor.merge_size,
-        processor.temporal_patch_size,
-        min_pixels or processor.size["shortest_edge"],
-        max_pixels or processor.size["longest_edge"],
-        tuple(processor.image_mean),
-        tuple(processor.image_std),
-        math.isqrt(getattr(vision, "num_position_embeddings", 0)),  # Qwen3-VL
-        getattr(vision, "window_size", 0),  # Qwen2.5-VL
-    )
-    if settings.min_pixels > settings.max_pixels:
-        low, high = settings.min_pixels, settings.max_pixels
-        raise InputError(
-            f"at least {low:,} and at most {high:,} pixels an image: set both --min-pixels and --max-pixels"
-        )
-    return settings
+def load_files(paths: list[str], *how, **more) -> list[VQAData]:
+    """`load_data` of each file. Where files have one name, their rows are told apart by the folder."""
+    names = [Path(path).name for path in set(paths)]
+    unlike = [-1 if names.count(Path(path).name) == 1 else -2 for path in paths]
+    shown = ["/".join(Path(path).parts[first:]) for path, first in zip(paths, unlike)]
+    return [load_data(path, *how, **more, shown_as=name) for path, name in zip(paths, shown)]
+
+
+def join(parts: list[VQAData]) -> VQAData:
+    """Several files of rows as one."""
+    samples = [replace(sample, file=number) for number, part in enumerate(parts) for sample in part.samples]
+    grids, sizes = ({k: v for part in parts for k, v in getattr(part, name).items()} for name in ("grids", "sizes"))
+    return VQAData(", ".join(part.path for part in parts), samples, grids, sum((p.bad for p in parts), []), sizes)
 
 
 def load_data(
@@ -132,19 +106,23 @@ def load_data(
     allow_outside_images: bool = False,
     limit: int = 0,
     headers_only: bool = False,
+    prompt: str = "{question}",
+    shown_as: str = "",
     given: list[Row] | None = None,
 ) -> VQAData:
     """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
 
-    `system` is the system prompt of rows that have none of their own. `max_tokens` bounds a single sample. `limit` is
-    how many rows are used at most; 0: all. `headers_only` reads sizes of images and decodes none. `given` rows stand
-    for those of a file, none of which is read. Raises InputError when the file can't be read or the system prompt holds
-    special tokens.
+    `system` is the system prompt of rows that have none of their own, `prompt` what each user turn says, its own text
+    standing for {question}. `max_tokens` bounds a single sample. `limit` is how many rows are used at most; 0: all.
+    `headers_only` reads sizes of images and decodes none. `shown_as` is the file's name in what is said of its rows.
+    `given` rows stand for those of a file, none of which is read. Raises InputError when the file can't be read, or the
+    system prompt or the template of questions holds special tokens.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if literal := [token for token in special if token in system]:
-        raise InputError(f"the system prompt holds the special token {literal[0]}")
-    parsed, bad = read_rows(Path(path)) if given is None else (given, [])
+    for name, text in (("system prompt", system), ("--prompt template", prompt)):
+        if literal := [token for token in special if token in text]:
+            raise InputError(f"the {name} holds the special token {literal[0]}")
+    parsed, bad = read_rows(Path(path), shown_as) if given is None else (given, [])
     parsed = parsed[: limit or None]
     rows = []
     for row in parsed:
@@ -163,7 +141,7 @@ def load_data(
                 if isinstance(grids[image], str):
                     raise ValueError(f"image {image}: {grids[image]}")
             _refuse_special_tokens(row, special)
-            segments.append(_segments(row.messages, tokenizer, system))
+            segments.append(_segments(_prompted(row.messages, prompt), tokenizer, system))
             kept.append(row)
         except ValueError as reason:
             bad.append(BadRow(row.where, str(reason), row.fields))
@@ -181,8 +159,7 @@ def load_data(
         else:
             samples.append(sample)
     bad.sort(key=lambda one: [int(number) for number in one.where.rpartition(":")[2].split(" row ")])
-    used = sorted({image for sample in samples for image in sample.images})
-    return VQAData(str(path), samples, {image: grids[image] for image in used}, bad, {one: sizes[one] for one in used})
+    return VQAData(str(path), [], grids, bad, sizes).only(samples)
 
 
 def at_limit(data: VQAData, settings: ImageSettings, max_pixels: int) -> VQAData:
@@ -230,6 +207,21 @@ def _refuse_special_tokens(row: Row, special: list[str]) -> None:
                 raise ValueError(f"the {name} holds the special token {token}")
 
 
+def _prompted(messages: list[dict], template: str) -> list[dict]:
+    """The messages with what the template has around {question} before the first and after the last text of each user
+    turn; images in front of the text stay there."""
+    before, after = template.split("{question}")
+    prompted = []
+    for message in messages:
+        parts = [dict(part) for part in message["content"]]
+        texts = [part for part in parts if part["type"] == "text"]
+        if message["role"] == "user":
+            texts[0]["text"] = before + texts[0]["text"]
+            texts[-1]["text"] += after
+        prompted.append({"role": message["role"], "content": parts})
+    return prompted
+
+
 def _segments(messages: list[dict], tokenizer, system: str) -> list[tuple[str, bool]]:
     """Cut the chat template's rendering into (text, trained): each answer with its end-of-turn, and what is between."""
     if system and messages[0]["role"] != "system":
@@ -262,6 +254,7 @@ def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge: int) -
         image_tokens=tuple(count // merge for count in patches),
         patches=patches,
         fields=row.fields,
+        weight=row.weight,
     )
 
 
@@ -291,93 +284,6 @@ def _write_bad(file: Path, bad: list[tuple[str, BadRow]]) -> None:
         out.writelines(json.dumps({"file": path, **vars(row)}, ensure_ascii=False) + "\n" for path, row in bad)
 
 
-# ----------------------------------------------------------------------------------------------------------- images
-
-
-def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tuple[int, int] | str]:
-    """Decode every image once: its (height, width) as displayed, or what is wrong with it.
-
-    Sizes are remembered by path, size and time of the file in the user's cache folder, so that a second start opens
-    no image. What is wrong is not remembered: it may lie with the disk or its permissions. `headers_only` reads the
-    size of an image that is not remembered and does not remember it: its pixels were not looked at.
-    """
-    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onelook" / "image_sizes.json"
-    try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):  # not there yet, or damaged
-        known = {}
-    stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
-    new = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
-    # Pillow decodes outside the interpreter lock. Its warnings of large pictures are silenced out here, before threads.
-    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
-        found = pool.map(check_image, new, repeat(not headers_only))
-        checked = dict(zip(new, tqdm(found, "checking images", len(new), disable=len(new) < 1000)))
-    good = {path: {"stamp": stamps[path], "size": size} for path, size in checked.items() if not isinstance(size, str)}
-    if good and not headers_only:
-        known |= good
-        with contextlib.suppress(OSError):  # a folder that can't be written costs the next start time, no more
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = memory.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(known))
-            os.replace(partial, memory)
-    return {path: checked[path] if path in checked else tuple(known[path]["size"]) for path in paths}
-
-
-def check_image(path: str, decode: bool = True) -> tuple[int, int] | str:
-    """(height, width) of an image as displayed, or what is wrong with it, found without decoding only by its header."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                return f"{image.width} x {image.height} is over 100 megapixels"
-            if image.mode in ("I", "F"):
-                return f"mode {image.mode}, 32 bits a pixel, has no fixed range: save it with 8 or 16"
-            if not decode:
-                return _displayed_size(image)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image.height, image.width
-    except Image.DecompressionBombError:
-        return "over 100 megapixels"
-    except Exception as error:  # on damaged files Pillow's decoders raise almost anything
-        return f"unreadable or truncated ({error})"
-
-
-def _displayed_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, from the header. Pillow gives the size of a TIFF turned already."""
-    exif = Image.Image.getexif(image)  # PNG's own would decode the picture to look for EXIF behind the pixels
-    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) and image.format != "TIFF"
-    return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def open_picture(path: str) -> Image.Image:
-    """A picture before resizing: upright, RGB, 8 bits a channel, and nothing of its file but the pixels."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits a pixel: keep the upper eight instead of clipping
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        picture = _rgb(image)
-        picture.info.clear()  # comments, EXIF
-        return picture
-
-
-def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
-    """Decode and resize a picture to its grid. Returns (patches, 3, patch_size**2) uint8 in the vision tower's order,
-    the same pixels as transformers' Qwen2VLImageProcessorPil before normalisation."""
-    p, m = settings.patch_size, settings.merge_size
-    down, across = grid
-    pixels = np.asarray(open_picture(path).resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
-    pixels = pixels.reshape(down // m, m, p, across // m, m, p, 3)
-    return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(down * across, 3, p * p)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """What is transparent becomes white, as in transformers 5.23 (5.17 shows the colours that it hides)."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
@@ -395,6 +301,7 @@ class Batch:
     image_at: torch.Tensor  # (I,) int64: where the image tokens are
     answer_at: torch.Tensor  # (N,) int64: tokens whose next token is trained
     targets: torch.Tensor  # (N,) int64: those next tokens
+    weights: torch.Tensor  # (N,) float32: how much each counts in the loss
     question: torch.Tensor  # (N,) int64: which of the batch's samples each belongs to
     patches: torch.Tensor  # (sum of grids, 3, patch_size**2) uint8
     grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
@@ -446,7 +353,8 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
             positions = rotary_positions(sample, data.grids, settings.merge_size)[:, first:end]
             branch_ids = np.where(np.arange(first, end) < prefix, 0, branch)
             parts.append((ids[first:end], positions, np.full(end - first, number), branch_ids, is_image[first:end]))
-            answers.append((marked - 1 - first + offset, ids[marked], np.full(len(marked), len(samples))))
+            weights = np.full(len(marked), sample.weight, np.float32)
+            answers.append((marked - 1 - first + offset, ids[marked], weights, np.full(len(marked), len(samples))))
             images += [path for path, at in zip(sample.images, sample.image_at) if branch == 1 or at >= tree.prefix]
             samples.append(index)
             offset += end - first
@@ -455,7 +363,7 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
         parts.append((zeros, np.stack([np.arange(padding)] * 3), zeros - 1, zeros, zeros.astype(bool)))
 
     ids, positions, tree, branch, is_image = (torch.from_numpy(np.concatenate(part, axis=-1)) for part in zip(*parts))
-    answer_at, targets, question = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers))
+    answer_at, targets, weights, question = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers))
     loaded = {path: load_patches(path, data.grids[path], settings) for path in dict.fromkeys(images)}
     grid = torch.tensor([(1, *data.grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
     no_patches = np.zeros((0, 3, settings.patch_size**2), np.uint8)
@@ -467,6 +375,7 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
         image_at=is_image.nonzero().flatten(),
         answer_at=answer_at,
         targets=targets.long(),
+        weights=weights,
         question=question,
         patches=torch.from_numpy(np.concatenate([no_patches, *(loaded[path] for path in images)])),
         grid=grid,

@@ -23,18 +23,11 @@ from transformers import AutoTokenizer
 import dist_utils
 from answers import Run, answer_all, answer_batch, score_all, score_samples
 from checkpoints import VERSIONS, pick_checkpoint, read_state, write_whole
-from data import (
-    ImageSettings,
-    Sample,
-    TreeDataset,
-    VQAData,
-    check_image,
-    image_settings,
-    load_data,
-    stop_or_skip_bad,
-)
+from data import Sample, TreeDataset, VQAData, join, load_data, load_files, stop_or_skip_bad
 from dist_utils import Ranks, Stop, print0
 from feed import make_loader, my_share, next_batches, padding
+from holdout import split, trained_rows
+from images import ImageSettings, check_image, image_settings
 from metrics import read_metrics
 from model import TreeModel, autocast, fingerprint, load_adapter, load_base, merge_lora, pick_dtype, resolve_model
 from report import write_report
@@ -155,9 +148,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if args.compare:
         return compare_files(*map(Path, args.compare), args.numeric_tolerance)
     ckpt = pick_checkpoint(Path(args.ckpt)) if args.ckpt else None
-    trained = read_state(ckpt)["settings"] if ckpt else {}
-    name, rows = args.model or trained.get("model", DEFAULT_MODEL), args.data or trained.get("val", "")
-    if not rows and args.question is None:
+    state = read_state(ckpt) if ckpt else {}
+    trained, held_out = state.get("settings", {}), state.get("held_out", [])
+    own = trained["train"] if held_out else list(filter(None, [trained.get("val", "")]))
+    name, files = args.model or trained.get("model", DEFAULT_MODEL), [args.data] if args.data else own
+    if not files and args.question is None:
         raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
     pictures = args.images or (str(Path(args.data).parent) if args.data else trained.get("images", ""))
     output = Path(args.output or (ckpt / "eval" if ckpt else "runs/eval-base"))
@@ -171,29 +166,35 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         settings = ImageSettings(**trained["image_settings"])
     else:
         settings = image_settings(folder, args.min_pixels, args.max_pixels)
-    system = trained.get("system", "")
+    system, prompt = trained.get("system", ""), trained.get("prompt", "{question}")
     if args.question is not None:
-        data = question_data(args, tokenizer, settings, system)
+        data = question_data(args, tokenizer, settings, system, prompt)
         print_answer(load_model(folder, ckpt, settings, dtype, ranks.device), data, tokenizer, args, ranks, dtype)
         dist_utils.leave()
         return 0
 
     def load() -> tuple[VQAData, list[list[str]]]:
-        data = load_data(rows, pictures, tokenizer, settings, args.max_tokens, system, args.allow_outside_images)
+        how = (args.max_tokens, system, args.allow_outside_images)
+        parts = load_files(files, pictures, tokenizer, settings, *how, prompt=prompt)
         output.mkdir(parents=True, exist_ok=True)
-        stop_or_skip_bad([data], args.skip_bad, output)
-        train_rows = read_rows(Path(trained["train"]))[0] if args.closed_set else []
+        stop_or_skip_bad(parts, args.skip_bad, output)
+        data = join(parts)
+        if held_out and not args.data:
+            data = split(data, pictures, held_out)[1]
+        train_rows = [row for file in trained["train"] for row in read_rows(Path(file))[0]] if args.closed_set else []
+        train_rows = trained_rows(train_rows, trained.get("images", ""), held_out)
         closed = closed_sets([row.fields for row in train_rows], args.closed_set)
         own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
         return data, [mine or closed.get(s.fields["question"], []) for mine, s in zip(own, data.samples)]
 
     data, options = dist_utils.from_rank0(load)
+    rows = ", ".join(files)
     print0(f"{len(data.samples):,} questions of {rows}, {ckpt or 'base model ' + name}, {ranks.world_size} rank(s)")
 
     # Answers: of the base model, then with the adapter.
     model = load_model(folder, ckpt, settings, dtype, ranks.device)
     facts = {"model": name, "base": fingerprint(folder), "checkpoint": str(ckpt or ""), "rows": rows}
-    facts |= {"data": data.fingerprint(), "images": asdict(settings), "system": system}
+    facts |= {"data": data.fingerprint(), "images": asdict(settings), "system": system, "prompt": prompt}
     facts |= {"options": sha256(json.dumps(options).encode()).hexdigest()[:16]}
     facts |= {"manifest": sha256((ckpt / "manifest.json").read_bytes()).hexdigest() if ckpt else ""}
     facts |= {name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")}
@@ -225,14 +226,15 @@ def load_model(folder: str, ckpt: Path | None, settings: ImageSettings, dtype, d
     return TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
 
 
-def question_data(args: argparse.Namespace, tokenizer, settings: ImageSettings, system: str) -> VQAData:
+def question_data(args: argparse.Namespace, tokenizer, settings: ImageSettings, system: str, prompt: str) -> VQAData:
     """--question with its --image files as data of one row, which no file holds. Raises InputError if it can't be."""
     fields = {"image": args.image, "question": args.question, "answer": "none"}  # cut off before it is generated
     try:
         rows = [parse_row("--question:1", fields)]
     except ValueError as error:
         raise InputError(f"--question: {error}") from None
-    data = load_data("", "", tokenizer, settings, args.max_tokens, system, True, headers_only=True, given=rows)
+    how = {"headers_only": True, "given": rows, "system": system, "prompt": prompt}
+    data = load_data("", "", tokenizer, settings, args.max_tokens, allow_outside_images=True, **how)
     if data.bad:
         raise InputError(f"--question: {data.bad[0].reason}")
     return data

@@ -16,9 +16,10 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from checkpoints import pick_checkpoint, read_state
-from data import ImageSettings, VQAData, build_batch, load_data
+from data import VQAData, build_batch, load_data
 from dist_utils import print0
 from feed import padding
+from images import ImageSettings
 from model import TreeModel, autocast, load_adapter, load_base, merge_lora, resolve_model
 from rows import InputError
 from settings import Parser, choice, parse_words, refuse
@@ -34,14 +35,15 @@ def main(argv: list[str], _stop=None) -> int:
     if out.exists():
         raise InputError(f"--out: {out} exists already")
     run = read_state(ckpt)["settings"]
-    rows, images = args.rows or run["val"] or run["train"], args.images or run["images"]
+    rows, images = args.rows or run["val"] or run["train"][0], args.images or run["images"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = resolve_model(args.model or run["model"])
     config = AutoConfig.from_pretrained(folder)
     own = config.dtype or config.get_text_config().dtype or torch.float32
     dtype = torch.float32 if args.dtype == "float32" else own
     settings, tokenizer = ImageSettings(**run["image_settings"]), AutoTokenizer.from_pretrained(folder)
-    data = load_data(rows, images, tokenizer, settings, run["max_tokens"], run["system"], True, limit=ROWS)
+    how = (run["max_tokens"], run["system"], True)
+    data = load_data(rows, images, tokenizer, settings, *how, limit=ROWS, prompt=run.get("prompt", "{question}"))
     if not data.samples:
         raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
 

@@ -3,7 +3,7 @@
 python model.py merge --ckpt runs/kvasir --out merged       # a model folder that needs no PEFT (merge.py)
 
 The base model is transformers' own, unedited. It is given three things: a tree attention through
-`AttentionInterface.register`, rotary positions, and image features that the frozen vision tower makes once a tree.
+`AttentionInterface.register`, rotary positions, and image features that the vision tower makes once a tree.
 """
 
 import hashlib
@@ -20,25 +20,31 @@ import torch._dynamo.config
 import torch._functorch.config
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
 from attention import tree_mask
-from data import Batch, ImageSettings
+from data import Batch
+from images import ImageSettings
 from rows import InputError
+from settings import DEFAULT_TARGETS
 
 MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
-# anchored to the language model: the vision tower has projections of the same names
-LORA_TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+# parts of --lora-targets that are not the language model's
+VISION_TARGETS = {
+    "vision": r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(linear_fc[12]|fc[12]|gate_proj|up_proj|down_proj))",
+    "merger": r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.(linear_fc[12]|mlp\.[02])",
+}
 # activation memory budget -> share of `kept_bytes` that is kept, seen on Qwen3-VL-8B with 2,900 to 8,126 tokens
 MEMORY_BUDGETS = {1.0: 1.03, 0.5: 0.55, 0.2: 0.30, 0.0: 0.13}
 WITH_DROPOUT = 1.5  # the same at budget 1 with dropout, every LoRA input being kept once more; below it is made again
 MEMORY_MARGIN = 2 * 2**30, 0.05  # bytes for the vision tower, logits and optimizer; share of a card for fragmentation
 RECOMPILE_LIMIT = 32  # variants (first and other layers, training and evaluation, text and vision) share one function
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # ----------------------------------------------------------------------------------------------------------- loading
 
@@ -144,14 +150,40 @@ class PatchProjection(nn.Linear):
         return super().forward(patches.flatten(1))
 
 
-def add_lora(base: nn.Module, name: str, r: int, alpha: float, dropout: float) -> PeftModel:
-    """LoRA in float32 on q, k, v, o, gate, up and down of every language-model layer, and nowhere else."""
-    model = get_peft_model(base, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS))
+def add_lora(
+    base: nn.Module, name: str, r: int, alpha: float, dropout: float, targets=DEFAULT_TARGETS, rslora=False, dora=False
+) -> PeftModel:
+    """LoRA in float32 on the linear layers that `targets` names, and nowhere else. Raises InputError if a part of it
+    names none."""
+    linear, matched = {n for n, module in base.named_modules() if isinstance(module, nn.Linear)}, set()
+    for part in targets.split(","):
+        names = {n for n, _ in base.named_modules() if re.fullmatch(target_pattern(part), n)}
+        if not names or names - linear:
+            known = sorted({n.rpartition(".")[2] for n in linear if n.startswith("model.language_model.")})
+            what = f"names {min(names - linear)} too" if names else "names nothing"
+            raise InputError(f"--lora-targets: {part!r} {what}; linear layers: {', '.join(known)}, vision, merger")
+        matched |= names
+    how = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
+    model = get_peft_model(base, LoraConfig(target_modules=target_pattern(targets), **how))
     model.peft_config["default"].base_model_name_or_path = name  # what others will load, not where it lies here
-    counts = lora_table(model)
-    layers = base.config.text_config.num_hidden_layers
-    assert {kind: count for kind, (count, _) in counts.items()} == dict.fromkeys(PROJECTIONS, layers), counts
+    assert sum(count for count, _ in lora_table(model).values()) == len(matched), lora_table(model)
+    visual = base.model.visual
+    if trains(visual) and "cudnn" in visual.config._attn_implementation:  # that operation has no backward
+        visual.config._attn_implementation = "onelook_flash_vision"
     return use_lean_lora(model)
+
+
+def target_pattern(targets: str) -> str:
+    """--lora-targets as a regular expression of whole module names. What is not vision or merger is anchored to the
+    language model: the vision tower has projections of the same names."""
+    parts = targets.split(",")
+    own = "|".join(part for part in parts if part not in VISION_TARGETS)
+    patterns = [rf"model\.language_model\.(\w+\.)*({own})"] if own else []
+    return "|".join(patterns + [VISION_TARGETS[part] for part in parts if part in VISION_TARGETS])
+
+
+def trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def lora_table(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -159,18 +191,37 @@ def lora_table(model: nn.Module) -> dict[str, tuple[int, int]]:
     table = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found = re.search(r"language_model\.layers\.\d+\.\w+\.(\w+)\.lora_(A|B)\.", name)
+            found = re.search(r"model\.(language_model|visual)\.(.+)\.lora_(A|B|magnitude_vector)\.", name)
             assert found and parameter.dtype == torch.float32, f"{name} ({parameter.dtype}) should not be trained"
-            count, size = table.get(found[1], (0, 0))
-            table[found[1]] = (count + (found[2] == "A"), size + parameter.numel())
+            path = re.sub(r"\.\d+", "", found[2])
+            kind = path.rpartition(".")[2] if found[1] == "language_model" else f"visual.{path}"
+            count, size = table.get(kind, (0, 0))
+            table[kind] = (count + (found[3] == "A"), size + parameter.numel())
     return table
+
+
+def lora_differences(model: PeftModel, folder: Path) -> list[str]:
+    """Why an adapter folder's weights are not those of this model's LoRA: its settings or its layers differ."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        return ["it holds no adapter_model.safetensors"]
+    own, other = model.peft_config["default"].to_dict(), json.loads((folder / "adapter_config.json").read_text())
+    names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    found = [f"{n} is {other.get(n)!r} there, {own[n]!r} here" for n in names if (other.get(n) or 0) != (own[n] or 0)]
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    here = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+    for where, names in (("there", there.keys() - here.keys()), ("here", here.keys() - there.keys())):
+        found += [f"only {where}: {min(names)} and {len(names) - 1:,} more"] if names else []
+    if not found and here != there:
+        found = ["the base models differ in size"]
+    return found
 
 
 def use_lean_lora(model: PeftModel) -> PeftModel:
     """Give every LoRA layer a shorter forward, x W' + bias + s drop(x) A' B' with float32 A and B cast once to x's
     dtype and the addition inside the last product. PEFT still owns the weights, saves and loads them."""
     for module in model.modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLinear) and not module.lora_variant:  # DoRA is left to PEFT
             module.forward = types.MethodType(_lean_forward, module)
     return model
 
@@ -189,7 +240,9 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
 def merge_lora(model: PeftModel) -> None:
     """Add LoRA to the base weights, in float32 and rounded once to their type. From then on layers skip their LoRA."""
     for layer in model.modules():
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLinear) and layer.lora_variant:
+            layer.merge()
+        elif isinstance(layer, LoraLinear):
             weight, delta = layer.base_layer.weight, layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             weight.copy_(weight.float() + layer.scaling["default"] * delta)
             layer.merged_adapters.append("default")
@@ -243,6 +296,11 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
+def load_lora(model: PeftModel, folder: Path) -> None:
+    """Give a model's LoRA the weights of an adapter folder."""
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
 def load_adapter(base: nn.Module, folder: Path, trainable: bool = False) -> PeftModel:
     return use_lean_lora(PeftModel.from_pretrained(base, folder, is_trainable=trainable))
 
@@ -265,20 +323,30 @@ class TreeModel(nn.Module):
         super().__init__()
         self.model = model
         self.settings = settings
+        self.trains_vision = trains(self.base.model.visual)
         self.train()
 
     def train(self, mode: bool = True) -> "TreeModel":
         super().train(mode)
-        self.base.model.visual.eval()  # frozen: one mode, compiled once
+        if not self.trains_vision:
+            self.base.model.visual.eval()  # frozen: one mode, compiled once
         return self
 
     @property
     def base(self) -> nn.Module:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
-    @torch.no_grad()
+    def frozen_features(self, batch: Batch) -> Features | None:
+        """What a frozen vision tower makes of the images, outside of DDP. None where it is trained: then `forward` runs
+        it."""
+        return None if self.trains_vision else self.encode_images(batch)
+
     def encode_images(self, batch: Batch) -> Features | None:
-        """Run the frozen vision tower, once for every image of every tree. None without images."""
+        """Run the vision tower, once for every image of every tree. None without images."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision):
+            return self._encode_images(batch)
+
+    def _encode_images(self, batch: Batch) -> Features | None:
         if not len(batch.grid):
             return None
         visual = self.base.model.visual
@@ -322,8 +390,13 @@ class TreeModel(nn.Module):
 
     def forward(self, batch: Batch, features: Features | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Each answer token's cross-entropy (N,) in float32, and whether it is the most likely token (N,) bool."""
+        if self.trains_vision:
+            features = self.encode_images(batch)
         logits = self.answer_logits(batch, features)
-        return F.cross_entropy(logits, batch.targets, reduction="none"), logits.argmax(-1) == batch.targets
+        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        if self.trains_vision and features is None:  # DDP waits for a gradient of every trained weight, here 0
+            losses = losses + 0 * sum(p.sum() for p in self.base.model.visual.parameters() if p.requires_grad)
+        return losses, logits.argmax(-1) == batch.targets
 
 
 if __name__ == "__main__":

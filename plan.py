@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 import trees
-from data import ImageSettings, VQAData, at_limit
-from model import add_lora, kept_bytes, kept_share, lora_table, memory_margin
+from data import VQAData, at_limit
+from images import ImageSettings
+from model import VISION_TARGETS, add_lora, kept_bytes, kept_share, lora_table, memory_margin
 from scores import normalize
 from trees import MicroBatch, PlanSettings, Step, Tree
 
@@ -168,17 +170,38 @@ class Job:
 
 def make_job(args, config, train: VQAData, val: VQAData | None, plan: list[Step], heavy: MicroBatch) -> Job:
     """`plan` is the first epoch's, `heavy` the micro-batch of most tokens in all epochs."""
-    with torch.device("meta"):  # counted, not loaded
-        base = AutoModelForImageTextToText.from_config(config)
-        weights = sum(parameter.numel() for parameter in base.parameters())
-        lora = sum(count for _, count in lora_table(add_lora(base, "", args.lora_r, 1, 0.0)).values())
+    model = empty_model(config, args)
+    lora = sum(count for _, count in lora_table(model).values())
+    weights = sum(parameter.numel() for parameter in model.parameters()) - lora
     val_samples, tokens = val.samples if val else [], sum(tree.tokens for tree in heavy)
     val_batches = trees.whole_trees(val_samples, args.max_tokens)
     return Job(args, config, train.samples, val_samples, plan, val_batches, tokens, weights, lora)
 
 
+def empty_model(config, args: argparse.Namespace) -> PeftModel:
+    """The model with LoRA as settings say, without memory for weights. Raises InputError of --lora-targets."""
+    with torch.device("meta"):
+        return add_lora(AutoModelForImageTextToText.from_config(config), args.model, **lora_settings(args))
+
+
+def lora_settings(args: argparse.Namespace) -> dict:
+    """Keyword arguments of add_lora."""
+    how = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
+    return how | {"rslora": args.rslora, "dora": args.dora}
+
+
+def uncounted(config, args: argparse.Namespace) -> str:
+    """What of a run its estimates do not know; empty: they know all of it."""
+    if config.model_type != "qwen3_vl":
+        return config.model_type
+    trained = set(args.lora_targets.split(",")) & VISION_TARGETS.keys()
+    return "DoRA" if args.dora else "a trained vision tower" if trained else ""
+
+
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
-    return PlanSettings(args.batch_size, args.questions_per_image, args.max_tokens, args.seed)
+    return PlanSettings(
+        args.batch_size, args.questions_per_image, args.max_tokens, args.seed, tuple(args.train_weights)
+    )
 
 
 def count_steps(args: argparse.Namespace, an_epoch: int, epochs: int) -> int:
@@ -246,9 +269,8 @@ def tree_load(config: PretrainedConfig, samples: list, tree: Tree) -> tuple[Flop
     return step_flops(config, patches.tolist(), prefix, branches.tolist(), answers), len(patches)
 
 
-def tree_counter(config: PretrainedConfig, samples: list) -> Callable[[Tree], float]:
-    """What counts the operations of a tree of these samples: 0 for a model whose operations are not known."""
-    known = config.model_type == "qwen3_vl"
+def tree_counter(config: PretrainedConfig, samples: list, known: bool) -> Callable[[Tree], float]:
+    """What counts the operations of a tree of these samples: 0 where not all of the model's are `known`."""
     return lambda tree: sum(tree_load(config, samples, tree)[0]) if known else 0.0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from checkpoints import write_whole
-from data import open_picture
+from images import open_picture
 from report_page import LETTERS, along, bars, document, grid, legend, percent, plot, table, text, ticks
 from scores import calibration_bins, calibration_error
 

@@ -28,6 +28,7 @@ class Row:
     messages: list[dict]  # {"role", "content": [{"type": "text", "text"} or {"type": "image"}]}
     images: list[str]
     fields: dict  # question, answer, and id, question_type, options where the row has them
+    weight: float = 1.0  # of its answers' tokens in the loss
 
 
 @dataclass
@@ -37,15 +38,16 @@ class BadRow:
     row: object = None  # the parsed row, or its text where it is not JSON
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[BadRow]]:
+def read_rows(path: Path, shown_as: str = "") -> tuple[list[Row], list[BadRow]]:
     """Read every row of a JSON array or JSON-lines file; what can't be used comes back with its line and reason."""
+    name = shown_as or path.name
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"rows {path}: {error.strerror}") from None
     good, bad = [], []
     for place, value, error in _json_values(raw.removeprefix(codecs.BOM_UTF8)):
-        where = f"{path.name}:{place}"
+        where = f"{name}:{place}"
         try:
             if error:
                 raise ValueError(error)
@@ -53,7 +55,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[BadRow]]:
         except ValueError as reason:
             bad.append(BadRow(where, str(reason), value))
     if not good and not bad:
-        bad.append(BadRow(f"{path.name}:1", "no rows in the file"))
+        bad.append(BadRow(f"{name}:1", "no rows in the file"))
     return good, bad
 
 
@@ -142,7 +144,7 @@ def parse_row(where: str, row) -> Row:
     _check_options(row.get("options"))
     kept = {key: row[key] for key in ("id", "question_type", "options") if row.get(key) is not None}
     fields = {"id": where, **kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
-    return Row(where, messages, images, fields)
+    return Row(where, messages, images, fields, _weight_of(row))
 
 
 def _from_flat(row: dict) -> tuple[list[dict], list[str]]:
@@ -251,6 +253,13 @@ def _check_turns(messages: list[dict]) -> None:
     for message in turns:
         if not _text_of(message).strip():
             raise ValueError(f"no {'question' if message['role'] == 'user' else 'answer'}: a turn has no text")
+
+
+def _weight_of(row: dict) -> float:
+    weight = 1 if row.get("weight") is None else row["weight"]
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-6 <= weight <= 1e6:
+        raise ValueError(f"`weight` must be a number from 1e-6 to 1e6, found {str(weight)[:20]!r}")
+    return float(weight)
 
 
 def _check_options(options) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from rows import InputError
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
+DEFAULT_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
 class Wrong(str):
@@ -42,6 +44,19 @@ def _budget(text: str):
     return text if text == "auto" else number(float, 0, 1)(text)
 
 
+def _targets(text: str):
+    for part in text.split(","):
+        try:
+            re.compile(part)
+        except re.error as error:
+            return Wrong(f"{part!r} is no regular expression: {error}")
+    return text if all(text.split(",")) else Wrong(f"{text!r} has an empty part")
+
+
+def _template(text: str):
+    return text if text.count("{question}") == 1 else Wrong(f"{text!r} must hold {{question}}, once")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "train.py",
@@ -51,12 +66,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
     add = parser.add_argument_group("data").add_argument
-    add("--train", default="", help="rows to train on, JSON array or JSON lines; empty: the embedded demo")
+    add("--train", nargs="+", default=[], metavar="FILE",
+        help="rows to train on, JSON arrays or JSON lines; empty: the embedded demo")  # fmt: skip
+    add("--train-weights", nargs="+", type=number(float, 0.001), default=[], metavar="W",
+        help="for each file of --train, how often an epoch asks its questions, 0.5: half; empty: once")  # fmt: skip
     add("--val", default="", help="rows to evaluate on during training; empty: none")
-    add("--images", default="", help="folder that image names start from; empty: the folder of --train")
+    add("--val-fraction", type=share, default=0.0,
+        help="share of the images of --train held out to evaluate on, with all their rows; 0: none")  # fmt: skip
+    add(
+        "--images",
+        default="",
+        help="folder that image names start from; empty: the folder of --train (of its first file)",
+    )
     add("--min-pixels", type=count, default=0, help="pixels of an image at least, after resizing; 0: the model's own")
     add("--max-pixels", type=count, default=0, help="pixels of an image at most, after resizing; 0: the model's own")
     add("--system", default="", help="system prompt of rows that have none; empty: none")
+    add("--prompt", type=_template, default="{question}",
+        help="text of a user's turn, {question} being the row's; {question} alone: the row's as it is")  # fmt: skip
     add(
         "--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="go on without rows that can't be used"
     )
@@ -70,6 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--memory-budget", type=_budget, default="auto", help="share of activations kept, 0 to 1; auto: what fits")
     add("--lora-r", type=positive, default=16, help="rank of the LoRA matrices")
     add("--lora-alpha", type=number(float, 0), default=32.0, help="LoRA output is scaled by alpha / r")
+    add("--rslora", action=argparse.BooleanOptionalAction, default=False, help="scale by alpha / sqrt(r) (rsLoRA)")
+    add("--dora", action=argparse.BooleanOptionalAction, default=False,
+        help="train magnitudes of weights too (DoRA), by PEFT's code, not compiled: slower, more memory")  # fmt: skip
+    add("--lora-targets", type=_targets, default=DEFAULT_TARGETS,
+        help="language-model layers, by name or regular expression; vision, merger: the vision tower's")  # fmt: skip
+    add("--init-from", default="", help="adapter folder whose weights LoRA starts from, at step 0; empty: new ones")
     add("--lora-dropout", type=share, default=0.05, help="dropout before LoRA; 0: none")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=3, help="passes over the questions")
@@ -86,6 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output", default="", help="folder of the run; empty: the next free runs/NAME-N")
     add("--eval-every", type=count, default=200, help="steps between evaluations; 0: only at the end")
+    add("--patience", type=count, default=0,
+        help="evaluations in a row, none of them the best so far, that end the run; 0: none")  # fmt: skip
     add("--save-every", type=count, default=200, help="steps between checkpoints; 0: only at the end")
     add("--keep", type=positive, default=3, help="newest checkpoints kept, besides the best one")
     add("--resume", default="none", help="none, auto (newest checkpoint in --output) or a checkpoint folder")
@@ -120,7 +154,10 @@ def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Na
     for name, value in [*(defaults or {}).items(), *from_file.items()]:
         action = actions.get(name.replace("-", "_"))
         is_switch = isinstance(action, argparse.BooleanOptionalAction)
-        if action is None or isinstance(value, dict | list):
+        is_list = isinstance(value, list) and action is not None and action.nargs == "+"
+        if is_list and not any(isinstance(one, bool | dict | list) for one in value):
+            below += [action.option_strings[0], *map(str, value)] if value else []
+        elif action is None or isinstance(value, dict | list):
             problems.append(f"--config {config}: no setting {name} = {value!r}")
         elif is_switch != isinstance(value, bool):
             kind = "true or false" if is_switch else "a value, not true or false"
@@ -146,8 +183,9 @@ def parse_words(parser: Parser, words: list[str]) -> tuple[argparse.Namespace | 
         return None, [str(error)]
     problems = [f"{word}: no such flag" for word in unknown]
     for name, value in vars(settings).items():
-        if isinstance(value, Wrong):
-            problems.append(f"--{name.replace('_', '-')}: {value}")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Wrong):
+                problems.append(f"--{name.replace('_', '-')}: {one}")
     return settings, problems
 
 
@@ -164,17 +202,30 @@ def _check_packages(settings: argparse.Namespace) -> list[str]:
 
 def _check_paths(settings: argparse.Namespace) -> list[str]:
     problems = []
-    settings.images = settings.images or str(Path(settings.train).parent)
+    settings.images = settings.images or str(Path(settings.train[0]).parent)
     for name in ("train", "val", "images"):
-        path = getattr(settings, name)
-        if path:
-            exists = Path(path).is_dir() if name == "images" else Path(path).is_file()
-            problems += [] if exists else [f"--{name}: {path} does not exist"]
-            setattr(settings, name, str(Path(path).resolve()))
+        value = getattr(settings, name)
+        paths = value if isinstance(value, list) else [value] if value else []
+        exists = Path.is_dir if name == "images" else Path.is_file
+        problems += [f"--{name}: {path} does not exist" for path in paths if not exists(Path(path))]
+        whole = [str(Path(path).resolve()) for path in paths]
+        setattr(settings, name, whole if isinstance(value, list) else "".join(whole))
+    files, weights = len(settings.train), len(settings.train_weights)
+    if weights not in (0, files):
+        problems.append(f"--train-weights: {weights} for {files} files of --train")
+    if settings.init_from:
+        there = (Path(settings.init_from) / "adapter_model.safetensors").is_file()
+        if not there and settings.resume == "none":
+            problems.append(f"--init-from: {settings.init_from} holds no adapter_model.safetensors")
+        settings.init_from = str(Path(settings.init_from).resolve())
     if settings.resume == "auto" and not settings.output:
         problems.append("--resume auto: say where with --output")
     if settings.resume not in ("none", "auto") and not Path(settings.resume).is_dir():
         problems.append(f"--resume: {settings.resume} is not a folder")
+    if settings.val and settings.val_fraction:
+        problems.append("--val-fraction: --val names rows to evaluate on already")
+    if settings.patience and not (settings.val or settings.val_fraction):
+        problems.append("--patience: there is nothing to evaluate on, give --val or --val-fraction")
     low, high = settings.min_pixels, settings.max_pixels
     if isinstance(low, int) and isinstance(high, int) and high and low > high:
         problems.append(f"--min-pixels {low} is over --max-pixels {high}")

@@ -31,13 +31,16 @@ from checkpoints import (
     load_checkpoint,
     open_output,
     save_checkpoint,
+    size_and_sum,
     write_checkpoint,
     write_whole,
 )
-from data import TreeDataset, VQAData, describe_sample, image_settings, length_histogram, load_data, stop_or_skip_bad
+from data import TreeDataset, VQAData, describe_sample, join, length_histogram, load_files, stop_or_skip_bad
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_everything, unwrap
 from eval import accuracy_table, evaluate
 from feed import make_loader, next_batches, padding
+from holdout import hold_out, image_names
+from images import image_settings
 from metrics import Metrics
 from model import (
     MEMORY_BUDGETS,
@@ -48,6 +51,8 @@ from model import (
     compile_layers,
     fingerprint,
     load_base,
+    load_lora,
+    lora_differences,
     lora_table,
     pick_dtype,
     resolve_model,
@@ -56,17 +61,29 @@ from plan import (
     GPU_COUNTS,
     count_steps,
     data_warnings,
+    empty_model,
     estimate,
     is_due,
     known_gpu,
+    lora_settings,
     make_job,
     plan_settings,
     report,
     tree_counter,
+    uncounted,
 )
 from rows import InputError
 from settings import parse_settings, to_toml
-from trees import StepSampler, Work, group_samples, heaviest, make_plan, rank_efficiency, whole_trees
+from trees import (
+    StepSampler,
+    Work,
+    group_samples,
+    heaviest,
+    make_plan,
+    questions_by_file,
+    rank_efficiency,
+    whole_trees,
+)
 from watch import open_trackers
 
 DEMO_FOLDER = Path("runs/demo-data")
@@ -91,7 +108,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         dist_utils.leave()
         return 0
     device, dtype = ranks.device, pick_dtype(args.dtype, ranks.device)
-    name = "demo" if is_demo else Path(args.train).stem
+    name = "demo" if is_demo else Path(args.train[0]).stem
     output = dist_utils.from_rank0(lambda: open_output(args.output, name, args.resume != "none"))
     args.output = str(output)
     if dist_utils.restarted() and checkpoints(output):  # by torchrun --max-restarts
@@ -104,7 +121,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = dist_utils.from_rank0(lambda: load_all(args, tokenizer, images, output))
     config = AutoConfig.from_pretrained(model_folder)
-    tree_flops = tree_counter(config, train_data.samples)
+    tree_flops = tree_counter(config, train_data.samples, not uncounted(config, args))
     sampler = StepSampler(train_data.samples, plan_settings(args), ranks.rank, ranks.world_size, tree_flops)
     plan = sampler.plan()
     describe_data(train_data, val_data, plan, tokenizer)
@@ -112,14 +129,16 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     val_batches = whole_trees(val_data.samples, args.max_tokens) if val_data else []
     identity = identify(args, images, train_data, val_data, model_folder)
     found = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
+    dist_utils.from_rank0(lambda: check_lora(args, config, found))
     trackers = []  # rank 0's
     dist_utils.from_rank0(lambda: trackers.extend(open_trackers(args, output, found)))
 
     # Model, optimizer, and where a run goes on.
     seed_everything(args.seed)
-    peft_model = add_lora(
-        load_base(model_folder, dtype, device), args.model, args.lora_r, args.lora_alpha, args.lora_dropout
-    )
+    peft_model = add_lora(load_base(model_folder, dtype, device), args.model, **lora_settings(args))
+    if args.init_from and not found:
+        load_lora(peft_model, Path(args.init_from))
+        print0(f"LoRA starts from the weights of {args.init_from}")
     describe_lora(peft_model)
     heavy = Work(heaviest(make_plan(train_data.samples, sampler.settings, epoch) for epoch in range(args.epochs)))
     budgets = plan_compile(args, peft_model, heavy, ranks)
@@ -128,16 +147,19 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = load_checkpoint(found, model, optimizer, output) if found else {}
     done, best, evaluation_due = start.get("step", 0), start.get("best", {}), start.get("evaluation_due", False)
+    stale = start.get("stale", 0)  # evaluations since the best one
     result, skipped, failed_saves = None, start.get("skipped", 0), 0
     gpu, planned = known_gpu(device), None
     metrics = Metrics(output, start, steps, len(sampler), gpu, ranks, trackers)
-    if gpu and ranks.is_main and not done and config.model_type == "qwen3_vl":
+    if gpu and ranks.is_main and not done and not uncounted(config, args):
         planned = estimate(make_job(args, config, train_data, val_data, plan, heavy.trees), gpu, ranks.world_size)
 
     def state() -> dict:
+        held_out = image_names(val_data, args.images) if args.val_fraction else []
         settings = vars(args) | {"image_settings": asdict(images)}
         now = {"step": done, "best": best, "evaluation_due": evaluation_due, "sums": metrics.sums, "skipped": skipped}
-        return now | {"optimizer": optimizer.state_dict(), "identity": identity, "settings": settings}
+        now |= {"optimizer": optimizer.state_dict(), "held_out": held_out, "stale": stale}
+        return now | {"identity": identity, "settings": settings}
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
     dataset = TreeDataset(train_data, images, padding(device))
@@ -153,7 +175,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
     often = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar: a log keeps every one
     bar = tqdm(total=steps, initial=done, unit="step", disable=not ranks.is_main, mininterval=often, maxinterval=often)
-    finished, stopping = done >= steps, bool(stop.agreed())
+    finished, stopping = done >= steps or 0 < args.patience <= stale, bool(stop.agreed())
 
     def save() -> None:
         nonlocal failed_saves
@@ -165,12 +187,14 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
             metrics.draw()
 
     def evaluate_now() -> None:
-        nonlocal result, best, evaluation_due
+        nonlocal result, best, stale, finished, evaluation_due
         result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop)
         evaluation_due = result is None  # a stop came first: a resumed run begins with it
         if result:
-            is_best = result["exact_match"] > best.get("exact_match", -1.0)
-            best = {"exact_match": result["exact_match"], "step": done} if is_best else best
+            is_best = is_better(result, best)
+            best = {"exact_match": result["exact_match"], "loss": result["loss"], "step": done} if is_best else best
+            stale = 0 if is_best else stale + 1
+            finished = finished or 0 < args.patience <= stale
             metrics.evaluation(done, result, is_best)
 
     if evaluation_due and not stopping:
@@ -209,17 +233,17 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
             if evaluation_due and not stopping:
                 evaluate_now()
                 stopping = evaluation_due
-            if best.get("step") == done or stopping or is_due(args.save_every, done, steps):
+            if best.get("step") == done or finished or stopping or is_due(args.save_every, done, steps):
                 save()
             metrics.started += time.perf_counter() - paused  # speed is that of training alone
             if finished or stopping:
                 break
     bar.close()
 
-    code = conclude(metrics, done, steps, stop, evaluation_due, failed_saves)
+    code = conclude(metrics, done, steps, stop, finished and not evaluation_due, failed_saves)
     if result and not code:
         print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
-    if planned and not code:
+    if planned and done == steps and not code:
         took, peak = (time.perf_counter() - started) / 3600, torch.cuda.max_memory_allocated() / 2**30
         print0(
             f"planned {planned[0]:.2f} h, took {took:.2f} h; planned peak {planned[1]:.1f} GiB, peak was {peak:.1f} GiB"
@@ -238,8 +262,8 @@ def train_step(
 ) -> tuple[float, float, list[torch.Tensor], bool]:
     """One optimizer step over this rank's micro-batches of it.
 
-    The step's loss is the sum of all answer tokens' cross-entropy over their number on all ranks; DDP averages
-    gradients, hence the factor world_size. Dropout is seeded from (seed, step, micro-batch), never from a rank.
+    The step's loss is the weighted mean of all answer tokens' cross-entropy, over all ranks; DDP averages gradients,
+    hence the factor world_size. Dropout is seeded from (seed, step, micro-batch), never from a rank.
     Returns the loss and the gradient norm, equal on all ranks, this rank's loss sum of each micro-batch, and whether
     any rank was asked to stop. When loss or norm is not finite, nothing was changed.
     """
@@ -250,14 +274,14 @@ def train_step(
         seed_everything(seed, work.step.number, work.number)
         with no_sync(model, skip=not work.last):
             with autocast(ranks.device, dtype):
-                features = unwrap(model).encode_images(batch)
+                features = unwrap(model).frozen_features(batch)
                 token_losses, _ = model(batch, features)
-            loss_sum = token_losses.sum() * work.live
-            (loss_sum * (ranks.world_size / work.step.answer_tokens)).backward()
+            loss_sum = (token_losses * batch.weights).sum() * work.live
+            (loss_sum * (ranks.world_size / work.step.answer_weight)).backward()
         loss_sums.append(loss_sum.detach())
     asked = loss_sums[0].new_tensor(float(bool(stop.reason)))
     loss, stopping = dist_utils.all_reduce_sum(torch.stack([sum(loss_sums), asked]).double()).tolist()
-    loss /= work.step.answer_tokens
+    loss /= work.step.answer_weight
     trained = [p for p in model.parameters() if p.requires_grad]
     grad_norm = clip_grad_norm_(trained, max_grad_norm or math.inf).item()  # of reduced gradients: equal everywhere
     if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -277,6 +301,11 @@ def by_step(loader):
             yield micro_batches, waited
             micro_batches, waited = [], 0.0
         started = time.perf_counter()
+
+
+def is_better(result: dict, best: dict) -> bool:
+    """Whether an evaluation has the higher exact match or, at an equal one, the lower loss."""
+    return not best or (result["exact_match"], -result["loss"]) > (best["exact_match"], -best["loss"])
 
 
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
@@ -313,7 +342,7 @@ def report_skipped(step, loss, grad_norm, micro_batches, loss_sums, data: VQADat
 
 def plan_compile(args, peft_model, heavy: Work, ranks: Ranks) -> list[float]:
     """Memory budgets to try, the most promising first; none where nothing is compiled."""
-    if not args.compile or ranks.device.type != "cuda":
+    if not args.compile or args.dora or ranks.device.type != "cuda":
         return []
     if args.memory_budget != "auto":
         return [args.memory_budget]
@@ -358,7 +387,7 @@ def _try_micro_batch(model, batch, ranks: Ranks, dtype) -> bool:
     try:
         with no_sync(model, skip=True):
             with autocast(ranks.device, dtype):
-                token_losses, _ = model(batch, unwrap(model).encode_images(batch))
+                token_losses, _ = model(batch, unwrap(model).frozen_features(batch))
             token_losses.mean().backward()
     except torch.OutOfMemoryError:
         return False
@@ -374,11 +403,19 @@ def demo_files(folder: Path) -> dict[str, str]:
 
 
 def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
-    files = [args.train, args.val] if args.val else [args.train]
+    files = [*args.train, args.val] if args.val else args.train
     how = (args.max_tokens, args.system, args.allow_outside_images)
-    data = [load_data(file, args.images, tokenizer, images, *how, headers_only=args.plan) for file in files]
+    data = load_files(files, args.images, tokenizer, images, *how, headers_only=args.plan, prompt=args.prompt)
     stop_or_skip_bad(data, args.skip_bad, output)
-    return data[0], data[1] if args.val else None
+    train, val = join(data[: len(args.train)]), data[-1] if args.val else None
+    if args.val_fraction:
+        count = len(train.grids)
+        train, val = hold_out(train, args.images, args.val_fraction, args.seed)
+        print0(f"held out {len(val.samples):,} questions on {len(val.grids):,} of {count:,} images")
+    if len(args.train) > 1 or args.train_weights:
+        for own, asked in questions_by_file(train.samples, plan_settings(args)):
+            print0(f"{args.train[train.samples[own[0]].file]}: {len(own):,} questions, {asked:,} an epoch")
+    return train, val
 
 
 def print_plan(args: argparse.Namespace) -> None:
@@ -387,8 +424,9 @@ def print_plan(args: argparse.Namespace) -> None:
         raise InputError("--plan knows what bfloat16 costs: leave --dtype at auto")
     model_folder = resolve_model(args.model, weights=False)
     config, tokenizer = AutoConfig.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
-    if config.model_type != "qwen3_vl":
-        raise InputError(f"--plan knows what Qwen3-VL costs, not {config.model_type}")
+    if unknown := uncounted(config, args):
+        raise InputError(f"--plan knows what LoRA on Qwen3-VL's language model costs, not {unknown}")
+    check_lora(args, config, None)
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = load_all(args, tokenizer, images, None)
     plans = [make_plan(train_data.samples, plan_settings(args), epoch) for epoch in range(args.epochs)]
@@ -398,12 +436,23 @@ def print_plan(args: argparse.Namespace) -> None:
     )
 
 
+def check_lora(args: argparse.Namespace, config, found: Path | None) -> None:
+    """Raises InputError where --lora-targets names no layer, or --init-from does not fit a run that starts: none is
+    `found` to go on with. Loads no weights."""
+    model = empty_model(config, args)
+    if args.init_from and not found and (differences := lora_differences(model, Path(args.init_from))):
+        raise InputError("\n  ".join([f"--init-from {args.init_from} does not fit:", *differences]))
+
+
 def identify(args, images, train_data: VQAData, val_data: VQAData | None, model_folder: str) -> dict:
     """What a run's result depends on: a checkpoint of one run is not resumed by another."""
     facts = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     facts |= {f"image {name}": value for name, value in asdict(images).items()}
     for name, data in (("train rows", train_data), ("val rows", val_data)):
         facts[name] = f"{len(data.samples):,} questions, fingerprint {data.fingerprint()}" if data else "none"
+    first = Path(args.init_from) / "adapter_model.safetensors"
+    if not args.init_from or first.is_file():  # a run that is resumed can do without
+        facts["first weights"] = size_and_sum(first)["sha256"][:16] if args.init_from else ""
     return facts | {"base model": fingerprint(model_folder)}
 
 
@@ -419,21 +468,22 @@ def rehearse_save(output: Path, model, args: argparse.Namespace, state: dict) ->
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def conclude(metrics: Metrics, done: int, steps: int, stop: Stop, evaluation_due: bool, failed_saves: int) -> int:
+def conclude(metrics: Metrics, done: int, steps: int, stop: Stop, finished: bool, failed_saves: int) -> int:
     """Say how the run ended, on paper and on screen, and return its exit code."""
     faulthandler.cancel_dump_traceback_later()
     reason, output = stop.agreed(), metrics.output
     if dist_utils.from_rank0(lambda: failed_saves):
         state, code = "failed", 1
         print0(f"error: stopped at step {done} of {steps}: the last checkpoint could not be saved to {output}")
-    elif done < steps or evaluation_due:
+    elif not finished:
         state, code = "stopped", STOPPED
         print0(
             f"stopped by {reason} at step {done} of {steps}; to go on: --config {output}/settings.toml --resume auto"
         )
     else:
         state, code = "done", 0
-        print0(f"done: {steps} steps, {output}")
+        early = f" of {steps}, --patience is used up" if done < steps else ""
+        print0(f"done: {done} steps{early}, {output}")
     metrics.status(state, done)
     return code
 
@@ -451,7 +501,8 @@ def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
     print0(f"questions an image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
     print0("tokens a question (image included):\n" + length_histogram([sample.tokens for sample in train.samples]))
     trees = [tree for step in plan for batch in step for tree in batch]
-    alone, together = sum(sample.tokens for sample in train.samples), sum(tree.tokens for tree in trees)
+    alone = sum(train.samples[i].tokens for tree in trees for i in tree.samples)
+    together = sum(tree.tokens for tree in trees)
     print0(
         f"plan: {len(trees):,} trees in {len(plan):,} steps an epoch of {len(trees) / len(plan):.1f} images in "
         f"{sum(map(len, plan)) / len(plan):.1f} micro-batches; trees need {together:,} tokens an epoch, "
@@ -464,7 +515,7 @@ def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
 def describe_lora(model) -> None:
     table = lora_table(model)
     for kind, (modules, parameters) in table.items():
-        print0(f"  {kind:<10} {modules:>4} modules {parameters:>12,} parameters")
+        print0(f"  {kind:<38} {modules:>4} modules {parameters:>12,} parameters")
     print0(f"  trained in all {sum(parameters for _, parameters in table.values()):,} parameters")
 
 

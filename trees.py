@@ -41,7 +41,7 @@ class StepFacts:
     number: int  # over all epochs, from 0
     questions: int
     images: int  # trees
-    answer_tokens: int  # what the step's loss is divided by
+    answer_weight: float  # what the step's loss is divided by: its answer tokens, each times its row's weight
     tokens: int = 0  # of the language model: a prefix counts once
     flops: float = 0.0  # operations without recomputation; 0 where the model's are not known
 
@@ -63,6 +63,7 @@ class PlanSettings:
     questions_per_image: int  # branches a tree at most; 0: all
     max_tokens: int  # of a micro-batch
     seed: int
+    weights: tuple[float, ...] = ()  # of each file of rows: how often an epoch asks its questions; empty: once
 
 
 def grow_tree(samples: list, indices: list[int]) -> Tree:
@@ -89,10 +90,12 @@ def tree_shape(chosen: list, length: int) -> tuple[int, np.ndarray, np.ndarray]:
     return prefix, branches, np.array(patches)
 
 
-def group_samples(samples: list) -> list[list[int]]:
-    """Samples that can share a tree: the same images in the same rendering, all of them before the first answer."""
+def group_samples(samples: list, among: Iterable[int] | None = None) -> list[list[int]]:
+    """Samples (`among` those of these indices) that can share a tree: the same images in the same rendering, all of
+    them before the first answer."""
     groups = {}
-    for index, sample in enumerate(samples):
+    for index in range(len(samples)) if among is None else among:
+        sample = samples[index]
         end = sample.image_at[-1] + 1 if sample.images else 0
         can_share = sample.images and end < int(sample.trained.argmax())
         key = (sample.images, sample.ids[:end].tobytes()) if can_share else index
@@ -100,8 +103,36 @@ def group_samples(samples: list) -> list[list[int]]:
     return list(groups.values())
 
 
+def questions_by_file(samples: list, settings: PlanSettings) -> list[tuple[list[int], int]]:
+    """Of each file of rows: the indices of its samples, and how many questions an epoch asks of it, the same in every
+    epoch."""
+    files = [[] for _ in settings.weights or range(1 + max((sample.file for sample in samples), default=0))]
+    for index, sample in enumerate(samples):
+        files[sample.file].append(index)
+    weights = settings.weights or [1] * len(files)
+    return [(own, max(1, round(weight * len(own)))) for own, weight in zip(files, weights) if own]
+
+
+def epoch_passes(samples: list, settings: PlanSettings, epoch: int) -> list[list[int]]:
+    """The samples of an epoch in passes, each sample once a pass at most.
+
+    A file's samples stand in a fixed order, in which those of an image are neighbours. An epoch goes on in it where
+    the one before ended, and round again: all samples of a file are trained equally often.
+    """
+    passes = []
+    for number, (own, count) in enumerate(questions_by_file(samples, settings)):
+        groups = group_samples(samples, own)
+        places = np.random.default_rng([settings.seed, number]).permutation(len(groups))
+        order = np.concatenate([groups[place] for place in places])
+        turns = order[np.arange(epoch * count, (epoch + 1) * count) % len(own)]
+        for part, start in enumerate(range(0, count, len(own))):
+            passes += [[]] * (part == len(passes))
+            passes[part] = passes[part] + turns[start : start + len(own)].tolist()
+    return [sorted(indices) for indices in passes]
+
+
 def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
-    """The steps of an epoch, ceil(samples / batch_size) of them, each sample once.
+    """The steps of an epoch, ceil(questions / batch_size) of them, each sample as often as its file's weight says.
 
     Images are shuffled, and the questions of each. A step takes the tree that has waited longest and others drawn
     from the next LOOK_AHEAD, until it holds `batch_size` questions; of DRAWS such draws the one whose micro-batches
@@ -110,7 +141,8 @@ def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
     random = np.random.default_rng([settings.seed, epoch])
     cap = min(settings.questions_per_image or settings.batch_size, settings.batch_size)
     waiting = []
-    for group in group_samples(samples):
+    passes = epoch_passes(samples, settings, epoch)
+    for group in (group for indices in passes for group in group_samples(samples, indices)):
         parts = -(-len(group) // cap)
         waiting += [part.tolist() for part in np.array_split(random.permutation(group), parts)]
     waiting = [_Part(samples, waiting[i], settings.max_tokens) for i in random.permutation(len(waiting))]
@@ -246,6 +278,7 @@ class StepSampler(DistributedSampler):
     ):
         super().__init__(samples, num_replicas=world_size, rank=rank, seed=settings.seed)
         self.settings, self.tree_flops = settings, tree_flops
+        self.questions = sum(count for _, count in questions_by_file(samples, settings))  # of an epoch
         self.first_step = 0
 
     def plan(self) -> list[Step]:
@@ -264,10 +297,10 @@ class StepSampler(DistributedSampler):
     def _facts(self, step: Step, number: int) -> StepFacts:
         trees = [tree for batch in step for tree in batch]
         indices = [i for tree in trees for i in tree.samples]
-        answer_tokens = sum(int(self.dataset[i].trained.sum()) for i in indices)
+        weight = sum(self.dataset[i].weight * int(self.dataset[i].trained.sum()) for i in indices)
         tokens, flops = sum(tree.tokens for tree in trees), sum(map(self.tree_flops, trees))
-        return StepFacts(self.epoch * len(self) + number, len(indices), len(trees), answer_tokens, tokens, flops)
+        return StepFacts(self.epoch * len(self) + number, len(indices), len(trees), weight, tokens, flops)
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank (not micro-batches, whose number differs)."""
-        return -(-len(self.dataset) // self.settings.batch_size)
+        return -(-self.questions // self.settings.batch_size)

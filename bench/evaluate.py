@@ -22,8 +22,9 @@ from step import device_name, model_inputs, random_model, synchronize, write_jso
 
 import demo
 from answers import Run, answer_all, score_all
-from data import build_batch, image_settings, load_data
+from data import build_batch, load_data
 from dist_utils import Ranks, Stop
+from images import image_settings
 from model import TreeModel, prepare_base
 from trees import Work, grow_tree
 

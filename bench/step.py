@@ -27,10 +27,12 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import ImageSettings, Sample, VQAData, build_batch
+from data import Sample, VQAData, build_batch
 from feed import padding
-from model import LORA_TARGETS, TreeModel, add_lora, autocast, compile_layers, prepare_base
+from images import ImageSettings
+from model import TreeModel, add_lora, autocast, compile_layers, prepare_base, target_pattern
 from plan import step_flops
+from settings import DEFAULT_TARGETS
 from trees import StepFacts, Work, grow_tree
 
 QWEN3_VL_8B = {
@@ -157,7 +159,9 @@ def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder
     """transformers + PEFT: one question a sequence, padded, full logits, every layer checkpointed. The model, wrapped
     as by DDP, and a forward and backward pass of one question."""
     model = random_model(preset.config, dtype, device)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=LORA_TARGETS))
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=target_pattern(DEFAULT_TARGETS))
+    )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = wrap(model.train())
     data, settings = make_data(preset, 1, folder)

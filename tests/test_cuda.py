@@ -12,7 +12,8 @@ from test_exact import whole
 
 from attention import tree_attention, tree_mask, visible
 from data import build_batch
-from model import LORA_TARGETS, TreeModel, autocast, compile_layers, prepare_base, use_lean_lora
+from model import TreeModel, autocast, compile_layers, prepare_base, target_pattern, use_lean_lora
+from settings import DEFAULT_TARGETS
 from trees import Work, grow_tree
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -92,7 +93,7 @@ def first_layers_of_8b(dtype):
         "vision_config": vision | {"depth": 4, "deepstack_visual_indexes": [0, 1, 2]},
     }
     model = bench.random_model(config, torch.bfloat16, torch.device("cuda")).to(dtype)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=LORA_TARGETS))
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=target_pattern(DEFAULT_TARGETS)))
     generator = torch.Generator("cuda").manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

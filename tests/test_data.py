@@ -16,7 +16,9 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data as data_file
-from data import MAX_LISTED, check_images, describe_sample, image_settings, load_data, load_patches, stop_or_skip_bad
+import images as images_file
+from data import MAX_LISTED, describe_sample, load_data, stop_or_skip_bad
+from images import check_images, image_settings, load_patches
 from rows import InputError
 from settings import parse_settings
 from trees import PlanSettings, make_plan, rank_efficiency
@@ -121,6 +123,26 @@ def test_the_system_prompt_is_for_rows_that_have_none(load, tokenizer):
         assert trained_text(after, tokenizer) == trained_text(before, tokenizer)
 
 
+def test_the_template_is_put_around_every_question_and_behind_leading_images(load, tokenizer):
+    names = ["flat, image", "flat, placeholder", "LLaVA, system and turns", "messages, text only"]
+    plain, prompted = (
+        load([FORMATS[n][0] for n in names], prompt=p).samples for p in ("{question}", "Q: {question} {A}!")
+    )
+    for before, after, name in zip(plain, prompted, names, strict=True):
+        expected, text = (tokenizer.decode(sample.ids.tolist()) for sample in (before, after))
+        questions = [turn.removeprefix("user: ").strip("▣") for turn in FORMATS[name][2] if turn.startswith("user")]
+        for question in questions:  # "and" has an image behind it
+            tail = "<|vision_start|><|image_pad|><|vision_end|>" if question == "and" else ""
+            expected = expected.replace(f"{question}{tail}<", f"Q: {question} {{A}}!{tail}<")
+        assert text == expected and text.count("Q: ") == len(questions)
+        assert trained_text(after, tokenizer) == trained_text(before, tokenizer) and after.fields == before.fields
+    (two,) = load(
+        [flat(question="first <image> then <image>", image=["a.png", "b.png"])], prompt="Q: {question}!"
+    ).samples
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert f"user\nQ: first{image}then!{image}<|im_end|>" in tokenizer.decode(two.ids.tolist())
+
+
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|video_pad|>", "<|endoftext|>"])
 def test_literal_special_tokens_are_refused(load, token):
     rows = [flat(question=f"What is {token}?"), flat(f"It is {token}.")]
@@ -131,6 +153,8 @@ def test_literal_special_tokens_are_refused(load, token):
     assert all(f"special token {token}" in one.reason for one in data.bad) and len(data.samples) == 1
     with pytest.raises(InputError, match="system prompt"):
         load([flat()], system=f"Say {token}.")
+    with pytest.raises(InputError, match="--prompt template"):
+        load([flat()], prompt=f"{{question}}{token}")
 
 
 def test_an_over_long_sample_is_named_with_its_length_and_the_remedy(load):
@@ -358,7 +382,7 @@ def opened(monkeypatch, tmp_path):
     """Paths that are opened from here on, with an empty memory of images."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     paths, real_open = [], Image.open
-    monkeypatch.setattr(data_file.Image, "open", lambda path, *rest: paths.append(path) or real_open(path, *rest))
+    monkeypatch.setattr(images_file.Image, "open", lambda path, *rest: paths.append(path) or real_open(path, *rest))
     return paths
 
 
@@ -390,7 +414,7 @@ def test_a_changed_image_is_checked_again(opened, pictures):
 def test_a_failure_is_not_remembered(pictures, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with monkeypatch.context() as broken:
-        broken.setattr(data_file.Image, "open", lambda path: (_ for _ in ()).throw(OSError("stale file handle")))
+        broken.setattr(images_file.Image, "open", lambda path: (_ for _ in ()).throw(OSError("stale file handle")))
         assert all("stale file handle" in found for found in check_images(pictures).values())
     assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
 

@@ -9,20 +9,20 @@ import torch
 
 import attention as attention_file
 import model as model_file
-from data import build_batch, load_patches, rotary_positions
+from data import build_batch, rotary_positions
 from dist_utils import Ranks, Stop
+from images import load_patches
 from train import train_step
-from trees import PlanSettings, StepFacts, Work, group_samples, grow_tree, make_plan, pack
+from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree, make_plan, pack
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-def run_step(world, trees_of_batches, dropout=0.0, seed=0):
+def run_step(world, trees_of_batches, dropout=0.0, seed=0, **more):
     """One step of the product over the given micro-batches of trees: its loss and gradients."""
     data, dataset = tiny.load_world(world)
-    model = tiny.lora_model(world, dropout)
-    tokens = sum(int(sample.trained.sum()) for sample in data.samples)
-    facts = StepFacts(0, len(data.samples), 0, tokens)
+    model = tiny.lora_model(world, dropout, **more)
+    (facts,) = {work.step for work in StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)}
     last = len(trees_of_batches) - 1
     works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -68,6 +68,15 @@ def test_the_plan_s_own_packing_is_exact(world, reference):
     (step,) = make_plan(samples, PlanSettings(len(samples), 5, 400, 3), epoch=0)
     assert len(step) >= 4
     assert_exact(run_step(world, step), reference)
+
+
+def test_rows_with_weights_count_that_much_in_loss_and_gradients(tmp_path):
+    """Several weights in a tree, over micro-batches, and rows of two answers."""
+    rows = [row | {"weight": (0.25, 1, 3.5)[n % 3]} for n, row in enumerate(tiny.mixed_rows()) if n % 4 or n > 25]
+    world = tiny.write_world(tmp_path / "world", rows)
+    expected = tiny.Reference(world, tiny.lora_model(world), tmp_path / "adapter").loss_and_gradients(rows)
+    trees = whole(tiny.load_world(world)[0].samples)
+    assert_exact(run_step(world, [trees[::2], trees[1::2]]), expected)
 
 
 def test_a_picture_is_encoded_once_for_all_its_questions(world):

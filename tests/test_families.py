@@ -24,9 +24,10 @@ import attention
 import eval as evaluation
 import model as model_file
 import train
-from data import ImageSettings, image_settings
-from model import MODEL_TYPES, PROJECTIONS, compile_layers, load_base, lora_table, resolve_model, save_adapter
+from images import ImageSettings, image_settings
+from model import MODEL_TYPES, compile_layers, load_base, lora_table, resolve_model, save_adapter
 from rows import InputError
+from settings import DEFAULT_TARGETS
 from trees import Work, grow_tree
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -82,7 +83,7 @@ def test_every_supported_family_is_tested():
 
 def test_lora_is_on_every_language_layer_and_nowhere_else(world):
     counts = {name: count for name, (count, _) in lora_table(tiny.lora_model(world)).items()}
-    assert counts == dict.fromkeys(PROJECTIONS, 3)
+    assert counts == dict.fromkeys(DEFAULT_TARGETS.split(","), 3)
 
 
 def test_answers_equal_plain_generation_one_by_one(world, tmp_path):

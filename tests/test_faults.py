@@ -136,7 +136,7 @@ def test_a_checkpoint_can_not_run_code(world, undisturbed, tmp_path):
 
     torch.save({"step": Call()}, folder / "state.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["state.pt"] = checkpoints._size_and_sum(folder / "state.pt")
+    manifest["files"]["state.pt"] = checkpoints.size_and_sum(folder / "state.pt")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(pickle.UnpicklingError):
         train.main(arguments(world, output))

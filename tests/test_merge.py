@@ -99,6 +99,19 @@ def test_the_card_names_data_settings_and_score_and_escapes_them(world, run):
         f'base_model: "{world / "model"}"' in text and "33 questions, fingerprint" in text and "| lr | 0.005 |" in text
     )
     images = {"min_pixels": 1, "max_pixels": 2}
-    settings = {"model": "some/model", "lora_r": 48, "system": 'say "a | b"', "image_settings": images}
+    settings = {
+        "model": "some/model",
+        "lora_r": 48,
+        "system": 'say "a | b"',
+        "prompt": "{question}?",
+        "dora": False,
+        "lora_targets": "q_proj",
+        "image_settings": images,
+    }
     card = model_card({"step": 7, "best": {}, "identity": {"train rows": "9", "odd": "a|b\nc"}, "settings": settings})
-    assert "| odd | a\\|b c |" in card and "--max-lora-rank 64" in card and "validation" not in card
+    assert (
+        "| odd | a\\|b c |" in card
+        and "--max-lora-rank 64" in card
+        and 'were put as "{question}?".' in card
+        and "validation" not in card
+    )

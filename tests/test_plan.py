@@ -19,11 +19,12 @@ from transformers import AutoConfig, AutoTokenizer
 import model as model_file
 import plan
 import train
-from data import VQAData, at_limit, check_images, image_settings, load_data
+from data import VQAData, at_limit, load_data
+from images import check_images, image_settings
 from model import MEMORY_MARGIN, choose_memory_budget
 from plan import GIB, GPUS, Gpu, budgets, choose, data_warnings, hours, make_job, pace, plan_settings, timeline
 from rows import InputError
-from settings import parse_settings
+from settings import DEFAULT_TARGETS, parse_settings
 from trees import heaviest, make_plan
 
 MEASURED = json.loads((Path(bench.__file__).parent / "results" / "step-h200.json").read_text())
@@ -41,6 +42,7 @@ def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
 def job_of_8b(**settings) -> plan.Job:
     """The 8B with micro-batches of the benchmark's tree of 9; no data."""
     args = SimpleNamespace(compile=True, memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
+    vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
     vars(args).update(settings)
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
     return replace(make_job(args, config, VQAData("", [], {}), None, [], ()), heavy=2704 + 9 * 195)

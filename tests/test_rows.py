@@ -77,6 +77,11 @@ def read(tmp_path, content: str | bytes, name: str = "rows.jsonl"):
     return read_rows(path)
 
 
+def test_a_row_s_weight_is_read_and_1_where_there_is_none(tmp_path):
+    rows, bad = read(tmp_path, "".join(json.dumps(flat(weight=w)) + "\n" for w in (2, 0.5, None)) + GOOD_LINE)
+    assert not bad and [row.weight for row in rows] == [2.0, 0.5, 1.0, 1.0]
+
+
 def turns_of(row) -> list[str]:
     return [
         f"{message['role']}: "
@@ -179,6 +184,11 @@ BAD = {
     "number too large": (GOOD_LINE.replace('"two"', "1e999"), "Out of range"),
     "nested too deep": ("[" * 200_000, "not valid JSON"),
     "half a character": (json.dumps(flat("\ud83d")), "surrogate"),
+    "weight of 0": (json.dumps(flat(weight=0)), "`weight` must be a number"),
+    "weight below 0": (json.dumps(flat(weight=-1)), "`weight` must be a number"),
+    "weight as text": (json.dumps(flat(weight="2")), "`weight` must be a number"),
+    "weight true": (json.dumps(flat(weight=True)), "`weight` must be a number"),
+    "weight out of range": (GOOD_LINE.replace("{", '{"weight": 1' + 400 * "0" + ", ", 1), "`weight` must be a number"),
     "list": ("[]", "not list"),
     "number": ("42", "not int"),
     "null": ("null", "not NoneType"),

@@ -51,6 +51,16 @@ WRONG = {
     "missing images": (["--images", "nowhere"], "--images: nowhere does not exist"),
     "missing validation rows": (["--val", "nowhere.jsonl"], "--val: nowhere.jsonl does not exist"),
     "rows are a folder": (["--val", "/"], "--val: / does not exist"),
+    "two validations": (["--val", __file__, "--val-fraction", "0.1"], "--val-fraction: --val names rows"),
+    "weights for other files": (["--train-weights", "1", "2"], "--train-weights: 2 for 1 files of --train"),
+    "no weight": (["--train-weights", "0"], "--train-weights: 0 is not between 0.001"),
+    "template without a question": (
+        ["--prompt", "Answer briefly."],
+        "--prompt: 'Answer briefly.' must hold {question}",
+    ),
+    "patience without evaluations": (["--patience", "3"], "--patience: there is nothing to evaluate on"),
+    "first weights that are not there": (["--init-from", "/"], "--init-from: / holds no adapter_model.safetensors"),
+    "no regular expression": (["--lora-targets", "q_proj,(v"], "--lora-targets: '(v' is no regular expression"),
     "pixels": (["--min-pixels", "900", "--max-pixels", "800"], "--min-pixels 900 is over --max-pixels 800"),
     "resume without output": (["--resume", "auto"], "--resume auto: say where with --output"),
     "missing checkpoint": (["--resume", "nowhere"], "--resume: nowhere is not a folder"),
@@ -60,13 +70,16 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_setting_is_named_with_its_flag(rows_file, name):
     argv, told = WRONG[name]
-    (problem,) = problems_of(["--train", rows_file, *argv])
+    (problem,) = problems_of(["--train", rows_file, "--seed=0", *argv])
     assert problem.startswith(told.split(" ")[0]) and told in problem
 
 
 def test_all_wrong_settings_are_told_at_once(rows_file, config):
-    stops_argparse = ("flag without its value", "switch with a value")
-    once = {argv[0]: argv for name, (argv, _) in WRONG.items() if name not in stops_argparse and argv[0] != "--config"}
+    not_beside_others = ("flag without its value", "switch with a value", "patience without evaluations")
+    not_beside_others += ("first weights that are not there",)  # which a run that is resumed can do without
+    once = {
+        argv[0]: argv for name, (argv, _) in WRONG.items() if name not in not_beside_others and argv[0] != "--config"
+    }
     argv = [word for words in once.values() for word in words]  # of the same flag the last one
     problems = problems_of([*argv, *config("no-such-setting = 3\nkeep = 0\n")])
     assert len(problems) == len(once) + 2
@@ -86,6 +99,8 @@ def test_a_flag_without_its_value_hides_no_problem_of_the_file(config):
     [
         ("learning-rate = 1e-4", "no setting learning-rate = 0.0001"),
         ("lr = [1e-4]", "no setting lr = [0.0001]"),
+        ("train-weights = [true]", "no setting train-weights = [True]"),
+        ("train-weights = ['much']", "--train-weights: 'much' is not a number"),
         ("[optimization]\nlr = 1e-4", "no setting optimization = "),
         ("help = true", "no setting help = True"),
         ("config = 'other.toml'", "no setting config = 'other.toml'"),
@@ -141,7 +156,7 @@ def test_paths_are_kept_whole_and_images_start_beside_the_rows(rows_file, monkey
     folder = Path(rows_file).parent
     monkeypatch.chdir(folder)
     settings = parse_settings(["--train", "rows.jsonl", "--val", "rows.jsonl"])
-    assert settings.train == settings.val == rows_file and settings.images == str(folder)
+    assert [settings.val] == settings.train == [rows_file] and settings.images == str(folder)
 
 
 def test_the_readme_lists_every_flag_with_its_default_and_help():

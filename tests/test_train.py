@@ -55,7 +55,7 @@ def finished(world, tmp_path_factory):
 
 def test_a_run_leaves_settings_metrics_and_checkpoints(world, finished):
     settings = tomllib.loads((finished / "settings.toml").read_text())
-    assert settings["lr"] == 0.02 and settings["train"] == str(world / "rows.jsonl") and len(settings) >= 29
+    assert settings["lr"] == 0.02 and settings["train"] == [str(world / "rows.jsonl")] and len(settings) >= 29
     assert [line["step"] for line in lines(finished, "train")] == [1, 2, 3, 4, 5, 6]
     assert all(
         line["loss"] > 0 and line["grad_norm"] > 0 and line["questions_per_s"] > 0 for line in lines(finished, "train")
@@ -74,7 +74,8 @@ def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, t
     """Loaded with transformers and peft alone, against the product's own model with the same weights."""
     from transformers import AutoTokenizer
 
-    from data import build_batch, image_settings
+    from data import build_batch
+    from images import image_settings
     from model import load_adapter, load_base
     from trees import Work, grow_tree
 
@@ -137,12 +138,60 @@ def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_
     assert by_type == {kind: share for kind, (share, _) in teacher_forced["by_type"].items()}
 
 
+def test_eval_puts_questions_as_the_run_did(world, tmp_path):
+    output = tmp_path / "out"
+    train.main(arguments(world, output, prompt="How {question} briefly?", system="You are", **{"max-steps": 1}))
+    evaluation.main(["--ckpt", str(output), "--max-new-tokens=1", "--workers=0"])
+    file = output / "checkpoint-000001" / "eval" / "predictions.jsonl"
+    predictions = [json.loads(line) for line in file.read_text().splitlines()]
+    loss = sum(one["loss"] for one in predictions) / sum(one["answer_tokens"] for one in predictions)
+    assert loss == pytest.approx(lines(output, "eval")[-1]["loss"], rel=1e-4)
+    assert predictions[17]["question"] == "Where is finding 0?"
+
+
 def test_the_base_model_is_scored_without_a_checkpoint(world, tmp_path, capsys):
     rows, out = world / "rows.jsonl", tmp_path / "base"
     words = ["--model", world / "model", "--data", rows, "--images", world / "images", "--output", out]
     evaluation.main([*map(str, words), "--max-new-tokens", "2", "--workers", "0"])
     assert len((out / "predictions.jsonl").read_text().splitlines()) == len(rows.read_text().splitlines())
     assert "base model" in capsys.readouterr().out
+
+
+def test_a_run_out_of_patience_is_done_with_its_best_checkpoint_and_resumed_like_an_undisturbed_one(
+    world, tmp_path, monkeypatch, capsys
+):
+    """Six evaluations: better, worse, equal with lower loss, equal, worse, worse."""
+    scores = [(0.5, 2.0), (0.4, 1.0), (0.5, 1.5), (0.5, 1.5), (0.4, 1.0), (0.5, 1.6), (0.9, 0.1)]
+    output = tmp_path / "out"
+
+    def run(evaluated: int, **settings) -> int:
+        """From the seventh, eighth ... step on the scores are (0, 0); the first call is the rehearsal's."""
+        found = iter([(0.0, 0.0), *scores[evaluated:], *[(0.0, 0.0)] * 9])
+        keys = ("exact_match", "loss")
+        fixed = {"questions": 1, "by_type": {}}
+        monkeypatch.setattr(train, "evaluate", lambda *_: dict(zip(keys, next(found))) | fixed)
+        given = {"patience": 3, "eval-every": 1, "save-every": 4, "max-steps": 9, "epochs": 9, "keep": 9}
+        return train.main(arguments(world, output, **(given | settings)))
+
+    def ended() -> tuple:
+        state = torch.load(output / "checkpoint-000006/state.pt", weights_only=True)
+        return (
+            (output / "status").read_text().splitlines()[0],
+            state["stale"],
+            state["best"],
+            len(lines(output, "eval")),
+        )
+
+    assert run(0) == 0
+    best = {"exact_match": 0.5, "loss": 1.5, "step": 3}
+    assert ended() == ("done 6", 3, best, 6) and "done: 6 steps of 9" in capsys.readouterr().out
+    weights = adapter(output, 6)
+    assert run(6, resume="auto") == 0 and ended() == ("done 6", 3, best, 6)
+    shutil.rmtree(output / "checkpoint-000006")
+    assert run(4, resume="auto") == 0 and ended() == ("done 6", 3, best, 6)
+    assert all(torch.equal(adapter(output, 6)[name], weight) for name, weight in weights.items())
+    assert run(6, resume="auto", patience=0) == 0 and (output / "status").read_text().startswith("done 9\n")
+    assert json.loads((output / "best.json").read_text())["step"] == 7
 
 
 def poison(monkeypatch, steps: range):
@@ -177,8 +226,8 @@ def test_one_rank_s_nan_skips_the_step_on_all_ranks(world, tmp_path):
 
 
 def test_a_trained_weight_without_a_gradient_is_named_before_step_1(world, tmp_path, monkeypatch):
-    def with_a_spare(*args):
-        model = add_lora(*args)
+    def with_a_spare(*args, **more):
+        model = add_lora(*args, **more)
         adapter = model.base_model.model.model.language_model.layers[-1].self_attn.q_proj.lora_A
         adapter["spare"] = copy.deepcopy(adapter["default"])  # in no layer's forward pass
         return model

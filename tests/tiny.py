@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import demo
-from data import TreeDataset, VQAData, image_settings, load_data
+from data import TreeDataset, VQAData, load_data
+from images import image_settings
 from model import TreeModel, add_lora, load_base
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -127,10 +128,10 @@ def load_world(folder: Path) -> tuple[VQAData, TreeDataset]:
     return data, TreeDataset(data, settings)
 
 
-def lora_model(folder: Path, dropout: float = 0.0) -> TreeModel:
+def lora_model(folder: Path, dropout: float = 0.0, **more) -> TreeModel:
     """The product's model with LoRA matrices that are not zero."""
     torch.manual_seed(0)
-    model = add_lora(load_base(folder / "model", torch.float32, torch.device("cpu")), "tiny", 4, 8, dropout)
+    model = add_lora(load_base(folder / "model", torch.float32, torch.device("cpu")), "tiny", 4, 8, dropout, **more)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -186,14 +187,15 @@ class Reference:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def loss_and_gradients(self, rows: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
-        """Sum of all answer tokens' cross-entropy over their number, and its gradient by parameter name."""
+        """Mean of all answer tokens' cross-entropy, weighted by rows, and its gradient by parameter name."""
         all_inputs = [self.inputs(row) for row in rows]
-        count = sum(int((inputs["labels"] != -100).sum()) for inputs in all_inputs)
+        weights = [row.get("weight", 1) * int((i["labels"] != -100).sum()) for row, i in zip(rows, all_inputs)]
         total = 0.0
         self.model.zero_grad()
-        for inputs in all_inputs:
-            loss = self.model(**inputs).loss * (inputs["labels"] != -100).sum() / count
-            loss.backward()
+        for inputs, weight in zip(all_inputs, weights):
+            loss = self.model(**inputs).loss * weight / sum(weights)
+            if loss.requires_grad:  # not where only the vision tower is trained and a row shows nothing
+                loss.backward()
             total += loss.item()
         return total, {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
 

@@ -1,0 +1,150 @@
+"""Images: how large they become, a check of every one, and their pixels as the vision tower wants them."""
+
+import contextlib
+import json
+import math
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from rows import InputError
+
+MAX_IMAGE_PIXELS = 100_000_000
+HIGH_BIT_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes patches; stored in checkpoints so that evaluation sees what training saw."""
+
+    patch_size: int
+    merge_size: int  # merge_size x merge_size patches become one image token
+    temporal_patch_size: int
+    min_pixels: int  # after resizing
+    max_pixels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    position_side: int  # of the vision tower's square table of learned positions; 0: it has none
+    window_size: int = 0  # pixels, side of the windows that vision attention is cut into; 0: none
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches (down, across) of a picture of this size. Raises ValueError beyond an aspect ratio of 200."""
+        factor = self.patch_size * self.merge_size
+        size = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+
+def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageSettings:
+    """The model's own image settings; 0 leaves its pixel limits as they are."""
+    processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
+    vision = AutoConfig.from_pretrained(model_folder).vision_config
+    settings = ImageSettings(
+        processor.patch_size,
+        processor.merge_size,
+        processor.temporal_patch_size,
+        min_pixels or processor.size["shortest_edge"],
+        max_pixels or processor.size["longest_edge"],
+        tuple(processor.image_mean),
+        tuple(processor.image_std),
+        math.isqrt(getattr(vision, "num_position_embeddings", 0)),  # Qwen3-VL
+        getattr(vision, "window_size", 0),  # Qwen2.5-VL
+    )
+    if settings.min_pixels > settings.max_pixels:
+        low, high = settings.min_pixels, settings.max_pixels
+        raise InputError(
+            f"at least {low:,} and at most {high:,} pixels an image: set both --min-pixels and --max-pixels"
+        )
+    return settings
+
+
+def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tuple[int, int] | str]:
+    """Decode every image once: its (height, width) as displayed, or what is wrong with it.
+
+    Sizes are remembered by path, size and time of the file in the user's cache folder, so that a second start opens
+    no image. What is wrong is not remembered: it may lie with the disk or its permissions. `headers_only` reads the
+    size of an image that is not remembered and does not remember it: its pixels were not looked at.
+    """
+    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onelook" / "image_sizes.json"
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):  # not there yet, or damaged
+        known = {}
+    stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
+    new = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
+    # Pillow decodes outside the interpreter lock. Its warnings of large pictures are silenced out here, before threads.
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
+        found = pool.map(check_image, new, repeat(not headers_only))
+        checked = dict(zip(new, tqdm(found, "checking images", len(new), disable=len(new) < 1000)))
+    good = {path: {"stamp": stamps[path], "size": size} for path, size in checked.items() if not isinstance(size, str)}
+    if good and not headers_only:
+        known |= good
+        with contextlib.suppress(OSError):  # a folder that can't be written costs the next start time, no more
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            partial = memory.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(known))
+            os.replace(partial, memory)
+    return {path: checked[path] if path in checked else tuple(known[path]["size"]) for path in paths}
+
+
+def check_image(path: str, decode: bool = True) -> tuple[int, int] | str:
+    """(height, width) of an image as displayed, or what is wrong with it, found without decoding only by its header."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                return f"{image.width} x {image.height} is over 100 megapixels"
+            if image.mode in ("I", "F"):
+                return f"mode {image.mode}, 32 bits a pixel, has no fixed range: save it with 8 or 16"
+            if not decode:
+                return _displayed_size(image)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image.height, image.width
+    except Image.DecompressionBombError:
+        return "over 100 megapixels"
+    except Exception as error:  # on damaged files Pillow's decoders raise almost anything
+        return f"unreadable or truncated ({error})"
+
+
+def _displayed_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, from the header. Pillow gives the size of a TIFF turned already."""
+    exif = Image.Image.getexif(image)  # PNG's own would decode the picture to look for EXIF behind the pixels
+    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) and image.format != "TIFF"
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def open_picture(path: str) -> Image.Image:
+    """A picture before resizing: upright, RGB, 8 bits a channel, and nothing of its file but the pixels."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits a pixel: keep the upper eight instead of clipping
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        picture = _rgb(image)
+        picture.info.clear()  # comments, EXIF
+        return picture
+
+
+def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
+    """Decode and resize a picture to its grid. Returns (patches, 3, patch_size**2) uint8 in the vision tower's order,
+    the same pixels as transformers' Qwen2VLImageProcessorPil before normalisation."""
+    p, m = settings.patch_size, settings.merge_size
+    down, across = grid
+    pixels = np.asarray(open_picture(path).resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
+    pixels = pixels.reshape(down // m, m, p, across // m, m, p, 3)
+    return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(down * across, 3, p * p)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """What is transparent becomes white, as in transformers 5.23 (5.17 shows the colours that it hides)."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -1,0 +1,229 @@
+"""What LoRA is put on and starts from: --lora-targets, --rslora, --dora and --init-from."""
+
+import json
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+from faults import Run
+from safetensors.torch import save_file
+from test_exact import assert_exact, run_step, whole
+from test_train import adapter, arguments, lines
+
+import eval as evaluation
+import merge
+import train
+from checkpoints import read_state
+from model import add_lora, load_base, lora_table
+from rows import InputError
+from settings import DEFAULT_TARGETS
+from trees import Work
+
+ALL = "q_proj,vision,merger"
+LAYERS = {"qwen3_vl": "linear_fc1", "qwen2_5_vl": "gate_proj", "qwen2_vl": "fc1"}
+
+
+@pytest.fixture(scope="module")
+def start(world, tmp_path_factory):
+    """A checkpoint to start from."""
+    output = tmp_path_factory.mktemp("start") / "out"
+    train.main(arguments(world, output, **{"max-steps": 1, "lora-r": 4}))
+    return output / "checkpoint-000001"
+
+
+# ------------------------------------------------------------------------------------------------------------ exactness
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"targets": ALL},
+        {"targets": "vision"},
+        {"targets": r"layers\.[02]\.self_attn\..*_proj,gate_proj"},
+        {"rslora": True},
+        {"dora": True},
+        {"targets": ALL, "rslora": True, "dora": True},
+    ],
+)
+def test_loss_and_gradients_equal_one_by_one_whatever_is_trained(world, tmp_path, more):
+    """Over three micro-batches, the last of which shows no image: its vision gradients are 0, not missing."""
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    trees = whole(tiny.load_world(world)[0].samples)
+    text = [tree for tree in trees if tree.samples == (30,)]
+    shown = [tree for tree in trees if tree not in text]
+    expected = tiny.Reference(world, tiny.lora_model(world, **more), tmp_path / "adapter").loss_and_gradients(rows)
+    assert_exact(run_step(world, [shown[::2], shown[1::2], text], **more), expected)
+    assert any("visual" in name for name in expected[1]) == ("vision" in more.get("targets", ""))
+    assert any("magnitude" in name for name in expected[1]) == more.get("dora", False)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_vision_tower_of_each_family_is_trained_exactly(tmp_path, family):
+    rows = tiny.mixed_rows()[14:]
+    world = tiny.write_world(tmp_path / "world", rows, family)
+    ours = tiny.lora_model(world, targets=ALL)
+    expected = tiny.Reference(world, ours, tmp_path / "adapter").loss_and_gradients(rows)
+    assert_exact(run_step(world, [whole(tiny.load_world(world)[0].samples)], targets=ALL), expected)
+    kinds = lora_table(ours)
+    assert kinds["visual.blocks.attn.qkv"][0] == kinds[f"visual.blocks.mlp.{LAYERS[family]}"][0] == 3
+    assert kinds["visual.merger.mlp"][0] == 2 and kinds["q_proj"][0] == 3 and "k_proj" not in kinds
+
+
+def test_a_frozen_tower_runs_without_gradient_and_a_trained_one_with_it(world):
+    data, dataset = tiny.load_world(world)
+    batch = dataset[Work((whole(data.samples)[0],))]
+    frozen, trained = tiny.lora_model(world), tiny.lora_model(world, targets="vision")
+    assert not frozen.encode_images(batch).embeds.requires_grad and trained.encode_images(batch).embeds.requires_grad
+    assert frozen.frozen_features(batch) is not None and trained.frozen_features(batch) is None
+    assert trained.base.model.visual.training and not trained.eval().base.model.visual.training
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "q_proj,merger", "vision"])
+def test_a_trained_tower_has_an_attention_with_a_backward(world, targets):
+    base = load_base(world / "model", torch.float32, torch.device("cpu"))
+    base.model.visual.config._attn_implementation = "onelook_cudnn_flash_vision"  # as on a Hopper GPU
+    add_lora(base, "", 4, 8, 0.0, targets)
+    chosen = base.model.visual.config._attn_implementation
+    assert chosen == ("onelook_cudnn_flash_vision" if targets == "q_proj" else "onelook_flash_vision")
+
+
+def test_two_processes_train_the_vision_tower_like_one(world, tmp_path):
+    """Steps of two questions: some show no image, some show one on one rank only."""
+    given = {"lora-targets": "q_proj,vision", "batch-size": 2, "max-steps": 17, "eval-every": 0, "save-every": 0}
+    runs = [arguments(world, tmp_path / f"{ranks}", **given, **{"lora-dropout": 0.0}) for ranks in (1, 2)]
+    for ranks, argv in zip((1, 2), runs):
+        assert Run(argv, tmp_path / f"{ranks}.log", ranks).wait() == [0] * ranks, (
+            tmp_path / f"{ranks}.log"
+        ).read_text()
+    one, two = ([line["loss"] for line in lines(tmp_path / f"{ranks}", "train")] for ranks in (1, 2))
+    assert len(one) == 17 and two == pytest.approx(one, rel=1e-3)
+    moved = [name for name, weight in adapter(tmp_path / "2", 17).items() if "lora_B" in name and weight.any()]
+    assert any("visual" in name for name in moved) and any("q_proj" in name for name in moved)
+
+
+# -------------------------------------------------------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q_proj,v_proj", {"q_proj": 3, "v_proj": 3}),
+        (r"layers\.0\.(self_attn|mlp)\.\w+_proj", dict.fromkeys(DEFAULT_TARGETS.split(","), 1)),
+        ("vision", {"visual.blocks.attn.qkv": 1, "visual.blocks.attn.proj": 1, "visual.blocks.mlp.linear_fc1": 1,
+                    "visual.blocks.mlp.linear_fc2": 1}),
+        ("merger", {f"visual.{one}.linear_fc{n}": 1 for one in ("merger", "deepstack_merger_list") for n in (1, 2)}),
+    ],
+)  # fmt: skip
+def test_targets_name_layers(world, targets, expected):
+    assert {kind: count for kind, (count, _) in lora_table(tiny.lora_model(world, targets=targets)).items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        ("q_proj,query", "'query' names nothing; linear layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj"),
+        ("mlp", "'mlp' names model.language_model.layers.0.mlp too"),
+        ("qkv", "'qkv' names nothing"),
+        ("q_proj,visual.blocks.0.attn.qkv", "'visual.blocks.0.attn.qkv' names nothing"),
+    ],
+)
+def test_a_target_that_is_no_linear_layer_of_the_language_model_is_refused_before_weights_are_read(
+    world, monkeypatch, tmp_path, targets, told
+):
+    monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("read weights"))
+    for more in ([], ["--plan"]):
+        with pytest.raises(InputError, match=f"^--lora-targets: {re.escape(told)}"):
+            train.main([*arguments(world, tmp_path / "out", **{"lora-targets": targets}), *more])
+
+
+def test_a_plan_is_refused_for_what_it_does_not_count(world):
+    for more, what in ((["--dora"], "DoRA"), (["--lora-targets=q_proj,merger"], "a trained vision tower")):
+        with pytest.raises(InputError, match=f"language model costs, not {what}"):
+            train.main([*arguments(world, ""), "--plan", *more])
+
+
+@pytest.mark.parametrize("more", [{"dora": True, "rslora": True}, {"lora-targets": ALL}], ids=["dora", "vision"])
+def test_a_run_is_resumed_merged_and_handed_over_whatever_is_trained(world, tmp_path, more, capsys):
+    output, given = tmp_path / "out", {"max-steps": 4, "lr": 0.005, "keep": 9} | more
+    argv = [word.replace("=True", "") for word in arguments(world, output, **given)]
+    train.main(argv)
+    undisturbed = adapter(output, 4)
+    shutil.rmtree(output / "checkpoint-000004")
+    train.main([*argv, "--resume=auto"])
+    assert all(torch.equal(adapter(output, 4)[name], weight) for name, weight in undisturbed.items())
+    assert merge.main(["merge", f"--ckpt={output / 'checkpoint-000004'}", f"--out={tmp_path / 'merged'}"]) == 0
+    share = float(re.search(r"are ([\d.e-]+)% as far apart", capsys.readouterr().out)[1])
+    assert share < 0.1
+    scores = {}
+    for how in ("--merge", "--no-merge"):
+        words = [f"--ckpt={output / 'checkpoint-000004'}", "--max-new-tokens=1", "--workers=0", how]
+        evaluation.main([*words, f"--output={tmp_path / how}"])
+        found = [json.loads(line)["loss"] for line in (tmp_path / how / "predictions.jsonl").read_text().splitlines()]
+        scores[how] = found
+    assert scores["--merge"] == pytest.approx(scores["--no-merge"], rel=1e-3)
+    card = (output / "checkpoint-000004/README.md").read_text()
+    assert "vllm serve" not in card and "merge it first" in card
+
+
+def test_rslora_scales_by_the_root_of_r(world):
+    plain, stabilized = (tiny.lora_model(world, rslora=rslora) for rslora in (False, True))
+    scales = [{m.scaling["default"] for m in one.modules() if hasattr(m, "lora_A")} for one in (plain, stabilized)]
+    assert scales == [{8 / 4}, {8 / 2}]
+
+
+# ---------------------------------------------------------------------------------------------------------- --init-from
+
+
+def test_a_run_starts_from_another_adapter_s_weights_at_step_0(world, start, tmp_path):
+    output = tmp_path / "out"
+    given = {"lora-r": 4, "init-from": start, "lr": 0, "max-steps": 2, "eval-every": 0, "save-every": 1}
+    train.main(arguments(world, output, **given))
+    weights = adapter(start.parent, 1)
+    assert all(torch.equal(adapter(output, 2)[name], weight) for name, weight in weights.items())
+    state = read_state(output / "checkpoint-000002")
+    assert state["step"] == 2 and state["settings"]["init_from"] == str(start)
+    assert {float(one["step"]) for one in state["optimizer"]["state"].values()} == {2.0}
+
+
+def test_a_checkpoint_wins_over_the_first_weights_which_are_known_by_their_fingerprint(world, start, tmp_path):
+    moved, output = shutil.copytree(start, tmp_path / "moved"), tmp_path / "out"
+    given = {"lora-r": 4, "init-from": start, "keep": 9, "max-steps": 4}
+    train.main(arguments(world, output, **given))
+    undisturbed = adapter(output, 4)
+    shutil.rmtree(output / "checkpoint-000004")
+    train.main(arguments(world, output, **given | {"init-from": moved, "resume": "auto"}))
+    assert all(torch.equal(adapter(output, 4)[name], weight) for name, weight in undisturbed.items())
+    save_file(
+        {name: weight + 1 for name, weight in adapter(start.parent, 1).items()}, moved / "adapter_model.safetensors"
+    )
+    for other in (moved, ""):
+        with pytest.raises(InputError, match="first weights: was"):
+            train.main(arguments(world, output, **given | {"init-from": other, "resume": "auto"}))
+    shutil.rmtree(moved)
+    resumed = given | {"init-from": moved, "resume": "auto"}
+    assert train.main(arguments(world, output, **resumed)) == 0
+    with pytest.raises(InputError, match="does not fit:\n  it holds no adapter_model.safetensors"):
+        train.main(arguments(world, tmp_path / "new", **resumed))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"lora-r": 8}, "r is 4 there, 8 here"),
+        ({"lora-alpha": 7}, "lora_alpha is 32.0 there, 7.0 here"),
+        ({"lora-targets": "q_proj"}, "only there: base_model.model.model.language_model.layers.0.mlp.down_proj.lora_A"),
+        (
+            {"lora-targets": DEFAULT_TARGETS + ",merger"},
+            "only here: base_model.model.model.visual.deepstack_merger_list",
+        ),
+        ({"rslora": True}, "use_rslora is False there, True here"),
+    ],
+)
+def test_first_weights_of_other_lora_are_refused_with_the_difference(world, start, tmp_path, monkeypatch, more, told):
+    monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("read weights"))
+    given = {"lora-r": 4, "init-from": start} | more
+    argv = [word.replace("=True", "") for word in arguments(world, tmp_path / "out", **given)]
+    with pytest.raises(InputError, match=re.escape(told)):
+        train.main(argv)
