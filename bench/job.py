@@ -81,6 +81,8 @@ def make_pictures(folder: Path, names: list[str], size: tuple[int, int] | None, 
     folder.mkdir(parents=True, exist_ok=True)
     with Pool() as pool:
         pool.starmap(make_picture, [(name, folder, size) for name in names[:distinct]])
+        pool.close()  # the workers leave by themselves: SIGTERM, which they are sent at the end, is handled here
+        pool.join()
     for number, name in enumerate(names[distinct:]):
         os.link(folder / names[number % distinct], folder / name)
 
