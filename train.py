@@ -25,21 +25,19 @@ from transformers import AutoConfig, AutoTokenizer
 import demo
 import dist_utils
 from checkpoints import (
-    FREE_SETTINGS,
     checkpoints,
     find_checkpoint,
     load_checkpoint,
     open_output,
     save_checkpoint,
-    size_and_sum,
     write_checkpoint,
     write_whole,
 )
-from data import TreeDataset, VQAData, describe_sample, join, length_histogram, load_files, stop_or_skip_bad
+from data import TreeDataset, VQAData
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_everything, unwrap
 from eval import accuracy_table, evaluate
 from feed import make_loader, next_batches, padding
-from holdout import hold_out, image_names
+from holdout import image_names
 from images import image_settings
 from metrics import Metrics
 from model import (
@@ -49,39 +47,30 @@ from model import (
     autocast,
     choose_memory_budget,
     compile_layers,
-    fingerprint,
     load_base,
     load_lora,
-    lora_differences,
-    lora_table,
     pick_dtype,
     resolve_model,
 )
 from plan import (
-    GPU_COUNTS,
     count_steps,
-    data_warnings,
-    empty_model,
     estimate,
     is_due,
     known_gpu,
     lora_settings,
     make_job,
     plan_settings,
-    report,
     tree_counter,
     uncounted,
 )
+from prepare import check_lora, demo_files, describe_data, describe_lora, identify, load_all, print_plan
 from rows import InputError
 from settings import parse_settings, to_toml
 from trees import (
     StepSampler,
     Work,
-    group_samples,
     heaviest,
     make_plan,
-    questions_by_file,
-    rank_efficiency,
     whole_trees,
 )
 from watch import open_trackers
@@ -394,66 +383,7 @@ def _try_micro_batch(model, batch, ranks: Ranks, dtype) -> bool:
     return True
 
 
-# --------------------------------------------------------------------------------------------- data, output and metrics
-
-
-def demo_files(folder: Path) -> dict[str, str]:
-    names = {"model": "model", "train": "train.jsonl", "val": "val.jsonl", "images": ""}
-    return {setting: str((folder / name).resolve()) for setting, name in names.items()}
-
-
-def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
-    files = [*args.train, args.val] if args.val else args.train
-    how = (args.max_tokens, args.system, args.allow_outside_images)
-    data = load_files(files, args.images, tokenizer, images, *how, headers_only=args.plan, prompt=args.prompt)
-    stop_or_skip_bad(data, args.skip_bad, output)
-    train, val = join(data[: len(args.train)]), data[-1] if args.val else None
-    if args.val_fraction:
-        count = len(train.grids)
-        train, val = hold_out(train, args.images, args.val_fraction, args.seed)
-        print0(f"held out {len(val.samples):,} questions on {len(val.grids):,} of {count:,} images")
-    if len(args.train) > 1 or args.train_weights:
-        for own, asked in questions_by_file(train.samples, plan_settings(args)):
-            print0(f"{args.train[train.samples[own[0]].file]}: {len(own):,} questions, {asked:,} an epoch")
-    return train, val
-
-
-def print_plan(args: argparse.Namespace) -> None:
-    """What --plan prints; reads no weights and writes nothing. Raises InputError for rows that can't be used."""
-    if args.dtype == "float32":
-        raise InputError("--plan knows what bfloat16 costs: leave --dtype at auto")
-    model_folder = resolve_model(args.model, weights=False)
-    config, tokenizer = AutoConfig.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
-    if unknown := uncounted(config, args):
-        raise InputError(f"--plan knows what LoRA on Qwen3-VL's language model costs, not {unknown}")
-    check_lora(args, config, None)
-    images = image_settings(model_folder, args.min_pixels, args.max_pixels)
-    train_data, val_data = load_all(args, tokenizer, images, None)
-    plans = [make_plan(train_data.samples, plan_settings(args), epoch) for epoch in range(args.epochs)]
-    describe_data(train_data, val_data, plans[0], tokenizer)
-    print0(
-        report(make_job(args, config, train_data, val_data, plans[0], heaviest(plans)), train_data, images, val_data)
-    )
-
-
-def check_lora(args: argparse.Namespace, config, found: Path | None) -> None:
-    """Raises InputError where --lora-targets names no layer, or --init-from does not fit a run that starts: none is
-    `found` to go on with. Loads no weights."""
-    model = empty_model(config, args)
-    if args.init_from and not found and (differences := lora_differences(model, Path(args.init_from))):
-        raise InputError("\n  ".join([f"--init-from {args.init_from} does not fit:", *differences]))
-
-
-def identify(args, images, train_data: VQAData, val_data: VQAData | None, model_folder: str) -> dict:
-    """What a run's result depends on: a checkpoint of one run is not resumed by another."""
-    facts = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-    facts |= {f"image {name}": value for name, value in asdict(images).items()}
-    for name, data in (("train rows", train_data), ("val rows", val_data)):
-        facts[name] = f"{len(data.samples):,} questions, fingerprint {data.fingerprint()}" if data else "none"
-    first = Path(args.init_from) / "adapter_model.safetensors"
-    if not args.init_from or first.is_file():  # a run that is resumed can do without
-        facts["first weights"] = size_and_sum(first)["sha256"][:16] if args.init_from else ""
-    return facts | {"base model": fingerprint(model_folder)}
+# -------------------------------------------------------------------------------------------------------------- output
 
 
 def rehearse_save(output: Path, model, args: argparse.Namespace, state: dict) -> None:
@@ -486,37 +416,6 @@ def conclude(metrics: Metrics, done: int, steps: int, stop: Stop, finished: bool
         print0(f"done: {done} steps{early}, {output}")
     metrics.status(state, done)
     return code
-
-
-def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
-    """Say what will be trained: sizes, lengths, the plan, and one sample with its trained tokens marked."""
-    for name, data in (("train", train), ("val", val)):
-        if data:
-            print0(
-                f"{name}: {len(data.samples):,} questions, {len(data.grids):,} images, {len(data.bad):,} rows left out"
-            )
-    for warning in data_warnings(train, val):
-        print0(f"warning: {warning}")
-    groups = [len(group) for group in group_samples(train.samples)]
-    print0(f"questions an image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
-    print0("tokens a question (image included):\n" + length_histogram([sample.tokens for sample in train.samples]))
-    trees = [tree for step in plan for batch in step for tree in batch]
-    alone = sum(train.samples[i].tokens for tree in trees for i in tree.samples)
-    together = sum(tree.tokens for tree in trees)
-    print0(
-        f"plan: {len(trees):,} trees in {len(plan):,} steps an epoch of {len(trees) / len(plan):.1f} images in "
-        f"{sum(map(len, plan)) / len(plan):.1f} micro-batches; trees need {together:,} tokens an epoch, "
-        f"single questions {alone:,} ({alone / together:.1f}x); rank efficiency "
-        + ", ".join(f"{100 * rank_efficiency(plan, n):.0f}% at {n}" for n in GPU_COUNTS)
-    )
-    print0(f"one sample, trained tokens in ⟦ ⟧:\n{describe_sample(train.samples[0], tokenizer)}")
-
-
-def describe_lora(model) -> None:
-    table = lora_table(model)
-    for kind, (modules, parameters) in table.items():
-        print0(f"  {kind:<38} {modules:>4} modules {parameters:>12,} parameters")
-    print0(f"  trained in all {sum(parameters for _, parameters in table.values()):,} parameters")
 
 
 if __name__ == "__main__":

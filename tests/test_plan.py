@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import model as model_file
 import plan
+import prepare
 import train
 from data import VQAData, at_limit, load_data
 from images import check_images, image_settings
@@ -149,7 +150,7 @@ def test_what_is_said_of_a_plan_does_not_make_another_run(world):
     data, dataset = tiny.load_world(world)
     asked = (arguments(world, "out") + more for more in ([], ["--gpu=l40s", "--time-limit=3", "--plan"]))
     args = [parse_settings(words) for words in asked]
-    before, after = (train.identify(one, dataset.settings, data, None, str(world / "model")) for one in args)
+    before, after = (prepare.identify(one, dataset.settings, data, None, str(world / "model")) for one in args)
     assert before == after
 
 
