@@ -64,15 +64,15 @@ def save_checkpoint(output: Path, model, state: dict, keep: int) -> bool:
             os.rename(output / name, output / f"tmp-old-{name}")
         os.rename(partial, output / name)
         _to_disk(output)
-        if state["best"]:
-            best = {"checkpoint": f"checkpoint-{state['best']['step']:06d}", **state["best"]}
-            write_whole(output / "best.json", json.dumps(best))
+        best = f"checkpoint-{state['best'].get('step', 0):06d}"
+        if (output / best).exists():  # else its save failed: the best one that is there stays marked
+            write_whole(output / "best.json", json.dumps({"checkpoint": best, **state["best"]}))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(output).free / 2**20
         print0(f"warning: checkpoint of step {state['step']} not saved: {error} ({free:,.1f} MiB free in {output})")
         return False
-    kept = {folder.name for folder in checkpoints(output)[-keep:]} | {f"checkpoint-{state['best'].get('step', 0):06d}"}
+    kept = {folder.name for folder in checkpoints(output)[-keep:]} | {marked_best(output)}
     for old in [*output.glob("tmp-old-*"), *(folder for folder in checkpoints(output) if folder.name not in kept)]:
         shutil.rmtree(old, onerror=lambda _function, path, failure: print0(f"warning: {path} stays: {failure[1]}"))
     return True
@@ -136,11 +136,17 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def marked_best(output: Path) -> str:
+    """The name of the checkpoint that best.json marks; empty: none."""
+    mark = output / "best.json"
+    return json.loads(mark.read_text())["checkpoint"] if mark.exists() else ""
+
+
 def pick_checkpoint(folder: Path) -> Path:
     """The folder itself, or of a run's folder its best checkpoint, or its newest where none is marked best."""
     found = [folder] if (folder / "state.pt").exists() else checkpoints(folder)[-1:]
-    if (best := folder / "best.json").exists():
-        found = [folder / json.loads(best.read_text())["checkpoint"]]
+    if best := marked_best(folder):
+        found = [folder / best]
     if not found:
         raise InputError(f"--ckpt: {folder} is neither a checkpoint nor a run's folder with one")
     if problem := damage(found[0]):

@@ -186,6 +186,20 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_nothing_else(wor
     assert same(small_disk / "out", undisturbed) and clean(small_disk / "out")
 
 
+def test_the_best_checkpoint_that_could_be_saved_stays_marked_and_there(tmp_path, monkeypatch):
+    def write(folder: Path, _model, state: dict) -> None:
+        folder.mkdir()
+        if state["step"] == 4:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write)
+    for step, best in ((2, 2), (4, 4), (6, 4), (8, 4)):
+        state = {"step": step, "best": {"exact_match": 0.5, "step": best}}
+        assert checkpoints.save_checkpoint(tmp_path, None, state, keep=1) == (step != 4)
+    assert json.loads((tmp_path / "best.json").read_text())["checkpoint"] == "checkpoint-000002"
+    assert [folder.name for folder in checkpoints.checkpoints(tmp_path)] == ["checkpoint-000002", "checkpoint-000008"]
+
+
 def test_a_disk_that_stays_full_stops_the_run_and_harms_nothing(world, small_disk, tmp_path, capsys):
     output = small_disk / "out"
     with pytest.MonkeyPatch.context() as patch:
