@@ -135,8 +135,8 @@ class Metrics:
             return
         told = f"step {done:,} of {self.steps:,}"
         if self.last:
-            left = timedelta(seconds=round(self.last["eta_s"]))
-            told += f", epoch {done / self.an_epoch:.2f}, {left} left, loss {self.last['loss']:.4g}"
+            left = "" if state == "done" else f", {timedelta(seconds=round(self.last['eta_s']))} left"
+            told += f", epoch {done / self.an_epoch:.2f}{left}, loss {self.last['loss']:.4g}"
         if self.best:
             told += f", best exact match {100 * self.best['exact_match']:.1f}% at step {self.best['step']:,}"
         replace_file(self.output / "status", f"{state} {done}\n{told}\n")

@@ -179,6 +179,8 @@ def test_status_tells_where_a_run_stands(make):
     assert status.read_text() == f"running 6\n{expected}\n"
     make({"step": 6, "best": told.best}).status("stopped", 6)
     assert status.read_text() == f"stopped 6\n{expected}\n"
+    told.status("done", 6)  # by --patience
+    assert status.read_text() == f"done 6\n{expected.replace(', 0:00:56 left', '')}\n"
 
 
 def test_curves_are_drawn_anew_at_every_evaluation(make):
