@@ -291,7 +291,8 @@ def _prediction(sample: Sample, answer: dict, scored: dict) -> dict:
 
 def read_predictions(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # an answer may hold U+2028
+        return [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no predictions file: {error}") from None
 

@@ -177,6 +177,12 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
         evaluation.main(["--compare", str(files[0]), str(tmp_path / "fewer.jsonl")])
 
 
+def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
+    told, path = {"where": "val.jsonl:1", "prediction": "a\u2028b\u0085c"}, tmp_path / "predictions.jsonl"
+    path.write_text(2 * (json.dumps(told, ensure_ascii=False) + "\n"), encoding="utf-8")
+    assert evaluation.read_predictions(path) == [told, told]
+
+
 def test_closed_questions_are_weighed_and_scored(world, run, tmp_path):
     """Questions with a few answers in the training rows, and a row with options of its own."""
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
