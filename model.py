@@ -202,8 +202,9 @@ def lora_table(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def lora_differences(model: PeftModel, folder: Path) -> list[str]:
     """Why an adapter folder's weights are not those of this model's LoRA: its settings or its layers differ."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        return ["it holds no adapter_model.safetensors"]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if not (folder / name).is_file():
+            return [f"it holds no {name}"]
     own, other = model.peft_config["default"].to_dict(), json.loads((folder / "adapter_config.json").read_text())
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
     found = [f"{n} is {other.get(n)!r} there, {own[n]!r} here" for n in names if (other.get(n) or 0) != (own[n] or 0)]
@@ -301,8 +302,8 @@ def load_lora(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
 
-def load_adapter(base: nn.Module, folder: Path, trainable: bool = False) -> PeftModel:
-    return use_lean_lora(PeftModel.from_pretrained(base, folder, is_trainable=trainable))
+def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
+    return use_lean_lora(PeftModel.from_pretrained(base, folder))
 
 
 # ------------------------------------------------------------------------------------------------------ running trees
