@@ -26,11 +26,12 @@ from rows import BadRow, InputError, Row, read_rows
 from trees import Work
 
 MAX_LISTED = 50  # bad rows told on the console; the file has all
+IMAGE_ENDS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out
 
 
 @dataclass
 class Sample:
-    """One question with its answer. `ids` hold one image token an image; `expand` gives each its real number."""
+    """One question with its answer. `ids` hold one image token an image; `_expand` gives each its real number."""
 
     id: str
     where: str  # file:line
@@ -66,7 +67,7 @@ class VQAData:
         return replace(self, samples=samples, grids=grids, sizes=sizes)
 
     def fingerprint(self) -> str:
-        """Changes when a sample's tokens, images or order change."""
+        """Changes when a sample's tokens, images, weight, file or place change."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(sample.ids.tobytes() + sample.trained.tobytes())
@@ -178,10 +179,8 @@ def _resolve(names: list[str], folder: Path, allow_outside: bool) -> tuple[list[
     """Paths of a row's images and "", or [] and what is wrong. An image_id may leave its extension out."""
     paths = []
     for name in names:
-        path = folder / name
-        if not os.path.isfile(path):  # unlike Path.is_file this never raises, whatever stands in the row
-            named = (folder / f"{name}{end}" for end in (".jpg", ".jpeg", ".png"))
-            path = next((one for one in named if os.path.isfile(one)), path)
+        named = [folder / f"{name}{end}" for end in IMAGE_ENDS]
+        path = next(filter(os.path.isfile, named), named[0])  # unlike Path.is_file it never raises, whatever a row says
         path = Path(os.path.abspath(path))
         if not allow_outside and not path.is_relative_to(os.path.abspath(folder)):
             return [], f"image {name} lies outside {folder} (--allow-outside-images permits that)"

@@ -4,10 +4,8 @@ import os
 from dataclasses import replace
 from hashlib import sha256
 
-from data import VQAData
+from data import IMAGE_ENDS, VQAData
 from rows import InputError, Row
-
-IMAGE_ENDS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out
 
 
 def hold_out(data: VQAData, folder: str, fraction: float, seed: int) -> tuple[VQAData, VQAData]:
