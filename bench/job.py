@@ -5,7 +5,8 @@
 
 The rows' images are repeated under new names until there are 4,550 of them with 41,079 questions, as in Kvasir-VQA's
 training split. Each question is lengthened to 195 tokens with its answer and template, each picture has 1920x1440
-pixels, @@"""
+pixels, 2,700 image tokens. --mixed leaves the questions as they are and draws pictures of mixed sizes.
+"""
 
 import argparse
 import json
