@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
@@ -205,11 +205,15 @@ def lora_differences(model: PeftModel, folder: Path) -> list[str]:
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         if not (folder / name).is_file():
             return [f"it holds no {name}"]
-    own, other = model.peft_config["default"].to_dict(), json.loads((folder / "adapter_config.json").read_text())
+    try:
+        other = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (ValueError, SafetensorError) as error:
+        return [f"it is damaged: {error}"]
+    own = model.peft_config["default"].to_dict()
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
     found = [f"{n} is {other.get(n)!r} there, {own[n]!r} here" for n in names if (other.get(n) or 0) != (own[n] or 0)]
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     here = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
     for where, names in (("there", there.keys() - here.keys()), ("here", here.keys() - there.keys())):
         found += [f"only {where}: {min(names)} and {len(names) - 1:,} more"] if names else []

@@ -201,6 +201,9 @@ def test_a_checkpoint_wins_over_the_first_weights_which_are_known_by_their_finge
     for other in (moved, ""):
         with pytest.raises(InputError, match="first weights: was"):
             train.main(arguments(world, output, **given | {"init-from": other, "resume": "auto"}))
+    (moved / "adapter_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="does not fit:\n  it is damaged: "):
+        train.main(arguments(world, tmp_path / "new", **given | {"init-from": moved}))
     (moved / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="does not fit:\n  it holds no adapter_config.json"):
         train.main(arguments(world, tmp_path / "new", **given | {"init-from": moved}))
