@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass
 class VQAData:
-    """All usable samples of one rows file, the patch grid of every image, and what was not usable."""
+    """All usable samples of a rows file, or of several, the patch grid of every image, and what was not usable."""
 
     path: str
     samples: list[Sample]

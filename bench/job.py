@@ -133,7 +133,7 @@ def torchrun(gpus: int, *words, log: Path) -> float:
     return time.perf_counter() - started
 
 
-def train(args, work: Path, gpus: int, settings: list[str]) -> dict:
+def train(work: Path, gpus: int, settings: list[str]) -> dict:
     """train.py on the job; its figures are those of its metrics.jsonl, the first two steps left out."""
     output, log = work / f"run-{gpus}", work / f"train-{gpus}.log"
     files = {"model": "model", "train": "train.jsonl", "val": "val.jsonl", "images": "pictures"}
@@ -229,7 +229,7 @@ def main(argv: list[str], _stop) -> int:
     if not args.work.exists():
         make_job(args, args.work)
     args.work, gpus = args.work.resolve(), [int(n) for n in args.gpus.split(",")]
-    rows = [train(args, args.work, n, settings) for n in gpus]
+    rows = [train(args.work, n, settings) for n in gpus]
     rows += [recipe(args, args.work, n) for n in gpus[-1:] if args.recipe_steps]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(device_name(device))
