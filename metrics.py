@@ -16,12 +16,8 @@ from plan import Gpu
 from report import curves
 from report_page import sheet
 
-SUMS = {
-    "losses": 0.0,
-    "weight": 0.0,
-    "questions": 0,
-    "images": 0,
-}  # since the last line; weight: of answer tokens
+# since the last line; of steps that were not skipped the loss, the weight of answer tokens, the last gradient norm
+SUMS = {"losses": 0.0, "weight": 0.0, "grad_norm": 0.0, "questions": 0, "images": 0}
 PACE = {"questions": 0, "tokens": 0, "flops": 0.0, "waited": 0.0}  # since `started`; tokens are all
 
 
@@ -77,10 +73,12 @@ class Metrics:
 
     def step(self, done: int, facts, loss: float, grad_norm: float, lr: float, waited: float, bar: tqdm, last: bool):
         """Count a step; when `last`, write the mean loss and the speed since the line before."""
-        if math.isfinite(loss):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             self.sums["losses"] += loss * facts.answer_weight
             self.sums["weight"] += facts.answer_weight
-        self.sums["skipped"] += not (math.isfinite(loss) and math.isfinite(grad_norm))
+            self.sums["grad_norm"] = grad_norm
+        else:
+            self.sums["skipped"] += 1
         self.sums["questions"] += facts.questions
         self.sums["images"] += facts.images
         now = {"questions": facts.questions, "tokens": facts.tokens, "flops": facts.flops, "waited": waited}
@@ -88,8 +86,8 @@ class Metrics:
         bar.update(1)
         if not last or not self.sums["weight"]:
             return
-        line = {"loss": self.sums["losses"] / self.sums["weight"], "grad_norm": grad_norm, "lr": lr, **self.speed()}
-        line |= {"skipped": self.sums["skipped"], "epoch": done / self.an_epoch}
+        line = {"loss": self.sums["losses"] / self.sums["weight"], "grad_norm": self.sums["grad_norm"], "lr": lr}
+        line |= self.speed() | {"skipped": self.sums["skipped"], "epoch": done / self.an_epoch}
         shown = {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for name, value in line.items()}
         bar.set_postfix(shown, refresh=False)
         step_s = (time.perf_counter() - self.began) / (done - self.first)  # evaluations and checkpoints included

@@ -163,6 +163,15 @@ def test_skipped_steps_are_counted_over_lines_and_starts(make):
     assert take(make({"step": 3, "sums": told.sums}), 4)["skipped"] == 2
 
 
+@pytest.mark.parametrize("spoiled", [{"loss": float("nan"), "grad_norm": float("nan")}, {"grad_norm": float("inf")}])
+def test_a_line_tells_loss_and_norm_of_steps_that_were_not_skipped(make, spoiled):
+    """Else it would hold NaN or Infinity, which JSON has not."""
+    told = make()
+    take(told, 1, loss=2.0, grad_norm=0.5, last=False)
+    line = take(told, 2, **{"loss": 9.0, **spoiled})
+    assert (line["loss"], line["grad_norm"], line["questions"]) == (2.0, 0.5, 16)
+
+
 # --------------------------------------------------------------------------------------------------- status and curves
 
 
