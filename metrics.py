@@ -44,7 +44,10 @@ class Metrics:
         self.start_clock()
         if ranks.is_main:
             path = output / "metrics.jsonl"
-            kept = [line for line in read_metrics(path) if line["step"] <= self.first]  # later steps are made again
+            # later steps are made again, and so is an evaluation that the checkpoint has as due
+            again = ("eval", self.first) if start.get("evaluation_due") else None
+            kept = [line for line in read_metrics(path) if line["step"] <= self.first]
+            kept = [line for line in kept if (line["event"], line["step"]) != again]
             self.last = next((line for line in reversed(kept) if line["event"] == "train"), None)
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
             self.file = open(path, "a", encoding="utf-8")

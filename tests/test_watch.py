@@ -172,6 +172,17 @@ def test_a_line_tells_loss_and_norm_of_steps_that_were_not_skipped(make, spoiled
     assert (line["loss"], line["grad_norm"], line["questions"]) == (2.0, 0.5, 16)
 
 
+def test_an_evaluation_that_is_still_due_stands_once(make):
+    """A run was stopped before it, went on with it, and was killed before the save that follows."""
+    told, result = make(), {"loss": 1.5, "exact_match": 0.5}
+    take(told, 5)
+    told.evaluation(5, result, is_best=True)
+    make({"step": 5}).evaluation(6, result, is_best=False)
+    assert [line["step"] for line in read_metrics(told.output / "metrics.jsonl")] == [5, 5, 6]
+    make({"step": 5, "evaluation_due": True}).evaluation(5, result, is_best=True)
+    assert [line["event"] for line in read_metrics(told.output / "metrics.jsonl")] == ["train", "eval"]
+
+
 # --------------------------------------------------------------------------------------------------- status and curves
 
 
