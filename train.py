@@ -148,7 +148,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         settings = vars(args) | {"image_settings": asdict(images)}
         now = {"step": done, "best": best, "evaluation_due": evaluation_due, "sums": metrics.sums, "skipped": skipped}
         now |= {"optimizer": optimizer.state_dict(), "held_out": held_out, "stale": stale}
-        return now | {"identity": identity, "settings": settings}
+        return now | {"identity": start.get("identity", {}) | identity, "settings": settings}
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
     dataset = TreeDataset(train_data, images, padding(device))

@@ -208,8 +208,12 @@ def test_a_checkpoint_wins_over_the_first_weights_which_are_known_by_their_finge
     with pytest.raises(InputError, match="does not fit:\n  it holds no adapter_config.json"):
         train.main(arguments(world, tmp_path / "new", **given | {"init-from": moved}))
     shutil.rmtree(moved)
+    shutil.rmtree(output / "checkpoint-000004")
     resumed = given | {"init-from": moved, "resume": "auto"}
     assert train.main(arguments(world, output, **resumed)) == 0
+    shutil.copytree(start, moved)  # it is there again, and still what the checkpoints go back to
+    assert train.main(arguments(world, output, **resumed)) == 0
+    shutil.rmtree(moved)
     with pytest.raises(InputError, match="does not fit:\n  it holds no adapter_model.safetensors"):
         train.main(arguments(world, tmp_path / "new", **resumed))
 
