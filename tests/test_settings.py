@@ -159,20 +159,6 @@ def test_paths_are_kept_whole_and_images_start_beside_the_rows(rows_file, monkey
     assert [settings.val] == settings.train == [rows_file] and settings.images == str(folder)
 
 
-def test_the_readme_lists_every_flag_with_its_default_and_help():
-    written = {}
-    for line in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("| `--"):
-            flag, default, told = (cell.strip() for cell in line.strip("|").split("|"))
-            written[flag.strip("`")] = (default, told)
-    actions = {action.option_strings[0]: action for action in build_parser()._actions if action.dest != "help"}
-    assert written.keys() == actions.keys()
-    for flag, (default, told) in written.items():
-        kind = type(actions[flag].default)
-        assert (default == "on" if kind is bool else kind(default)) == actions[flag].default, flag
-        assert told == actions[flag].help, flag
-
-
 def test_every_flag_has_a_help_text():
     actions = build_parser()._actions
     assert len(actions) > 30
