@@ -1,6 +1,6 @@
 """Rows of visual question answering, in the three formats people have, turned into one: a conversation with images.
 
-Formats are told apart by their fields (README.md shows an example of each):
+Formats are told apart by their fields (docs/rows.md shows an example of each):
 flat (`question`, `answer`), LLaVA (`conversations`) and messages (`messages`). Files are JSON arrays or JSON lines.
 """
 
