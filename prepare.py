@@ -85,6 +85,8 @@ def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
             )
     for warning in data_warnings(train, val):
         print0(f"warning: {warning}")
+    if weighed := sum(sample.weight != 1 for sample in train.samples):
+        print0(f"rows whose `weight` is not 1: {weighed:,}, they count by it in the loss")
     groups = [len(group) for group in group_samples(train.samples)]
     print0(f"questions an image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
     print0("tokens a question (image included):\n" + length_histogram([sample.tokens for sample in train.samples]))
