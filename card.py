@@ -2,7 +2,7 @@
 
 import json
 
-from model import VISION_TARGETS
+from model import names_vision
 
 CARD = """---
 base_model: {quoted}
@@ -50,7 +50,7 @@ def model_card(state: dict) -> str:
     if best:
         score = f"\nBest validation so far: exact match {100 * best['exact_match']:.1f}%, at step {best['step']:,}."
     vllm = VLLM.format(model=settings["model"], rank=2 ** max(3, (settings["lora_r"] - 1).bit_length()))
-    if settings["dora"] or VISION_TARGETS.keys() & set(settings["lora_targets"].split(",")):
+    if settings["dora"] or names_vision(settings["lora_targets"]):
         vllm = "vLLM loads LoRA on the language model only, without DoRA: merge it first, `python model.py merge`."
     facts = {name: value for name, value in state["identity"].items() if value != ""}
     return CARD.format(

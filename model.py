@@ -182,6 +182,11 @@ def target_pattern(targets: str) -> str:
     return "|".join(patterns + [VISION_TARGETS[part] for part in parts if part in VISION_TARGETS])
 
 
+def names_vision(targets: str) -> bool:
+    """Whether --lora-targets asks for the vision tower or its merger."""
+    return not VISION_TARGETS.keys().isdisjoint(targets.split(","))
+
+
 def trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 import trees
 from data import VQAData, at_limit
 from images import ImageSettings
-from model import VISION_TARGETS, add_lora, kept_bytes, kept_share, lora_table, memory_margin
+from model import add_lora, kept_bytes, kept_share, lora_table, memory_margin, names_vision
 from scores import normalize
 from trees import MicroBatch, PlanSettings, Step, Tree
 
@@ -194,8 +194,7 @@ def uncounted(config, args: argparse.Namespace) -> str:
     """What of a run its estimates do not know; empty: they know all of it."""
     if config.model_type != "qwen3_vl":
         return config.model_type
-    trained = set(args.lora_targets.split(",")) & VISION_TARGETS.keys()
-    return "DoRA" if args.dora else "a trained vision tower" if trained else ""
+    return "DoRA" if args.dora else "a trained vision tower" if names_vision(args.lora_targets) else ""
 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:

@@ -367,7 +367,8 @@ def rehearse(model, optimizer, dataset: TreeDataset, work: Work, ranks: Ranks, d
     optimizer.zero_grad(set_to_none=True)
     text = f"rehearsed the heaviest micro-batch ({tokens:,} tokens) in {time.perf_counter() - started:.0f} s"
     if ranks.device.type == "cuda":
-        text += f", memory budget {budget}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        text += ", not compiled" if budget is None else f", memory budget {budget}"
+        text += f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     print0(text)
 
 
