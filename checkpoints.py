@@ -29,7 +29,7 @@ VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__
 # what may differ in a resumed run without changing what it learns
 FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
 FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
-FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb"}
+FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb", "vision_cache"}
 FREE_SETTINGS |= {"init_from"}  # its weights are told by their fingerprint
 _locks = []  # open files: a lock lasts as long as its file is open
 

@@ -24,6 +24,7 @@ from transformers.vision_utils import (
 from images import ImageSettings, check_images, load_patches
 from rows import BadRow, InputError, Row, read_rows
 from trees import Work
+from vision_cache import VisionCache
 
 MAX_LISTED = 50  # bad rows told on the console; the file has all
 IMAGE_ENDS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out
@@ -307,6 +308,8 @@ class Batch:
     vision: dict  # what the vision tower derives from the grid, made here so that the GPU need not wait for it
     samples: list[int]  # indices into VQAData.samples
     work: Work
+    features: torch.Tensor | None = None  # (sets, I, width) from the vision cache, instead of patches
+    names: list[str] = field(default_factory=list)  # of the images' entries in the vision cache
 
     def _map(self, function) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -335,10 +338,18 @@ def rotary_positions(sample: Sample, grids: dict[str, tuple[int, int]], merge_si
     return np.concatenate([*pieces, np.stack([text] * 3)], axis=1)
 
 
-def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int = 1, prompts_only: bool = False):
+def build_batch(
+    data: VQAData,
+    work: Work,
+    settings: ImageSettings,
+    pad_to: int = 1,
+    prompts_only: bool = False,
+    cache: VisionCache | None = None,
+) -> Batch:
     """Pack the trees of `work` into a `Batch`, padded to a multiple of `pad_to` tokens.
 
-    `prompts_only` cuts every branch before its last answer, which is what generation starts from.
+    `prompts_only` cuts every branch before its last answer, which is what generation starts from. With features of all
+    its images in the `cache` the batch has those and no patches.
     """
     parts, answers, samples, images, offset = [], [], [], [], 0
     for number, tree in enumerate(work.trees):
@@ -363,7 +374,11 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
 
     ids, positions, tree, branch, is_image = (torch.from_numpy(np.concatenate(part, axis=-1)) for part in zip(*parts))
     answer_at, targets, weights, question = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers))
-    loaded = {path: load_patches(path, data.grids[path], settings) for path in dict.fromkeys(images)}
+    names = [cache.name(path, data.grids[path]) for path in images] if cache else []
+    tokens = [math.prod(data.grids[path]) // settings.merge_size**2 for path in images]
+    features = cache.load(names, tokens) if names else None
+    seen = images if features is None else []
+    loaded = {path: load_patches(path, data.grids[path], settings) for path in dict.fromkeys(seen)}
     grid = torch.tensor([(1, *data.grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
     no_patches = np.zeros((0, 3, settings.patch_size**2), np.uint8)
     return Batch(
@@ -376,11 +391,13 @@ def build_batch(data: VQAData, work: Work, settings: ImageSettings, pad_to: int 
         targets=targets.long(),
         weights=weights,
         question=question,
-        patches=torch.from_numpy(np.concatenate([no_patches, *(loaded[path] for path in images)])),
+        patches=torch.from_numpy(np.concatenate([no_patches, *(loaded[path] for path in seen)])),
         grid=grid,
-        vision=_vision_inputs(grid, settings) if images else {},
+        vision=_vision_inputs(grid, settings) if seen else {},
         samples=samples,
         work=work,
+        features=features,
+        names=names,
     )
 
 
@@ -415,37 +432,23 @@ def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class TreeDataset(Dataset):
     """Items are micro-batches: a sampler yields `Work`, an item is its `Batch`."""
 
-    def __init__(self, data: VQAData, settings: ImageSettings, pad_to: int = 1, prompts_only: bool = False):
+    def __init__(
+        self,
+        data: VQAData,
+        settings: ImageSettings,
+        pad_to: int = 1,
+        prompts_only: bool = False,
+        cache: VisionCache | None = None,
+    ):
         self.data, self.settings, self.pad_to, self.prompts_only = data, settings, pad_to, prompts_only
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.data.samples)
 
     def __getitem__(self, work: Work) -> Batch:
         try:
-            return build_batch(self.data, work, self.settings, self.pad_to, self.prompts_only)
+            return build_batch(self.data, work, self.settings, self.pad_to, self.prompts_only, self.cache)
         except OSError as error:  # checked before training, so it has changed since
             first = self.data.samples[work.trees[0].samples[0]].where
             raise RuntimeError(f"an image of {first} or what follows can't be read any more: {error}") from error
-
-
-def describe_sample(sample: Sample, tokenizer) -> str:
-    """The sample's text as trained, its trained tokens between ⟦ and ⟧, each image as its number of tokens."""
-    edges = np.flatnonzero(np.diff(sample.trained)) + 1
-    text, counts = "", iter(sample.image_tokens)
-    for piece in np.split(
-        np.arange(len(sample.ids)), sorted({*edges, *sample.image_at, *(at + 1 for at in sample.image_at)})
-    ):
-        if not len(piece):
-            continue
-        is_image = piece[0] in sample.image_at
-        part = f"<{next(counts):,} image tokens>" if is_image else tokenizer.decode(sample.ids[piece].tolist())
-        text += f"⟦{part}⟧" if sample.trained[piece[0]] else part
-    return text
-
-
-def length_histogram(lengths: list[int], bins: int = 8) -> str:
-    """One line a bin: its range in tokens, how many, a bar."""
-    counts, edges = np.histogram(lengths, bins=bins)
-    rows = zip(counts, edges, edges[1:])
-    return "\n".join(f"  {a:7,.0f} to {b:7,.0f}  {n:7,}  {'█' * round(40 * n / max(counts))}" for n, a, b in rows)

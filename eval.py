@@ -49,7 +49,7 @@ def evaluate(
     given the reference before it. So one forward pass a tree tells exact match without generating.
     """
     model.eval()
-    dataset = TreeDataset(data, model.settings, padding(ranks.device))
+    dataset = TreeDataset(data, model.settings, padding(ranks.device), cache=model.cache)
     mine = {}
     for batch in next_batches(make_loader(dataset, my_share(batches, ranks), workers, ranks.device)):
         if stop.reason:

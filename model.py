@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch._dynamo.config
 import torch._functorch.config
@@ -33,6 +34,7 @@ from data import Batch
 from images import ImageSettings
 from rows import InputError
 from settings import DEFAULT_TARGETS
+from vision_cache import FeatureWriter, VisionCache
 
 MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 # parts of --lora-targets that are not the language model's
@@ -242,8 +244,25 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         return y
     a = layer.lora_A["default"].weight.to(x.dtype)  # (r, in)
     b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(x.dtype)  # (out, r)
-    low = layer.lora_dropout["default"](x).flatten(0, -2) @ a.T  # (T, r)
+    drop = layer.lora_dropout["default"]
+    dropped = hashed_dropout(x, drop.p) if torch.compiler.is_compiling() and drop.training and drop.p else drop(x)
+    low = dropped.flatten(0, -2) @ a.T  # (T, r)
     return torch.addmm(y.flatten(0, -2), low, b.T).view_as(y)
+
+
+def hashed_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout of x (..., T, D) whose mask is a hash of each place and of one number drawn from torch's generator.
+
+    Compiled, it costs a tenth of torch's own, which draws by Philox's ten rounds, and the backward pass makes the mask
+    again where torch keeps it. The hash is Wellons' lowbias32 (github.com/skeeto/hash-prospector).
+    """
+    seed = torch.randint(-(2**31), 2**31 - 1, (), device=x.device).to(torch.int32)
+    rows, columns = (torch.arange(size, device=x.device, dtype=torch.int32) for size in x.shape[-2:])
+    h = (rows[:, None] * x.shape[-1] + columns) ^ seed  # int32 all along: products wrap, >> is made logical by &
+    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ (h >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
+    h = h ^ (h >> 16 & 0xFFFF)
+    return torch.where(h < int((p - 0.5) * 2**32), 0, x * (1 / (1 - p)))
 
 
 @torch.no_grad()
@@ -329,10 +348,11 @@ class Features:
 class TreeModel(nn.Module):
     """A (LoRA-wrapped) model that runs a packed `Batch` of trees."""
 
-    def __init__(self, model: nn.Module, settings: ImageSettings):
+    def __init__(self, model: nn.Module, settings: ImageSettings, cache: VisionCache | None = None):
         super().__init__()
         self.model = model
         self.settings = settings
+        self.cache, self.writer = cache, FeatureWriter(cache) if cache else None
         self.trains_vision = trains(self.base.model.visual)
         self.train()
 
@@ -347,9 +367,17 @@ class TreeModel(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def frozen_features(self, batch: Batch) -> Features | None:
-        """What a frozen vision tower makes of the images, outside of DDP. None where it is trained: then `forward` runs
-        it."""
-        return None if self.trains_vision else self.encode_images(batch)
+        """What a frozen vision tower makes of the images, or made in an earlier epoch, outside of DDP. None where it is
+        trained: then `forward` runs it."""
+        if self.trains_vision:
+            return None
+        if batch.features is not None:
+            return Features(batch.features[0], list(batch.features[1:]))
+        features = self.encode_images(batch)
+        if batch.names:
+            tokens = np.diff(batch.vision["image_starts"]) // self.settings.merge_size**2
+            self.writer.put(batch.names, tokens.tolist(), torch.stack([features.embeds, *features.deepstack]))
+        return features
 
     def encode_images(self, batch: Batch) -> Features | None:
         """Run the vision tower, once for every image of every tree. None without images."""

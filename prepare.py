@@ -1,20 +1,26 @@
 """What comes before the model of a run is loaded: rows, settings, configuration, read, checked and told; `--plan`."""
 
 import argparse
+import math
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from checkpoints import FREE_SETTINGS, size_and_sum
-from data import VQAData, describe_sample, join, length_histogram, load_files, stop_or_skip_bad
+from data import Sample, VQAData, join, load_files, stop_or_skip_bad
 from dist_utils import print0
 from holdout import hold_out
-from images import image_settings
-from model import fingerprint, lora_differences, lora_table, resolve_model
-from plan import GPU_COUNTS, data_warnings, empty_model, make_job, plan_settings, report, uncounted
+from images import ImageSettings, image_settings
+from model import fingerprint, lora_differences, lora_table, names_vision, resolve_model
+from plan import GIB, GPU_COUNTS, data_warnings, empty_model, make_job, plan_settings, report, uncounted
 from rows import InputError
 from trees import group_samples, heaviest, make_plan, questions_by_file, rank_efficiency
+from vision_cache import SPARE, describe
 
 
 def demo_files(folder: Path) -> dict[str, str]:
@@ -50,6 +56,7 @@ def print_plan(args: argparse.Namespace) -> None:
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = load_all(args, tokenizer, images, None)
     plans = [make_plan(train_data.samples, plan_settings(args), epoch) for epoch in range(args.epochs)]
+    check_cache(args, config, torch.bfloat16, images, [train_data] + [val_data] * bool(val_data))
     describe_data(train_data, val_data, plans[0], tokenizer)
     print0(
         report(make_job(args, config, train_data, val_data, plans[0], heaviest(plans)), train_data, images, val_data)
@@ -62,6 +69,25 @@ def check_lora(args: argparse.Namespace, config, found: Path | None) -> None:
     model = empty_model(config, args)
     if args.init_from and not found and (differences := lora_differences(model, Path(args.init_from))):
         raise InputError("\n  ".join([f"--init-from {args.init_from} does not fit:", *differences]))
+
+
+def check_cache(args, config, dtype: torch.dtype, images: ImageSettings, data: list[VQAData]) -> None:
+    """Say what --vision-cache takes. Raises InputError where it is of no use or has no room."""
+    if not args.vision_cache:
+        return
+    if names_vision(args.lora_targets):
+        raise InputError("--vision-cache: --lora-targets trains the vision tower, whose features change then")
+    folder = Path(args.vision_cache).absolute()
+    cache = describe(folder, config, dtype)
+    grids = {path: grid for one in data for path, grid in one.grids.items()}
+    total = sum(cache.size(math.prod(grid) // images.merge_size**2) for grid in grids.values())
+    there = sum(path.stat().st_size for path in folder.glob("*/*"))
+    above = next(path for path in [folder, *folder.parents] if path.is_dir())
+    free = shutil.disk_usage(above).free
+    sizes = f"{total / GIB:.1f} GiB for {len(grids):,} pictures, {there / GIB:.1f} there, {free / GIB:.1f} free"
+    if total - there > free - SPARE or not os.access(above, os.W_OK):
+        raise InputError(f"--vision-cache {folder} can't be filled ({sizes}): choose another folder")
+    print0(f"vision cache in {folder}: {sizes}")
 
 
 def identify(args, images, train_data: VQAData, val_data: VQAData | None, model_folder: str) -> dict:
@@ -107,3 +133,25 @@ def describe_lora(model) -> None:
     for kind, (modules, parameters) in table.items():
         print0(f"  {kind:<38} {modules:>4} modules {parameters:>12,} parameters")
     print0(f"  trained in all {sum(parameters for _, parameters in table.values()):,} parameters")
+
+
+def describe_sample(sample: Sample, tokenizer) -> str:
+    """The sample's text as trained, its trained tokens between ⟦ and ⟧, each image as its number of tokens."""
+    edges = np.flatnonzero(np.diff(sample.trained)) + 1
+    text, counts = "", iter(sample.image_tokens)
+    for piece in np.split(
+        np.arange(len(sample.ids)), sorted({*edges, *sample.image_at, *(at + 1 for at in sample.image_at)})
+    ):
+        if not len(piece):
+            continue
+        is_image = piece[0] in sample.image_at
+        part = f"<{next(counts):,} image tokens>" if is_image else tokenizer.decode(sample.ids[piece].tolist())
+        text += f"⟦{part}⟧" if sample.trained[piece[0]] else part
+    return text
+
+
+def length_histogram(lengths: list[int], bins: int = 8) -> str:
+    """One line a bin: its range in tokens, how many, a bar."""
+    counts, edges = np.histogram(lengths, bins=bins)
+    rows = zip(counts, edges, edges[1:])
+    return "\n".join(f"  {a:7,.0f} to {b:7,.0f}  {n:7,}  {'█' * round(40 * n / max(counts))}" for n, a, b in rows)

@@ -88,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--allow-outside-images", action=argparse.BooleanOptionalAction, default=False, help="images outside --images")
     add("--workers", type=count, default=4, help="processes a rank that decode images; 0: in the training process")
+    add("--vision-cache", default="", metavar="DIR",
+        help="folder that keeps the vision tower's features from epoch to epoch; empty: none")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
     add("--model", default=DEFAULT_MODEL, help="hub name or folder: Qwen3-VL, Qwen2.5-VL or Qwen2-VL")
     add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto",

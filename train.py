@@ -63,7 +63,7 @@ from plan import (
     tree_counter,
     uncounted,
 )
-from prepare import check_lora, demo_files, describe_data, describe_lora, identify, load_all, print_plan
+from prepare import check_cache, check_lora, demo_files, describe_data, describe_lora, identify, load_all, print_plan
 from rows import InputError
 from settings import parse_settings, to_toml
 from trees import (
@@ -73,6 +73,7 @@ from trees import (
     make_plan,
     whole_trees,
 )
+from vision_cache import open_cache
 from watch import open_trackers
 
 DEMO_FOLDER = Path("runs/demo-data")
@@ -119,6 +120,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     identity = identify(args, images, train_data, val_data, model_folder)
     found = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
     dist_utils.from_rank0(lambda: check_lora(args, config, found))
+    dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, [train_data] + [val_data] * bool(val_data)))
     trackers = []  # rank 0's
     dist_utils.from_rank0(lambda: trackers.extend(open_trackers(args, output, found)))
 
@@ -131,7 +133,9 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     describe_lora(peft_model)
     heavy = Work(heaviest(make_plan(train_data.samples, sampler.settings, epoch) for epoch in range(args.epochs)))
     budgets = plan_compile(args, peft_model, heavy, ranks)
-    model = dist_utils.wrap(TreeModel(peft_model, images), ranks)
+    visual = peft_model.get_base_model().model.visual
+    cache = open_cache(args.vision_cache, visual, config, images) if args.vision_cache else None
+    model = dist_utils.wrap(TreeModel(peft_model, images, cache), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = load_checkpoint(found, model, optimizer, output) if found else {}
@@ -151,8 +155,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         return now | {"identity": start.get("identity", {}) | identity, "settings": settings}
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
-    dataset = TreeDataset(train_data, images, padding(device))
-    rehearse(model, optimizer, dataset, heavy, ranks, dtype, budgets)
+    rehearse(model, optimizer, TreeDataset(train_data, images, padding(device)), heavy, ranks, dtype, budgets)
     dist_utils.from_rank0(lambda: rehearse_save(output, model, args, state()))
     base_result = None
     if val_batches:
@@ -161,6 +164,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if is_demo and not done:
         base_result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop)
 
+    dataset = TreeDataset(train_data, images, padding(device), cache=cache)
     loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
     often = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar: a log keeps every one
     bar = tqdm(total=steps, initial=done, unit="step", disable=not ranks.is_main, mininterval=often, maxinterval=often)

@@ -17,8 +17,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data as data_file
 import images as images_file
-from data import MAX_LISTED, describe_sample, load_data, stop_or_skip_bad
+from data import MAX_LISTED, load_data, stop_or_skip_bad
 from images import check_images, image_settings, load_patches
+from prepare import describe_sample
 from rows import InputError
 from settings import parse_settings
 from trees import PlanSettings, make_plan, rank_efficiency

@@ -1,0 +1,128 @@
+"""--vision-cache: kept features are those that the tower made, and nothing that is wrong with the cache stops a run."""
+
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from test_exact import whole
+from test_train import arguments, lines
+from transformers import AutoConfig
+
+import train
+import vision_cache
+from data import TreeDataset
+from model import TreeModel
+from rows import InputError
+from trees import Work
+
+
+def cached(world, folder, model: TreeModel) -> tuple[TreeModel, TreeDataset]:
+    data, dataset = tiny.load_world(world)
+    config, visual = AutoConfig.from_pretrained(world / "model"), model.base.model.visual
+    cache = vision_cache.open_cache(str(folder), visual, config, dataset.settings)
+    return TreeModel(model.model, dataset.settings, cache), TreeDataset(data, dataset.settings, cache=cache)
+
+
+def run(model: TreeModel, batch):
+    """A pass over a batch, and what it keeps on disk."""
+    losses = model(batch, model.frozen_features(batch))[0]
+    model.writer.thread.submit(lambda: None).result()
+    return losses
+
+
+@pytest.fixture
+def filled(world, tmp_path):
+    """A model and a data set whose pictures are all in the cache, one micro-batch, and its losses without a cache."""
+    model, dataset = cached(world, tmp_path, tiny.lora_model(world))
+    work = Work(tuple(whole(dataset.data.samples)))
+    losses = run(model, dataset[work])
+    assert dataset[work].features is not None
+    return model, dataset, work, losses
+
+
+def test_kept_features_are_those_that_the_tower_made(filled, monkeypatch):
+    model, dataset, work, expected = filled
+    made = TreeDataset(dataset.data, dataset.settings)[work]
+    batch = dataset[work]
+    assert not len(batch.patches) and len(made.patches)
+    monkeypatch.setattr(model, "encode_images", None)  # not called
+    assert torch.equal(run(model, batch), expected)
+
+
+def test_pictures_are_known_by_content_and_grid(filled, tmp_path):
+    _, dataset, _, _ = filled
+    path, grid = next(iter(dataset.data.grids.items()))
+    copy = shutil.copy(path, tmp_path / "other.png")
+    cache = dataset.cache
+    assert cache.name(copy, grid) == cache.name(path, grid) != cache.name(path, (2, 2))
+    other = next(p for p in dataset.data.grids if p != path)
+    assert cache.name(other, grid) != cache.name(path, grid)
+
+
+def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_path, filled):
+    _, dataset, _, _ = filled
+    config, model = AutoConfig.from_pretrained(world / "model"), tiny.lora_model(world)
+    visual = model.base.model.visual
+
+    def folder(settings=dataset.settings):
+        return vision_cache.open_cache(str(tmp_path), visual, config, settings).folder
+
+    assert folder() == dataset.cache.folder != folder(replace(dataset.settings, mean=(0.4, 0.5, 0.5)))
+    with torch.no_grad():
+        next(visual.parameters()).view(-1)[0] += 1e-3
+    assert folder() != dataset.cache.folder
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "one bit", "empty", "header"])
+def test_a_damaged_entry_is_made_again(filled, damage):
+    model, dataset, work, expected = filled
+    entry = sorted(dataset.cache.folder.iterdir())[0]
+    sound = entry.read_bytes()
+    flipped = bytes([sound[len(sound) // 2] ^ 1])
+    damaged = {
+        "cut": sound[:-1],
+        "one bit": sound[: len(sound) // 2] + flipped + sound[len(sound) // 2 + 1 :],
+        "empty": b"",
+        "header": b"\0" * vision_cache.HEADER + sound[vision_cache.HEADER :],
+    }
+    entry.unlink() if damage == "gone" else entry.write_bytes(damaged[damage])
+    batch = dataset[work]
+    assert batch.features is None and len(batch.patches)
+    torch.testing.assert_close(run(model, batch), expected, rtol=0, atol=0)
+    assert entry.read_bytes() == sound
+
+
+def test_a_full_disk_ends_keeping_and_nothing_else(world, tmp_path, monkeypatch, capfd):
+    model, dataset = cached(world, tmp_path, tiny.lora_model(world))
+    monkeypatch.setattr(vision_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=vision_cache.SPARE))
+    work = Work(tuple(whole(dataset.data.samples)))
+    first, second = run(model, dataset[work]), run(model, dataset[work])
+    assert torch.equal(first, second) and not list(dataset.cache.folder.iterdir())
+    assert capfd.readouterr().err.count("warning: no more vision features are kept") == 1
+
+
+def test_a_run_learns_the_same_with_a_cache_and_the_next_one_needs_no_tower(world, tmp_path, monkeypatch, capfd):
+    settings, runs, encode = {"batch-size": 16, "max-steps": 0, "epochs": 2}, ("plain", "filling", "filled"), []
+    monkeypatch.setattr(TreeModel, "_encode_images", lambda *a, f=TreeModel._encode_images: encode.append(0) or f(*a))
+    for name in runs:
+        encode.clear()
+        cache = {"vision-cache": tmp_path / "cache"} if name != "plain" else {}
+        train.main(arguments(world, tmp_path / name, **settings, **cache))
+    plain, *others = ([line["loss"] for line in lines(tmp_path / name, "train")] for name in runs)
+    assert all(other == pytest.approx(plain, rel=1e-5) for other in others)
+    assert len(list((tmp_path / "cache").glob("*/*"))) == len(tiny.SIZES)
+    assert len(encode) == 1  # the rehearsal
+    assert f"for {len(tiny.SIZES)} pictures, 0.0 there" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"lora-targets": "q_proj,vision"}, "whose features change"), ({"vision-cache": "/proc/x"}, "can't be filled")],
+)
+def test_a_cache_that_is_of_no_use_is_refused(world, tmp_path, settings, told):
+    with pytest.raises(InputError, match=told):
+        train.main(arguments(world, tmp_path / "out", **({"vision-cache": tmp_path / "cache"} | settings)))
+    assert not (tmp_path / "cache").exists()
