@@ -244,9 +244,9 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         return y
     a = layer.lora_A["default"].weight.to(x.dtype)  # (r, in)
     b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(x.dtype)  # (out, r)
-    drop = layer.lora_dropout["default"]
-    dropped = hashed_dropout(x, drop.p) if torch.compiler.is_compiling() and drop.training and drop.p else drop(x)
-    low = dropped.flatten(0, -2) @ a.T  # (T, r)
+    drop = layer.lora_dropout["default"]  # nn.Identity where there is none
+    hashed = torch.compiler.is_compiling() and drop.training and isinstance(drop, nn.Dropout)
+    low = (hashed_dropout(x, drop.p) if hashed else drop(x)).flatten(0, -2) @ a.T  # (T, r)
     return torch.addmm(y.flatten(0, -2), low, b.T).view_as(y)
 
 
