@@ -28,8 +28,9 @@ from dist_utils import Ranks, Stop, print0
 from feed import make_loader, my_share, next_batches, padding
 from holdout import split, trained_rows
 from images import ImageSettings, check_image, image_settings
+from lora import merge_lora
 from metrics import read_metrics
-from model import TreeModel, autocast, fingerprint, load_adapter, load_base, merge_lora, pick_dtype, resolve_model
+from model import TreeModel, autocast, fingerprint, load_adapter, load_base, pick_dtype, resolve_model
 from report import write_report
 from rows import InputError, parse_row, read_rows
 from scores import closed_sets, compare, normalize, question_type, summarize, summary_table

@@ -20,7 +20,8 @@ from data import VQAData, build_batch, load_data
 from dist_utils import print0
 from feed import padding
 from images import ImageSettings
-from model import TreeModel, autocast, load_adapter, load_base, merge_lora, resolve_model
+from lora import merge_lora
+from model import TreeModel, autocast, load_adapter, load_base, resolve_model
 from rows import InputError
 from settings import Parser, choice, parse_words, refuse
 from trees import Work, whole_trees

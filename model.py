@@ -22,7 +22,6 @@ import torch._functorch.config
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -32,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from attention import tree_mask
 from data import Batch
 from images import ImageSettings
+from lora import use_lean_lora
 from rows import InputError
 from settings import DEFAULT_TARGETS
 from vision_cache import FeatureWriter, VisionCache
@@ -227,54 +227,6 @@ def lora_differences(model: PeftModel, folder: Path) -> list[str]:
     if not found and here != there:
         found = ["the base models differ in size"]
     return found
-
-
-def use_lean_lora(model: PeftModel) -> PeftModel:
-    """Give every LoRA layer a shorter forward, x W' + bias + s drop(x) A' B' with float32 A and B cast once to x's
-    dtype and the addition inside the last product. PEFT still owns the weights, saves and loads them."""
-    for module in model.modules():
-        if isinstance(module, LoraLinear) and not module.lora_variant:  # DoRA is left to PEFT
-            module.forward = types.MethodType(_lean_forward, module)
-    return model
-
-
-def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
-    y = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
-    if layer.disable_adapters or layer.merged:
-        return y
-    a = layer.lora_A["default"].weight.to(x.dtype)  # (r, in)
-    b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(x.dtype)  # (out, r)
-    drop = layer.lora_dropout["default"]  # nn.Identity where there is none
-    hashed = torch.compiler.is_compiling() and drop.training and isinstance(drop, nn.Dropout)
-    low = (hashed_dropout(x, drop.p) if hashed else drop(x)).flatten(0, -2) @ a.T  # (T, r)
-    return torch.addmm(y.flatten(0, -2), low, b.T).view_as(y)
-
-
-def hashed_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Dropout of x (..., T, D) whose mask is a hash of each place and of one number drawn from torch's generator.
-
-    Compiled, it costs a tenth of torch's own, which draws by Philox's ten rounds, and the backward pass makes the mask
-    again where torch keeps it. The hash is Wellons' lowbias32 (github.com/skeeto/hash-prospector).
-    """
-    seed = torch.randint(-(2**31), 2**31 - 1, (), device=x.device).to(torch.int32)
-    rows, columns = (torch.arange(size, device=x.device, dtype=torch.int32) for size in x.shape[-2:])
-    h = (rows[:, None] * x.shape[-1] + columns) ^ seed  # int32 all along: products wrap, >> is made logical by &
-    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
-    h = (h ^ (h >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
-    h = h ^ (h >> 16 & 0xFFFF)
-    return torch.where(h < int((p - 0.5) * 2**32), 0, x * (1 / (1 - p)))
-
-
-@torch.no_grad()
-def merge_lora(model: PeftModel) -> None:
-    """Add LoRA to the base weights, in float32 and rounded once to their type. From then on layers skip their LoRA."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLinear) and layer.lora_variant:
-            layer.merge()
-        elif isinstance(layer, LoraLinear):
-            weight, delta = layer.base_layer.weight, layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-            weight.copy_(weight.float() + layer.scaling["default"] * delta)
-            layer.merged_adapters.append("default")
 
 
 def kept_bytes(config, tokens: int) -> int:

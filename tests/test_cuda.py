@@ -12,7 +12,8 @@ from test_exact import whole
 
 from attention import tree_attention, tree_mask, visible
 from data import build_batch
-from model import TreeModel, autocast, compile_layers, prepare_base, target_pattern, use_lean_lora
+from lora import use_lean_lora
+from model import TreeModel, autocast, compile_layers, prepare_base, target_pattern
 from settings import DEFAULT_TARGETS
 from trees import Work, grow_tree
 

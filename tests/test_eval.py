@@ -20,7 +20,7 @@ from checkpoints import checkpoints
 from data import build_batch
 from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
-from model import merge_lora
+from lora import merge_lora
 from rows import InputError
 from trees import Work, whole_trees
 

@@ -12,16 +12,19 @@ import model as model_file
 from data import build_batch, rotary_positions
 from dist_utils import Ranks, Stop
 from images import load_patches
+from lora import hashed_dropout
 from train import train_step
 from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree, make_plan, pack
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-def run_step(world, trees_of_batches, dropout=0.0, seed=0, **more):
-    """One step of the product over the given micro-batches of trees: its loss and gradients."""
+def run_step(world, trees_of_batches, dropout=0.0, seed=0, backend="", **more):
+    """One step of the product over the given micro-batches of trees: its loss and gradients. `backend`: compiled."""
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world, dropout, **more)
+    if backend:
+        model_file.compile_layers(model.model, 1.0, backend=backend)
     (facts,) = {work.step for work in StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)}
     last = len(trees_of_batches) - 1
     works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]
@@ -51,6 +54,10 @@ def test_the_mixed_step_has_trees_of_1_9_and_17_branches_and_every_kind_of_row(w
 def test_a_step_equals_its_samples_one_by_one_in_any_number_of_micro_batches(world, reference, micro_batches):
     trees = whole(tiny.load_world(world)[0].samples)
     assert_exact(run_step(world, [trees[n::micro_batches] for n in range(micro_batches)]), reference)
+
+
+def test_compiled_layers_are_exact_too(world, reference):
+    assert_exact(run_step(world, [whole(tiny.load_world(world)[0].samples)], backend="aot_eager"), reference)
 
 
 def test_trees_of_one_branch_and_split_trees_equal_whole_ones(world, reference):
@@ -137,7 +144,9 @@ def test_one_branch_does_not_leak_into_another(world):
     assert torch.equal(before[others], after[others]) and not torch.equal(before[~others], after[~others])
 
 
-def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world, reference):
+@pytest.mark.parametrize("compiled", [False, True])  # which has a dropout of its own
+def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world, reference, compiled, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     trees = whole(tiny.load_world(world)[0].samples)
     draws = [run_step(world, [trees], dropout=0.2, seed=seed)[1] for seed in range(24)]
     again = run_step(world, [trees], dropout=0.2, seed=0)[1]
@@ -145,6 +154,25 @@ def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world,
     mean = {name: torch.stack([draw[name] for draw in draws]).mean(0) for name in again}
     one = tiny.relative_error(draws[0], reference[1])
     assert 0.01 < tiny.relative_error(mean, reference[1]) < one / 2
+
+
+def test_hashed_dropout_drops_each_place_on_its_own_and_scales_the_rest(seed=3):
+    torch.manual_seed(seed)
+    x = torch.ones(1, 3000, 1024, requires_grad=True)
+    first, second = (hashed_dropout(x, 0.05) for _ in range(2))
+    (gradient,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(gradient, first.detach()) and first.detach().unique().tolist() == pytest.approx([0, 1 / 0.95])
+    kept = (first != 0).double()[0]
+    near = [
+        (kept[1:], kept[:-1]),
+        (kept[:, 1:], kept[:, :-1]),
+        (kept[:, 64:], kept[:, :-64]),
+        (kept, (second != 0).double()[0]),
+    ]
+    assert abs(kept.mean() - 0.95) < 4 * (0.05 * 0.95 / kept.numel()) ** 0.5
+    assert all(abs(((a - 0.95) * (b - 0.95)).mean()) < 4 * 0.05 * 0.95 / a.numel() ** 0.5 for a, b in near)
+    for axis in (0, 1):  # no row or column is dropped more often than chance has it
+        assert kept.mean(axis).std() == pytest.approx((0.05 * 0.95 / kept.shape[axis]) ** 0.5, rel=0.1)
 
 
 def test_rotary_positions_equal_the_installed_model_s(world):
@@ -196,10 +224,11 @@ def test_patch_projection_equals_the_conv3d(world):
     torch.testing.assert_close(visual.patch_embed(patches), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_lengths_and_image_sizes_do_not_recompile(world):
-    """Compiled layers, 50 steps of 1 to 17 branches: no new graph after the first few."""
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_lengths_and_image_sizes_do_not_recompile(world, dropout):
+    """Compiled layers, 50 steps of 1 to 17 branches: whole layers, and no new graph after the first few."""
     data, dataset = tiny.load_world(world)
-    model = tiny.lora_model(world, dropout=0.1)
+    model = tiny.lora_model(world, dropout)
     model.base.model.visual.config._attn_implementation = "onelook_cudnn_flash_vision"  # as on a Hopper GPU
     model_file.compile_layers(model.model, 1.0, backend="eager")
     group = max(group_samples(data.samples), key=len)
@@ -215,8 +244,9 @@ def test_lengths_and_image_sizes_do_not_recompile(world):
                 model.eval()(batch, model.encode_images(batch))
                 model.train()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    breaks = list(torch._dynamo.utils.counters["graph_break"])
     torch._dynamo.reset()
-    assert graphs[2] == graphs[-1] > 0
+    assert graphs[2] == graphs[-1] > 0 and not breaks
 
 
 def test_training_mode_is_on_from_the_start_and_never_for_the_vision_tower(world):
