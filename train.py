@@ -111,7 +111,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = dist_utils.from_rank0(lambda: load_all(args, tokenizer, images, output))
     config = AutoConfig.from_pretrained(model_folder)
-    tree_flops = tree_counter(config, train_data.samples, not uncounted(config, args))
+    tree_flops = tree_counter(config, train_data.samples, not uncounted(config, args), tower=not args.vision_cache)
     sampler = StepSampler(train_data.samples, plan_settings(args), ranks.rank, ranks.world_size, tree_flops)
     plan = sampler.plan()
     describe_data(train_data, val_data, plan, tokenizer)

@@ -28,8 +28,17 @@ from rows import InputError
 from settings import DEFAULT_TARGETS, parse_settings
 from trees import heaviest, make_plan
 
-MEASURED = json.loads((Path(bench.__file__).parent / "results" / "step-h200.json").read_text())
-TREES = {int(row["case"].removeprefix("tree-")): row for row in MEASURED["rows"] if row["case"].startswith("tree-")}
+MEASURED, LEANER = (
+    json.loads((Path(bench.__file__).parent / "results" / f"{name}.json").read_text())
+    for name in (
+        "step-h100",
+        "step-h100-leaner",
+    )  # which keeps less for the backward pass, as runs do
+)
+TREES, PEAKS = (
+    {int(row["case"].removeprefix("tree-")): row for row in found["rows"] if row["case"].startswith("tree-")}
+    for found in (MEASURED, LEANER)
+)
 HERE = Gpu(("cpu",), 80, 1, measured=False)
 
 
@@ -213,20 +222,21 @@ def test_the_time_of_a_tree_is_the_measured_one(questions):
     flops = plan.step_flops(bench.Qwen3VLConfig(**preset.config), [patches], patches // 4 + 4, branches, answers)
     (gpu,) = (gpu for gpu in GPUS.values() if MEASURED["device"] in gpu.devices)
     assert gpu.tflops == pytest.approx(MEASURED["matmul_tflops"], rel=0.01)
-    assert 1000 * plan.batch_seconds([(flops, 1)], gpu) == pytest.approx(TREES[questions]["ms"], rel=0.15)
+    assert 1000 * plan.batch_seconds([(flops, 1)], gpu) == pytest.approx(TREES[questions]["ms"], rel=0.01)
 
 
-@pytest.mark.parametrize("questions", TREES)
+@pytest.mark.parametrize("questions", PEAKS)
 def test_the_peak_memory_of_a_tree_is_the_measured_one(questions):
-    (found,) = budgets(job_of_8b(memory_budget=1.0), GPUS["h200"], 2704 + 195 * questions)
-    assert found.peak / GIB == pytest.approx(TREES[questions]["peak_gib"], rel=0.1)
+    (found,) = budgets(job_of_8b(memory_budget=1.0), GPUS["h100"], 2704 + 195 * questions)
+    assert found.peak / GIB == pytest.approx(PEAKS[questions]["peak_gib"], rel=0.05)
 
 
 @pytest.mark.parametrize(
-    ("budget", "tokens", "peak_gib"), [(0.5, 8126, 38.4), (0.0, 7924, 21.5), (0.0, 4062, 19.4), (1.0, 4460, 47.6)]
+    ("budget", "tokens", "peak_gib"),
+    [(1.0, 8126, 66.5), (1.0, 7350, 61.6), (0.5, 8126, 38.4), (0.0, 7924, 21.5), (0.0, 4062, 19.4)],
 )
 def test_the_peak_memory_of_a_run_is_the_one_seen(budget, tokens, peak_gib):
-    """Runs of train.py on H100s, 8B, LoRA r 8, dropout 0.05, and a tree of 9 on an H200."""
+    """Runs of train.py on H100s, 8B, LoRA r 8, dropout 0.05."""
     (found,) = budgets(job_of_8b(memory_budget=budget), GPUS["h100"], tokens)
     assert found.peak / GIB == pytest.approx(peak_gib, rel=0.05)
 

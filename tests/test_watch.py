@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from test_exact import whole
 from test_train import arguments, lines
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -26,7 +27,7 @@ from data import build_batch
 from dist_utils import Ranks
 from metrics import Metrics, read_metrics
 from model import load_base
-from plan import Gpu, tree_counter
+from plan import Gpu, tree_counter, tree_load
 from report import curves
 from report_page import sheet
 from rows import InputError
@@ -42,6 +43,14 @@ def sampler_of(world: Path, rank: int = 0, world_size: int = 1) -> StepSampler:
     samples = tiny.load_world(world)[0].samples
     flops = tree_counter(AutoConfig.from_pretrained(world / "model"), samples, known=True)
     return StepSampler(samples, PlanSettings(8, 0, 700, seed=0), rank, world_size, flops)
+
+
+def test_operations_can_leave_out_the_vision_tower(world):
+    config, samples = AutoConfig.from_pretrained(world / "model"), tiny.load_world(world)[0].samples
+    tree = whole(samples)[0]
+    flops = tree_load(config, samples, tree)[0]
+    assert tree_counter(config, samples, True)(tree) == sum(flops) > 0
+    assert tree_counter(config, samples, True, tower=False)(tree) == flops.language + flops.attention < sum(flops)
 
 
 @pytest.fixture
