@@ -5,8 +5,8 @@
     python bench/grouping.py report                           # tables on screen, plots into docs/
 
 Groupings are compared at the same number of questions a step, 64 and 16, at the same number of images a step, and one
-question a tree also in about the time that all questions a tree take. `run` writes its file after every run; started
-again, it makes those that are missing.
+question a tree also in about the CPU time that all questions a tree take. `run` writes its file after every run;
+started again, it makes those that are missing.
 """
 
 import argparse
@@ -28,10 +28,11 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from step import write_json
+from step import PRESETS, Qwen3VLConfig, write_json
 
 import demo
 from metrics import read_metrics
+from plan import GPUS, batch_seconds, step_flops
 from report_page import along, plot, ticks
 from rows import InputError
 
@@ -42,7 +43,7 @@ SAME = {
     "questions": "steps of 64 questions",
     "few": "steps of 16 questions",
     "images": "steps of as many images",
-    "time": "about the same time",
+    "time": "one question a tree, in the time that all a tree take these models on a CPU",
 }
 ARMS = (  # what is compared at what, the longest run first; all 64 questions a step stand in three comparisons
     ("images", 1), ("questions", 1), ("images", 4), ("few", 1), ("questions", 4), ("few", 4), ("time", 1),
@@ -152,13 +153,12 @@ def train(run: Run, data: Path) -> dict:
 
 
 def read_points(path: Path) -> list[dict]:
-    """Questions, trees and seconds of training before each evaluation, and its exact match."""
-    points, so_far = [], {"questions": 0, "trees": 0, "seconds": 0.0}
+    """Questions and trees trained before each evaluation, and its exact match."""
+    points, so_far = [], {"questions": 0, "trees": 0}
     for line in read_metrics(path):
         if line["event"] == "train":
             so_far["questions"] += line["questions"]
             so_far["trees"] += line["images"]
-            so_far["seconds"] += line["questions"] / line["questions_per_s"]
         elif line["event"] == "eval":
             points.append(so_far | {"exact_match": line["exact_match"]})
     return points
@@ -211,6 +211,18 @@ def pick(runs: list[dict], same: str, grouping: int) -> dict[tuple, dict]:
     return {(run["lr"], run["seed"]): run for run in runs if (run["same"], run["grouping"]) == arm}
 
 
+def gpu_seconds(point: dict) -> float:
+    """What the questions and trees of a point would take Qwen3-VL-8B on an H100 by the rates of `--plan`, with pictures
+    of 2,700 tokens and questions of 195: the models of the study cost nothing like it."""
+    preset = PRESETS["8b"]
+    config, patches = Qwen3VLConfig(**preset.config), preset.size[0] * preset.size[1] // 16**2
+    one, two = (
+        batch_seconds([(step_flops(config, [patches], patches // 4, [195] * n, 32 * n), 1)], GPUS["h100"])
+        for n in (1, 2)
+    )
+    return point["trees"] * one + (point["questions"] - point["trees"]) * (two - one)
+
+
 def shown(values: list[float], form: str = ".1f") -> str:
     mean, half = interval([100 * value for value in values])
     return f"{mean:{form}} ± {half:.1f}"
@@ -232,7 +244,7 @@ def table(runs: list[dict], same: str) -> str:
         "questions a step",
         "trees a step",
         "seen",
-        "seconds",
+        "8B, GPU s",
         "exact match, %",
     )
     lines = [head, ["---"] * len(head)]
@@ -241,23 +253,25 @@ def table(runs: list[dict], same: str) -> str:
     for lr in sorted({run["lr"] for run in runs}):
         for grouping, found in arms.items():
             chosen = [run for (rate, _), run in found.items() if rate == lr]
-            seen, trees, seconds = (mean_of(chosen, field) for field in ("questions", "trees", "seconds"))
+            seen, trees, seconds = (mean_of(chosen, field) for field in ("questions", "trees", "gpu_s"))
             cells = [f"{lr:g}", GROUPINGS[grouping], str(chosen[0]["batch_size"]), f"{trees / chosen[0]['steps']:.1f}"]
             lines.append([*cells, f"{seen:,.0f}", f"{seconds:.0f}", shown([last(run) for run in chosen])])
-    ones = arms.pop(1)
+    ones, rates = arms.pop(1), sorted({run["lr"] for run in runs})
     for grouping, found in arms.items():
-        differences = [last(found[key]) - last(ones[key]) for key in found.keys() & ones.keys()]
-        lines.append(["both", f"{GROUPINGS[grouping]} against 1", "", "", "", "", shown(differences, "+.1f")])
+        for name, among in [*((f"{lr:g}", [lr]) for lr in rates), ("all rates", rates)]:
+            both = [key for key in found.keys() & ones.keys() if key[0] in among]
+            differences = [last(found[key]) - last(ones[key]) for key in both]
+            lines.append([name, f"{GROUPINGS[grouping]} against 1", "", "", "", "", shown(differences, "+.1f")])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def curves(runs: list[dict], same: str) -> str:
-    """SVG: exact match against questions and against seconds, a row of plots for each learning rate."""
+    """SVG: exact match against questions and against GPU time, a row of plots for each learning rate."""
     rates, drawn = sorted({run["lr"] for run in runs}), ""
     for row, lr in enumerate(rates):
-        for column, field in enumerate(("questions", "seconds")):
+        for column, field in enumerate(("questions", "gpu_s")):
             lines = {grouping: line(pick(runs, same, grouping), lr, field) for grouping in GROUPINGS}
-            name = {"questions": "questions seen", "seconds": "seconds of training"}[field]
+            name = {"questions": "questions seen", "gpu_s": "GPU s that the 8B would take"}[field]
             one = panel(lines, f"{name}, learning rate {lr:g}")
             drawn += one.replace("<svg ", f'<svg x="{424 * column}" y="{30 + 246 * row}" width="412" height="236" ', 1)
     names = enumerate(zip((50, 220, 390), ("1 question a tree", "4 questions a tree", "all questions a tree")))
@@ -299,6 +313,8 @@ polyline{fill:none;stroke-width:1.6}polygon{opacity:.25;stroke:none}
 def report(args: argparse.Namespace) -> None:
     """Print the tables and draw the plots."""
     runs = read_runs(args.json)
+    for point in (point for run in runs for point in run["points"]):
+        point["gpu_s"] = gpu_seconds(point)
     for name in DATA_SETS:
         mine = [run for run in runs if run["data"] == name]
         for same, told in SAME.items():

@@ -158,7 +158,7 @@ def test_groupings_are_compared_at_the_same_number_of_questions_and_of_images(tm
         assert run.steps * run.batch_size == pytest.approx(seen, rel=0.05)
 
 
-def test_a_run_of_the_study_counts_questions_and_seconds_and_is_not_made_twice(tmp_path, monkeypatch, capsys):
+def test_a_run_of_the_study_counts_questions_and_trees_and_is_not_made_twice(tmp_path, monkeypatch, capsys):
     write_random_digits(tmp_path / "digits")
     train, val = ((tmp_path / "digits" / f"{split}.jsonl").read_text().splitlines() for split in ("train", "val"))
     train, val = ({json.loads(row)["image"] for row in rows} for rows in (train, val))
@@ -172,7 +172,7 @@ def test_a_run_of_the_study_counts_questions_and_seconds_and_is_not_made_twice(t
     (made,) = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert made == grouping.asdict(run) | {"points": made["points"]}
     assert [(point["questions"], point["trees"]) for point in made["points"]] == [(8, 1), (16, 2)]
-    assert 0 < made["points"][0]["seconds"] < made["points"][1]["seconds"] and made["points"][1]["exact_match"] == 0
+    assert made["points"][1]["exact_match"] == 0
     assert "1 of 1: data digits" in capsys.readouterr().out
     monkeypatch.setattr(grouping, "train", None)
     grouping.main()
@@ -180,16 +180,14 @@ def test_a_run_of_the_study_counts_questions_and_seconds_and_is_not_made_twice(t
 
 
 def test_the_study_s_report_has_means_intervals_and_plots(tmp_path, monkeypatch, capsys):
-    """Three seeds of 70, 72 and 74% are 72 ± 4.303 x 2 / sqrt(3); one a tree lies 5 points below them."""
+    """Three seeds of 70, 72 and 74% are 72 ± 4.303 x 2 / sqrt(3); one a tree lies 5 points below them.
+    On the 8B, 32 trees of 4 questions take 32 x 278 + 96 x 14 ms."""
     runs = []
     for data in grouping.DATA_SETS:
         for same, questions in grouping.ARMS:
             for seed in (0, 1, 2):
                 found = 0.70 + 0.02 * seed - 0.05 * (questions == 1)
-                points = [
-                    {"questions": 64 * k, "trees": 16 * k, "seconds": 2.0 * k, "exact_match": k * found / 2}
-                    for k in (1, 2)
-                ]
+                points = [{"questions": 64 * k, "trees": 16 * k, "exact_match": k * found / 2} for k in (1, 2)]
                 runs.append(
                     grouping.asdict(grouping.Run(data, same, questions, 1e-3, seed, 64, 2)) | {"points": points}
                 )
@@ -198,8 +196,9 @@ def test_the_study_s_report_has_means_intervals_and_plots(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", list(map(str, words)))
     grouping.main()
     told = capsys.readouterr().out
-    assert told.count("| 0.001 | all | 64 | 16.0 | 128 | 4 | 72.0 ± 5.0 |") == 8
-    assert told.count("| both | all against 1 |  |  |  |  | +5.0 ± 0.0 |") == 8
+    assert told.count("| 0.001 | all | 64 | 16.0 | 128 | 10 | 72.0 ± 5.0 |") == 8
+    assert told.count("| 0.001 | all against 1 |  |  |  |  | +5.0 ± 0.0 |") == 8
+    assert told.count("| all rates | all against 1 |  |  |  |  | +5.0 ± 0.0 |") == 8
     plots = sorted(tmp_path.glob("*.svg"))
     assert [plot.stem for plot in plots] == [
         f"grouping-{d}-{s}" for d in ("demo", "digits") for s in ("few", "images", "questions")
