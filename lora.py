@@ -27,7 +27,7 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     a = layer.lora_A["default"].weight.to(weight.dtype)  # (r, in)
     b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(weight.dtype)  # (out, r)
     drop = layer.lora_dropout["default"]  # nn.Identity where there is none
-    hashed = torch.compiler.is_compiling() and drop.training and isinstance(drop, nn.Dropout)
+    hashed = torch.compiler.is_compiling() and isinstance(drop, nn.Dropout) and drop.training and drop.p < 1
     low = (hashed_dropout(rows, drop.p) if hashed else drop(rows)) @ a.T  # (T, r)
     return lora_linear(rows, weight, bias, low, b).unflatten(0, x.shape[:-1])
 

@@ -35,16 +35,21 @@ def run(model: TreeModel, batch):
 
 @pytest.fixture
 def filled(world, tmp_path):
+    return fill(world, tmp_path)
+
+
+def fill(world, folder):
     """A model and a data set whose pictures are all in the cache, one micro-batch, and its losses without a cache."""
-    model, dataset = cached(world, tmp_path, tiny.lora_model(world))
+    model, dataset = cached(world, folder, tiny.lora_model(world))
     work = Work(tuple(whole(dataset.data.samples)))
     losses = run(model, dataset[work])
     assert dataset[work].features is not None
     return model, dataset, work, losses
 
 
-def test_kept_features_are_those_that_the_tower_made(filled, monkeypatch):
-    model, dataset, work, expected = filled
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_kept_features_are_those_that_the_tower_made(tmp_path, family, monkeypatch):
+    model, dataset, work, expected = fill(tiny.write_world(tmp_path, family=family), tmp_path / "cache")
     made = TreeDataset(dataset.data, dataset.settings)[work]
     batch = dataset[work]
     assert not len(batch.patches) and len(made.patches)
