@@ -80,7 +80,7 @@ def open_cache(folder: str, visual: torch.nn.Module, config, settings: ImageSett
     digest = hashlib.sha256()
     for weight in visual.state_dict().values():
         digest.update(weight.contiguous().view(torch.uint8).cpu().numpy().data)
-    facts = [digest.hexdigest(), str(config.vision_config), asdict(settings), str(visual.dtype)]
+    facts = [digest.hexdigest(), str(visual.config), asdict(settings), str(visual.dtype)]
     facts += [torch.cuda.get_device_name(visual.device) if visual.device.type == "cuda" else "cpu"]
     facts += [visual.config._attn_implementation, torch.__version__, transformers.__version__, PIL.__version__]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
