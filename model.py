@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from attention import tree_mask
 from data import Batch
 from images import ImageSettings
-from lora import use_lean_lora
+from lora import draw_dropout_seeds, hash_dropout, use_lean_lora
 from rows import InputError
 from settings import DEFAULT_TARGETS
 from vision_cache import FeatureWriter, VisionCache
@@ -114,7 +114,7 @@ def prepare_base(model: nn.Module) -> nn.Module:
     visual, language_model = model.model.visual, model.model.language_model
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
     generation = torch.cuda.get_device_capability(visual.device)[0] if visual.device.type == "cuda" else 0
-    tuned = generation == 9 and language_model.layers[0].self_attn.head_dim == 128
+    tuned = generation == 9 and language_model.layers[0].self_attn.head_dim == 128 and visual.dtype != torch.float32
     language_model.config._attn_implementation = "onelook_tree_hopper" if tuned else "onelook_tree"
     if hasattr(language_model, "_deepstack_process"):
         language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
@@ -267,6 +267,7 @@ def compile_layers(model: PeftModel, memory_budget: float, backend: str = "induc
     torch._functorch.config.ban_recompute_materialized_backward = False  # dropped inputs are cheap to make again
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets and can't split FlexAttention
+    hash_dropout(model)
     base = model.get_base_model().model
     blocks = base.visual.blocks if "flash" in base.visual.config._attn_implementation else []
     for layer in [*base.language_model.layers, *blocks]:
@@ -381,6 +382,8 @@ class TreeModel(nn.Module):
 
     def forward(self, batch: Batch, features: Features | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Each answer token's cross-entropy (N,) in float32, and whether it is the most likely token (N,) bool."""
+        if self.training:
+            draw_dropout_seeds(self.model)
         if self.trains_vision:
             features = self.encode_images(batch)
         logits = self.answer_logits(batch, features)

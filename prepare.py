@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,11 +82,14 @@ def check_cache(args, config, dtype: torch.dtype, images: ImageSettings, data: l
     cache = describe(folder, config, dtype)
     grids = {path: grid for one in data for path, grid in one.grids.items()}
     total = sum(cache.size(math.prod(grid) // images.merge_size**2) for grid in grids.values())
-    there = sum(path.stat().st_size for path in folder.glob("*/*"))
-    above = next(path for path in [folder, *folder.parents] if path.is_dir())
+    there = 0
+    for path in folder.glob("*/*"):
+        with suppress(FileNotFoundError):  # another run may be filling it
+            there += path.stat().st_size
+    above = next(path for path in [folder, *folder.parents] if path.exists())
     free = shutil.disk_usage(above).free
     sizes = f"{total / GIB:.1f} GiB for {len(grids):,} pictures, {there / GIB:.1f} there, {free / GIB:.1f} free"
-    if total - there > free - SPARE or not os.access(above, os.W_OK):
+    if total - there > free - SPARE or not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"--vision-cache {folder} can't be filled ({sizes}): choose another folder")
     print0(f"vision cache in {folder}: {sizes}")
 

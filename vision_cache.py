@@ -1,8 +1,8 @@
 """Vision features that are kept from one epoch to the next: `--vision-cache`.
 
 A frozen vision tower makes the same of a picture in every epoch. The features of a picture are one file: 16 bytes with
-the CRC-32 of the rest, then (sets, tokens, width) in the model's type. Its folder stands for all else that they depend
-on, its name for the content of the picture's file and its grid.
+the CRC-32 of its name and of the rest, then (sets, tokens, width) in the model's type. Its folder stands for all else
+that they depend on, its name for the content of the picture's file and its grid.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -48,9 +49,9 @@ class VisionCache:
         for name, count in zip(names, tokens):
             try:
                 data = np.fromfile(self.folder / name, np.uint8)
-            except FileNotFoundError:
+            except OSError:
                 return None
-            if _sum(data[HEADER:]) != bytes(data[:HEADER]):
+            if _sum(name, data[HEADER:]) != bytes(data[:HEADER]):
                 return None
             found.append(torch.from_numpy(data[HEADER:]).view(self.dtype).view(self.sets, count, self.width))
         return torch.cat(found, dim=1)
@@ -61,18 +62,18 @@ class VisionCache:
         if shutil.disk_usage(self.folder).free < SPARE + self.size(features.shape[1]):
             raise OSError("the disk is full but for a GiB")
         data = features.contiguous().view(torch.uint8).numpy().data
-        partial = self.folder / f"tmp-{os.getpid()}"
-        try:
-            with open(partial, "wb") as file:
-                file.write(_sum(data))
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="tmp-", delete=False) as file:
+            try:
+                file.write(_sum(name, data))
                 file.write(data)
-            os.replace(partial, self.folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
+                file.flush()
+                os.replace(file.name, self.folder / name)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
 
 
-def _sum(data) -> bytes:
-    return zlib.crc32(data).to_bytes(HEADER, "little")
+def _sum(name: str, data) -> bytes:
+    return zlib.crc32(data, zlib.crc32(name.encode())).to_bytes(HEADER, "little")
 
 
 def open_cache(folder: str, visual: torch.nn.Module, config, settings: ImageSettings) -> VisionCache:
@@ -80,7 +81,8 @@ def open_cache(folder: str, visual: torch.nn.Module, config, settings: ImageSett
     digest = hashlib.sha256()
     for weight in visual.state_dict().values():
         digest.update(weight.contiguous().view(torch.uint8).cpu().numpy().data)
-    facts = [digest.hexdigest(), str(visual.config), asdict(settings), str(visual.dtype)]
+    pictures = {name: value for name, value in asdict(settings).items() if name not in ("min_pixels", "max_pixels")}
+    facts = [digest.hexdigest(), str(visual.config), pictures, str(visual.dtype)]
     facts += [torch.cuda.get_device_name(visual.device) if visual.device.type == "cuda" else "cpu"]
     facts += [visual.config._attn_implementation, torch.__version__, transformers.__version__, PIL.__version__]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

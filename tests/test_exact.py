@@ -12,19 +12,21 @@ import model as model_file
 from data import build_batch, rotary_positions
 from dist_utils import Ranks, Stop
 from images import load_patches
-from lora import hashed_dropout
+from lora import hash_dropout, hashed_dropout
 from train import train_step
 from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree, make_plan, pack
 
 ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-def run_step(world, trees_of_batches, dropout=0.0, seed=0, backend="", **more):
+def run_step(world, trees_of_batches, dropout=0.0, seed=0, backend="", budget=1.0, hashed=False, **more):
     """One step of the product over the given micro-batches of trees: its loss and gradients. `backend`: compiled."""
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world, dropout, **more)
     if backend:
-        model_file.compile_layers(model.model, 1.0, backend=backend)
+        model_file.compile_layers(model.model, budget, backend=backend)
+    if hashed:
+        hash_dropout(model.model)
     (facts,) = {work.step for work in StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)}
     last = len(trees_of_batches) - 1
     works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]
@@ -144,22 +146,28 @@ def test_one_branch_does_not_leak_into_another(world):
     assert torch.equal(before[others], after[others]) and not torch.equal(before[~others], after[~others])
 
 
-@pytest.mark.parametrize("compiled", [False, True])  # which has a dropout of its own
-def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world, reference, compiled, monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+@pytest.mark.parametrize("hashed", [False, True])
+def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world, reference, hashed):
     trees = whole(tiny.load_world(world)[0].samples)
-    draws = [run_step(world, [trees], dropout=0.2, seed=seed)[1] for seed in range(24)]
-    again = run_step(world, [trees], dropout=0.2, seed=0)[1]
+    draws = [run_step(world, [trees], dropout=0.2, seed=seed, hashed=hashed)[1] for seed in range(24)]
+    again = run_step(world, [trees], dropout=0.2, seed=0, hashed=hashed)[1]
     assert tiny.relative_error(again, draws[0]) == 0
     mean = {name: torch.stack([draw[name] for draw in draws]).mean(0) for name in again}
     one = tiny.relative_error(draws[0], reference[1])
     assert 0.01 < tiny.relative_error(mean, reference[1]) < one / 2
 
 
-def test_hashed_dropout_drops_each_place_on_its_own_and_scales_the_rest(seed=3):
-    torch.manual_seed(seed)
+@pytest.mark.parametrize("budget", [0.5, 0.0])
+def test_activations_that_are_made_again_have_the_dropout_of_before(world, budget):
+    trees = whole(tiny.load_world(world)[0].samples)[:2]
+    expected = run_step(world, [trees], dropout=0.1, hashed=True)
+    backend = {"backend": "aot_eager_decomp_partition", "budget": budget}
+    assert_exact(run_step(world, [trees], dropout=0.1, **backend), expected)
+
+
+def test_hashed_dropout_drops_each_place_on_its_own_and_scales_the_rest():
     x = torch.ones(1, 3000, 1024, requires_grad=True)
-    first, second = (hashed_dropout(x, 0.05) for _ in range(2))
+    first, second = (hashed_dropout(x, 0.05, torch.tensor(seed, dtype=torch.int32)) for seed in (3, -12345))
     (gradient,) = torch.autograd.grad(first.sum(), x)
     assert torch.equal(gradient, first.detach()) and first.detach().unique().tolist() == pytest.approx([0, 1 / 0.95])
     kept = (first != 0).double()[0]
