@@ -7,6 +7,7 @@ from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
@@ -75,7 +76,7 @@ def vision_cudnn_attention(module, query, key, value, attention_mask, scaling, i
     return attend_within_images(query, key, value, image_starts, scaling), None
 
 
-@torch.library.custom_op("onelook::attend_within_images", mutates_args=())
+@library.custom_op("onelook::attend_within_images", mutates_args=())
 def attend_within_images(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, image_starts: torch.Tensor, scaling: float
 ) -> torch.Tensor:

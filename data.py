@@ -432,23 +432,16 @@ def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class TreeDataset(Dataset):
     """Items are micro-batches: a sampler yields `Work`, an item is its `Batch`."""
 
-    def __init__(
-        self,
-        data: VQAData,
-        settings: ImageSettings,
-        pad_to: int = 1,
-        prompts_only: bool = False,
-        cache: VisionCache | None = None,
-    ):
-        self.data, self.settings, self.pad_to, self.prompts_only = data, settings, pad_to, prompts_only
-        self.cache = cache
+    def __init__(self, data: VQAData, settings: ImageSettings, pad_to: int = 1, **how):
+        """`how`: the other arguments of `build_batch`."""
+        self.data, self.settings, self.how = data, settings, {"pad_to": pad_to, **how}
 
     def __len__(self) -> int:
         return len(self.data.samples)
 
     def __getitem__(self, work: Work) -> Batch:
         try:
-            return build_batch(self.data, work, self.settings, self.pad_to, self.prompts_only, self.cache)
+            return build_batch(self.data, work, self.settings, **self.how)
         except OSError as error:  # checked before training, so it has changed since
             first = self.data.samples[work.trees[0].samples[0]].where
             raise RuntimeError(f"an image of {first} or what follows can't be read any more: {error}") from error

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
+from torch import library, nn
 from torch.utils.flop_counter import register_flop_formula
 
 
@@ -54,7 +54,7 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     return lora_linear(rows, weight, bias, low, b).unflatten(0, x.shape[:-1])
 
 
-@torch.library.custom_op("onelook::lora_linear", mutates_args=())
+@library.custom_op("onelook::lora_linear", mutates_args=())
 def lora_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, low: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:

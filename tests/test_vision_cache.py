@@ -61,7 +61,7 @@ def test_pictures_are_known_by_content_and_grid(filled, tmp_path):
     _, dataset, _, _ = filled
     path, grid = next(iter(dataset.data.grids.items()))
     copy = shutil.copy(path, tmp_path / "other.png")
-    cache = dataset.cache
+    cache = dataset.how["cache"]
     assert cache.name(copy, grid) == cache.name(path, grid) != cache.name(path, (2, 2))
     other = next(p for p in dataset.data.grids if p != path)
     assert cache.name(other, grid) != cache.name(path, grid)
@@ -75,16 +75,16 @@ def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_pa
     def folder(settings=dataset.settings):
         return vision_cache.open_cache(str(tmp_path), visual, config, settings).folder
 
-    assert folder() == dataset.cache.folder != folder(replace(dataset.settings, mean=(0.4, 0.5, 0.5)))
+    assert folder() == dataset.how["cache"].folder != folder(replace(dataset.settings, mean=(0.4, 0.5, 0.5)))
     with torch.no_grad():
         next(visual.parameters()).view(-1)[0] += 1e-3
-    assert folder() != dataset.cache.folder
+    assert folder() != dataset.how["cache"].folder
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "one bit", "empty", "header"])
 def test_a_damaged_entry_is_made_again(filled, damage):
     model, dataset, work, expected = filled
-    entry = sorted(dataset.cache.folder.iterdir())[0]
+    entry = sorted(dataset.how["cache"].folder.iterdir())[0]
     sound = entry.read_bytes()
     flipped = bytes([sound[len(sound) // 2] ^ 1])
     damaged = {
@@ -105,7 +105,7 @@ def test_a_full_disk_ends_keeping_and_nothing_else(world, tmp_path, monkeypatch,
     monkeypatch.setattr(vision_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=vision_cache.SPARE))
     work = Work(tuple(whole(dataset.data.samples)))
     first, second = run(model, dataset[work]), run(model, dataset[work])
-    assert torch.equal(first, second) and not list(dataset.cache.folder.iterdir())
+    assert torch.equal(first, second) and not list(dataset.how["cache"].folder.iterdir())
     assert capfd.readouterr().err.count("warning: no more vision features are kept") == 1
 
 
