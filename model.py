@@ -264,7 +264,9 @@ def compile_layers(model: PeftModel, memory_budget: float, backend: str = "induc
     """
     torch._dynamo.reset()  # of a budget that did not fit
     torch._functorch.config.activation_memory_budget = memory_budget
-    torch._functorch.config.ban_recompute_materialized_backward = False  # dropped inputs are cheap to make again
+    # dropped inputs are cheap to make again, and a quarter of what would be kept
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    torch._functorch.config.ban_recompute_used_far_apart = False
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets and can't split FlexAttention
     hash_dropout(model)

@@ -184,21 +184,31 @@ def tree_model(preset: Preset, device: torch.device, dtype: torch.dtype, folder:
     return model.train()
 
 
-def tree_step(model: TreeModel, preset: Preset, questions: int, device: torch.device, dtype: torch.dtype, folder: Path):
+def tree_step(
+    model: TreeModel,
+    preset: Preset,
+    questions: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path,
+    cached=False,
+):
     """Our step on one tree, without the optimizer and the feed, as for the recipe: its tokens, the step, and the vision
-    tower's part of it."""
+    tower's part of it. `cached`: vision features lie ready, as with `--vision-cache`."""
     data, settings = make_data(preset, questions, folder)
     tree = grow_tree(data.samples, list(range(questions)))
     batch = build_batch(data, Work((tree,), 0, StepFacts(0, questions, 1, 1)), settings, padding(device)).to(device)
 
-    def step():
-        with autocast(device, dtype):
-            losses, _ = model(batch, model.encode_images(batch))
-        losses.mean().backward()
-
     def vision():
         with autocast(device, dtype):
-            model.encode_images(batch)
+            return model.encode_images(batch)
+
+    ready = vision() if cached else None
+
+    def step():
+        with autocast(device, dtype):
+            losses, _ = model(batch, ready or vision())
+        losses.mean().backward()
 
     return tree.tokens, step, vision
 
@@ -290,23 +300,24 @@ def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ce
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case in cases:
-            if case == "recipe":
-                questions, tokens = 1, preset.padded
+            kind, questions = case.split("-")[0], int(case.partition("-")[2] or 1)
+            if kind == "recipe":
+                tokens = preset.padded
                 model, step = recipe_step(preset, device, dtype, folder)
             else:
-                questions = int(case.removeprefix("tree-"))
                 model = ours = ours or tree_model(preset, device, dtype, folder, args)
-                tokens, step, vision = tree_step(ours, preset, questions, device, dtype, folder)
+                tokens, step, vision = tree_step(ours, preset, questions, device, dtype, folder, kind == "cached")
             row = {"case": case, **measure(step, model, device, preset.repeats)}
             branches = [preset.question_tokens] * questions
             answers = questions * preset.answer_tokens
-            flops = sum(step_flops(Qwen3VLConfig(**preset.config), [patches], patches // 4 + 4, branches, answers))
+            encoded = [] if kind == "cached" else [patches]
+            flops = sum(step_flops(Qwen3VLConfig(**preset.config), encoded, patches // 4 + 4, branches, answers))
             row |= {"ms_per_question": row["ms"] / questions, "tokens_per_s": 1000 * tokens / row["ms"]}
             row |= {"tflops": flops / row["ms"] / 1e9, "share": flops / row["ms"] / 1e9 / ceiling}
             if args.profile and case == cases[-1] != "recipe":
                 print(f"where the time of {case} goes:\n{profile(step, vision, device)}", flush=True)
             yield row
-            if case == "recipe":
+            if kind == "recipe":
                 del model, step
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -326,7 +337,7 @@ def print_table(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Step time on one GPU: the usual recipe against trees.")
     parser.add_argument("--preset", choices=PRESETS, default="8b")
-    parser.add_argument("--cases", default="recipe,tree-1,tree-9,tree-17")
+    parser.add_argument("--cases", default="recipe,tree-1,cached-9,tree-9,tree-17")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--memory-budget", type=float, default=1.0)
     parser.add_argument("--profile", action="store_true", help="where the time of the last case goes")

@@ -28,7 +28,7 @@ def test_the_benchmark_prints_a_table_and_writes_json(tmp_path):
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
-    assert [row["case"] for row in result["rows"]] == ["recipe", "tree-1", "tree-9", "tree-17"]
+    assert [row["case"] for row in result["rows"]] == ["recipe", "tree-1", "cached-9", "tree-9", "tree-17"]
     assert all(row["ms_per_question"] > 0 and row["tflops"] > 0 for row in result["rows"])
     assert {"name", "device", "versions", "commit", "command"} <= result.keys() and "ms/question" in done.stdout
     assert "matrix products" in done.stdout and "vision tower" in done.stdout
