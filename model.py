@@ -267,6 +267,7 @@ def compile_layers(model: PeftModel, memory_budget: float, backend: str = "induc
     # dropped inputs are cheap to make again, and a quarter of what would be kept
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._functorch.config.ban_recompute_used_far_apart = False
+    torch._functorch.config.is_non_builtin_to_include = True  # `lora_linear` is as dear as the product inside it
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets and can't split FlexAttention
     hash_dropout(model)
