@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 import trees
 from data import VQAData, at_limit
 from images import ImageSettings
-from model import add_lora, kept_bytes, kept_share, lora_table, memory_margin, names_vision
+from model import MEMORY_BUDGETS, add_lora, kept_bytes, lora_table, memory_margin, names_vision
 from scores import normalize
 from trees import MicroBatch, PlanSettings, Step, Tree
 
@@ -55,7 +55,7 @@ MATMUL_SHARE, ATTENTION_SHARE, TOWER_ATTENTION_SHARE = 0.674, 0.34, 0.424
 MICRO_BATCH_S = 0.012  # gaps between kernels, forward and backward, in a profile; a faster GPU does not shorten them
 IMAGE_S = 0.022  # the vision tower's small kernels
 SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.21, 0.0: 1.27}  # step time by memory budget: a tree of 9 on an H100
-NOT_COMPILED = (1.39, 1.37)  # activations kept and step time against budget 1, there too
+NOT_COMPILED = (1.9, 1.37)  # share of `kept_bytes`: 82.2 GiB at 7,308 tokens on an H200; step time against budget 1
 COMPILE_S = 160  # first start of the 8B: 87 to 187 s were seen on four machines with H100s and H200s
 READ_BYTES_S = 1e9  # assumed: the weights to the GPU
 SAVE_BYTES_S = 0.3e9  # a checkpoint, hashed, to the disk of a small machine
@@ -222,14 +222,14 @@ class Budget:
 
 def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
     """The memory budgets that a run may choose from, the fastest first, for micro-batches of `tokens` tokens."""
-    kept, dropout = kept_bytes(job.config, tokens), job.args.lora_dropout > 0
+    kept = kept_bytes(job.config, tokens)
     room = gpu.memory_gib * GIB - 2 * job.weights - 4 * job.lora - memory_margin(gpu.memory_gib * GIB)
     held = 2 * job.weights + 4 * 4 * job.lora  # bfloat16 weights; float32 LoRA, its gradient, AdamW's two moments
     known = sorted(SLOWER)
-    costs = [(None, NOT_COMPILED[0] * kept_share(1.0, dropout), NOT_COMPILED[1])]
+    costs = [(None, *NOT_COMPILED)]
     if job.args.compile:
         names = SLOWER if job.args.memory_budget == "auto" else [job.args.memory_budget]
-        tables = [kept_share(budget, dropout) for budget in known], [SLOWER[budget] for budget in known]
+        tables = [[table[budget] for budget in known] for table in (MEMORY_BUDGETS, SLOWER)]
         costs = [(name, *(np.interp(name, known, table) for table in tables)) for name in names]
     return [Budget(name, slower, held + share * kept, share * kept < room) for name, share, slower in costs]
 

@@ -340,7 +340,7 @@ def plan_compile(args, peft_model, heavy: Work, ranks: Ranks) -> list[float]:
     if args.memory_budget != "auto":
         return [args.memory_budget]
     tokens = sum(tree.tokens for tree in heavy.trees)
-    chosen = choose_memory_budget(peft_model.get_base_model().config, tokens, args.lora_dropout > 0, ranks.device)
+    chosen = choose_memory_budget(peft_model.get_base_model().config, tokens, ranks.device)
     chosen = min(dist_utils.gather_to_all(chosen))
     return [budget for budget in MEMORY_BUDGETS if budget <= chosen]
 
