@@ -148,12 +148,12 @@ def load_data(
         except ValueError as reason:
             bad.append(BadRow(row.where, str(reason), row.fields))
 
-    texts = [text for segment in segments for text, _ in segment]
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    texts = list({text for segment in segments for text, _ in segment})  # many rows ask the same
+    encoded = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []))
     image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     samples = []
     for row, segment in zip(kept, segments):
-        pieces = [(next(encoded), trained) for _, trained in segment]
+        pieces = [(encoded[text], trained) for text, trained in segment]
         sample = _sample(row, pieces, image_token, grids, settings.merge_size**2)
         if sample.tokens > max_tokens:
             reason = f"{sample.tokens:,} tokens, over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"

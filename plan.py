@@ -56,8 +56,8 @@ MICRO_BATCH_S = 0.012  # gaps between kernels, forward and backward, in a profil
 IMAGE_S = 0.022  # the vision tower's small kernels
 SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.21, 0.0: 1.27}  # step time by memory budget: a tree of 9 on an H100
 NOT_COMPILED = (1.9, 1.37)  # share of `kept_bytes`: 82.2 GiB at 7,308 tokens on an H200; step time against budget 1
+START_S = 80  # of the 8B: imports, rows, weights, a tried evaluation; 51 to 134 s were seen on two machines with H100s
 COMPILE_S = 160  # first start of the 8B: 87 to 187 s were seen on four machines with H100s and H200s
-READ_BYTES_S = 1e9  # assumed: the weights to the GPU
 SAVE_BYTES_S = 0.3e9  # a checkpoint, hashed, to the disk of a small machine
 
 
@@ -300,7 +300,7 @@ def timeline(job: Job, times: tuple, gpus: int, epochs: int) -> list[tuple[int, 
 
     step_s, evaluation_s = list(map(longest, job.plan, times[0])), longest(job.val_batches, times[1])
     steps = count_steps(job.args, len(step_s), epochs)
-    now = COMPILE_S * job.args.compile + 2 * job.weights / READ_BYTES_S
+    now = START_S + COMPILE_S * job.args.compile
     events = [(0, "training starts", now)]
     for step in range(1, steps + 1):
         now += step_s[(step - 1) % len(step_s)]
