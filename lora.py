@@ -24,16 +24,17 @@ def hash_dropout(model: PeftModel) -> None:
     As an input of a compiled layer it is the same in its backward pass, where masks may be made again; what draws from
     a generator there draws anew (torch 2.13: gradients 45% off at a memory budget of 0).
     """
-    for layer in _lean_layers(model):
-        layer.dropout_seed = torch.zeros((), dtype=torch.int32, device=layer.base_layer.weight.device)
+    layers = _lean_layers(model)
+    # four numbers a layer, of which one is used: compiled code copies what does not begin at a multiple of 16 bytes
+    model.dropout_seeds = torch.zeros(len(layers), 4, dtype=torch.int32, device=model.device)
+    for layer, seed in zip(layers, model.dropout_seeds[:, 0].unbind()):
+        layer.dropout_seed = seed
 
 
 def draw_dropout_seeds(model: PeftModel) -> None:
     """New seeds from torch's generator, for the next forward pass."""
-    seeds = [layer.dropout_seed for layer in _lean_layers(model) if layer.dropout_seed is not None]
-    if seeds:
-        drawn = torch.randint(-(2**31), 2**31 - 1, (len(seeds),), dtype=torch.int32, device=seeds[0].device)
-        torch._foreach_copy_(seeds, list(drawn.unbind()))
+    if hasattr(model, "dropout_seeds"):
+        model.dropout_seeds.random_(-(2**31), 2**31 - 1)
 
 
 def _lean_layers(model: PeftModel) -> list[LoraLinear]:

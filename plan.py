@@ -47,10 +47,10 @@ GPUS = {
     "l40s": Gpu(("NVIDIA L40S",), 44.4, 362 * OF_DATA_SHEET),
     "rtx4090": Gpu(("NVIDIA GeForce RTX 4090",), 23.5, 165 * OF_DATA_SHEET),
 }
-# Shares of Gpu.tflops that each kind of work reaches. The three trees of bench/results/step-h100.json are too alike to
-# tell kinds apart, so the attention's come from a profile of the tree of 9: FlexAttention 66 ms (17.7 TFLOP), the
-# vision tower's 43.5 ms (14.5 TFLOP). The matrix products' share, small kernels beside them included, and IMAGE_S are
-# then the two numbers that give the three trees' times.
+# Shares of Gpu.tflops that each kind of work reaches. The three trees of bench/results/step-h100-kept.json are too
+# alike to tell kinds apart, so the attention's come from a profile of the tree of 9: FlexAttention 66 ms (17.7 TFLOP),
+# the vision tower's 43.5 ms (14.5 TFLOP). The matrix products' share, small kernels beside them included, and IMAGE_S
+# are then the two numbers that give the three trees' times.
 MATMUL_SHARE, ATTENTION_SHARE, TOWER_ATTENTION_SHARE = 0.674, 0.34, 0.424
 MICRO_BATCH_S = 0.012  # gaps between kernels, forward and backward, in a profile; a faster GPU does not shorten them
 IMAGE_S = 0.022  # the vision tower's small kernels

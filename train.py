@@ -355,7 +355,7 @@ def rehearse(model, optimizer, dataset: TreeDataset, work: Work, ranks: Ranks, d
     batch = dataset[work].to(ranks.device)
     for budget in budgets or [None]:
         if budget is not None:
-            print0(f"compiling for a memory budget of {budget}: this takes a minute or two")
+            print0(f"compiling for a memory budget of {budget}: this takes one to three minutes")
             compile_layers(unwrap(model).model, budget)
         if fits := all(dist_utils.gather_to_all(_try_micro_batch(model, batch, ranks, dtype))):
             break

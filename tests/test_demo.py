@@ -30,7 +30,8 @@ def test_the_demo_learns_its_pictures_and_runs_twice(tmp_path):
 
 
 def test_shuffled_answers_are_not_learnt(tmp_path):
-    """Answers dealt anew among the rows of each question: what the words tell stays, what the picture tells goes."""
+    """Answers dealt anew among the rows of each question: what the words tell stays, what the picture tells goes. In as
+    many epochs the true answers are learnt to 0.88."""
     folder = tmp_path / "data"
     demo.make_demo(folder)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
@@ -43,7 +44,7 @@ def test_shuffled_answers_are_not_learnt(tmp_path):
         for row, answer in zip(same, answers):
             row["answer"] = answer
     (folder / "shuffled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = demo.SETTINGS | {"train": folder / "shuffled.jsonl", "val": folder / "val.jsonl", "images": folder}
+    given = demo.SETTINGS | {"epochs": 4, "train": folder / "shuffled.jsonl", "val": folder / "val.jsonl", "images": folder}
     given |= {"model": folder / "model", "output": tmp_path / "out"}
     done = torchrun(2, TRAIN, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), timeout=900)
     assert done.returncode == 0, done.stderr
