@@ -70,7 +70,7 @@ class Run:
 
 
 @torch.no_grad()
-def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> list[tuple[list[int], float]]:
+def generate(model: TreeModel, batch, max_new_tokens: int, stop_tokens: set[int]) -> list[tuple[list[int], float]]:
     """Greedy answers to every question of a `prompts_only` batch: token ids without the end-of-turn, and the model's
     probability of the whole answer, the end-of-turn included where it came.
 
@@ -81,11 +81,8 @@ def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> l
     features = model.encode_images(batch)
     mask = tree_mask(batch)
     hidden = model.hidden_states(batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, cache)
-    tree, branch, position = (
-        batch.tree[batch.answer_at],
-        batch.branch[batch.answer_at],
-        batch.positions[:, batch.answer_at],
-    )
+    at = batch.answer_at
+    tree, branch, position = batch.tree[at], batch.branch[at], batch.positions[:, at]
     tree_k, branch_k = batch.tree, batch.branch
     answers, log_probabilities = [[] for _ in batch.samples], [0.0] * len(batch.samples)
     running = list(range(len(answers)))
@@ -94,7 +91,7 @@ def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> l
         keep = []
         for place, (index, token, value) in enumerate(zip(running, tokens.tolist(), likeliest.tolist())):
             log_probabilities[index] += value
-            if token != stop_token:
+            if token not in stop_tokens:
                 answers[index].append(token)
                 keep.append(place)
         running = [running[place] for place in keep]
@@ -105,7 +102,7 @@ def generate(model: TreeModel, batch, max_new_tokens: int, stop_token: int) -> l
         cached = len(tree_k)
         tree_k, branch_k = torch.cat([tree_k, tree]), torch.cat([branch_k, branch])
         order = torch.arange(len(tree_k), device=tokens.device)
-        mask = visible(tree, branch, tree_k, branch_k, order[cached:], order)[None, None]
+        mask = visible(tree[:, None], branch[:, None], order[cached:, None], tree_k, branch_k, order)[None, None]
         hidden = model.hidden_states(tokens, position, mask, torch.arange(len(kept), device=kept.device), past=cache)
     return list(zip(answers, map(math.exp, log_probabilities)))
 
@@ -118,8 +115,11 @@ def answer_all(model: TreeModel, data: VQAData, tokenizer, run: Run) -> list[dic
 
 
 def answer_batch(model: TreeModel, batch, tokenizer, max_new_tokens: int) -> list[dict]:
-    """{"prediction", "confidence"} of every question of a `prompts_only` batch."""
-    found = generate(model, batch, max_new_tokens, tokenizer.eos_token_id)
+    """{"prediction", "confidence"} of every question of a `prompts_only` batch, which ends where `model.generate` ends
+    it."""
+    ends = model.base.generation_config.eos_token_id  # one, or several, or None
+    stop_tokens = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    found = generate(model, batch, max_new_tokens, stop_tokens)
     texts = tokenizer.batch_decode([tokens for tokens, _ in found])
     return [{"prediction": text, "confidence": probability} for text, (_, probability) in zip(texts, found)]
 
@@ -163,6 +163,6 @@ def score_samples(model: TreeModel, batch) -> list[tuple[float, int, bool]]:
 
 def with_answer(sample: Sample, answer: str, tokenizer) -> Sample:
     """The sample with another last answer, the only one that is trained."""
-    start = int(np.flatnonzero(~sample.trained)[-1]) + 1
+    start = sample.last_answer
     ids = np.array(tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"], np.int32)
     return replace(sample, ids=np.concatenate([sample.ids[:start], ids]), trained=np.arange(start + len(ids)) >= start)

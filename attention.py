@@ -29,19 +29,18 @@ def tree_mask(batch: Batch) -> torch.Tensor | BlockMask:
     if batch.ids.device.type == "cuda":
         assert len(batch.ids) % FLEX_BLOCK == 0, len(batch.ids)
         return _block_mask(batch.tree, batch.branch)
-    order = torch.arange(len(batch.ids), device=batch.ids.device)
-    return visible(batch.tree, batch.branch, batch.tree, batch.branch, order, order)[None, None]
+    keys = batch.tree, batch.branch, torch.arange(len(batch.ids), device=batch.ids.device)
+    return visible(*(key[:, None] for key in keys), *keys)[None, None]
 
 
-def visible(tree_q, branch_q, tree_k, branch_k, order_q, order_k) -> torch.Tensor:
-    """(Q, K) bool: the same tree, not later, and in the prefix (branch 0) or in the same branch."""
-    same_tree = tree_q[:, None] == tree_k
-    return same_tree & (order_k <= order_q[:, None]) & ((branch_k == 0) | (branch_k == branch_q[:, None]))
+def visible(tree_q, branch_q, order_q, tree_k, branch_k, order_k) -> torch.Tensor:
+    """Whether q sees k: the same tree, not later, and in the prefix (branch 0) or in the same branch."""
+    return (tree_q == tree_k) & (order_k <= order_q) & ((branch_k == 0) | (branch_k == branch_q))
 
 
 def _block_mask(tree: torch.Tensor, branch: torch.Tensor) -> BlockMask:
     def mask(_batch, _head, q, k):
-        return (tree[q] == tree[k]) & (k <= q) & ((branch[k] == 0) | (branch[k] == branch[q]))
+        return visible(tree[q], branch[q], q, tree[k], branch[k], k)
 
     return _compiled(create_block_mask)(mask, None, None, len(tree), len(tree), device=tree.device)
 

@@ -6,7 +6,6 @@ file. It gets its name, checkpoint-STEP, once it is complete and on disk.
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from dist_utils import print0, restarted, unwrap
 from model import load_lora, save_adapter
 from rows import InputError
 
-FORMAT = 2
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
 # what may differ in a resumed run without changing what it learns
 FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
@@ -40,11 +38,10 @@ def write_checkpoint(folder: Path, model, state: dict) -> None:
     """Write adapter, state and manifest, all of it on disk on return."""
     save_adapter(unwrap(model).model, folder)
     (folder / "README.md").write_text(model_card(state), encoding="utf-8")
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    (folder / "state.pt").write_bytes(buffer.getbuffer())
+    with open(folder / "state.pt", "wb") as file:  # torch.save by path: a full disk is a RuntimeError
+        torch.save(state, file)
     files = {path.name: size_and_sum(path) for path in sorted(folder.iterdir())}
-    manifest = {"format": FORMAT, "step": state["step"], "versions": VERSIONS, "identity": state["identity"]}
+    manifest = {"step": state["step"], "versions": VERSIONS, "identity": state["identity"]}
     manifest["files"] = files
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*folder.iterdir(), folder]:
@@ -203,7 +200,7 @@ def open_output(output: str, name: str, resuming: bool) -> Path:
     launcher = f"launcher {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
     folder, number = Path(output), 1
     while not output and (folder := Path(f"runs/{name}-{number}")).exists():
-        if restarted() and launcher in (folder / "lock").read_text():
+        if restarted() and (folder / "lock").is_file() and launcher in (folder / "lock").read_text():
             break  # this run's own, before torchrun restarted it
         number += 1
     try:

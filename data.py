@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -48,7 +49,16 @@ class Sample:
 
     @property
     def tokens(self) -> int:
-        return len(self.ids) + sum(self.image_tokens) - len(self.image_tokens)
+        return self.tokens_before(len(self.ids))
+
+    @property
+    def last_answer(self) -> int:
+        """Index of the last answer's first id."""
+        return int(np.flatnonzero(~self.trained)[-1]) + 1
+
+    def tokens_before(self, index: int) -> int:
+        """Language-model tokens of the ids before `index`."""
+        return index + sum(n - 1 for at, n in zip(self.image_at, self.image_tokens) if at < index)
 
 
 @dataclass
@@ -72,11 +82,8 @@ class VQAData:
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(sample.ids.tobytes() + sample.trained.tobytes())
-            digest.update(
-                repr(
-                    [sample.file, sample.weight, *((Path(image).name, self.grids[image]) for image in sample.images)]
-                ).encode()
-            )
+            images = [(Path(image).name, self.grids[image]) for image in sample.images]
+            digest.update(repr([sample.file, sample.weight, *images]).encode())
         return digest.hexdigest()[:16]
 
 
@@ -84,11 +91,14 @@ class VQAData:
 
 
 def load_files(paths: list[str], *how, **more) -> list[VQAData]:
-    """`load_data` of each file. Where files have one name, their rows are told apart by the folder."""
-    names = [Path(path).name for path in set(paths)]
-    unlike = [-1 if names.count(Path(path).name) == 1 else -2 for path in paths]
-    shown = ["/".join(Path(path).parts[first:]) for path, first in zip(paths, unlike)]
-    return [load_data(path, *how, **more, shown_as=name) for path, name in zip(paths, shown)]
+    """`load_data` of each file. Rows of files with one name are told apart by as many folders as that takes."""
+    data = []
+    for path in paths:
+        parts = Path(path).parts
+        others, depths = {Path(other).parts for other in paths} - {parts}, range(1, len(parts))
+        count = next((n for n in depths if all(other[-n:] != parts[-n:] for other in others)), len(parts))
+        data.append(load_data(path, *how, **more, shown_as="/".join(parts[-count:])))
+    return data
 
 
 def join(parts: list[VQAData]) -> VQAData:
@@ -106,7 +116,6 @@ def load_data(
     max_tokens: int,
     system: str = "",
     allow_outside_images: bool = False,
-    limit: int = 0,
     headers_only: bool = False,
     prompt: str = "{question}",
     shown_as: str = "",
@@ -115,7 +124,7 @@ def load_data(
     """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
 
     `system` is the system prompt of rows that have none of their own, `prompt` what each user turn says, its own text
-    standing for {question}. `max_tokens` bounds a single sample. `limit` is how many rows are used at most; 0: all.
+    standing for {question}. `max_tokens` bounds a single sample.
     `headers_only` reads sizes of images and decodes none. `shown_as` is the file's name in what is said of its rows.
     `given` rows stand for those of a file, none of which is read. Raises InputError when the file can't be read, or the
     system prompt or the template of questions holds special tokens.
@@ -125,7 +134,6 @@ def load_data(
         if literal := [token for token in special if token in text]:
             raise InputError(f"the {name} holds the special token {literal[0]}")
     parsed, bad = read_rows(Path(path), shown_as) if given is None else (given, [])
-    parsed = parsed[: limit or None]
     rows = []
     for row in parsed:
         row.images, reason = _resolve(row.images, Path(images_dir), allow_outside_images)
@@ -154,7 +162,7 @@ def load_data(
     samples = []
     for row, segment in zip(kept, segments):
         pieces = [(encoded[text], trained) for text, trained in segment]
-        sample = _sample(row, pieces, image_token, grids, settings.merge_size**2)
+        sample = _sample(row, pieces, image_token, grids, settings.merge_size)
         if sample.tokens > max_tokens:
             reason = f"{sample.tokens:,} tokens, over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
             bad.append(BadRow(row.where, reason, row.fields))
@@ -168,12 +176,14 @@ def at_limit(data: VQAData, settings: ImageSettings, max_pixels: int) -> VQAData
     """The same samples with images of at most `max_pixels` pixels, as load_data would make them; nothing is read."""
     limited = replace(settings, min_pixels=min(settings.min_pixels, max_pixels), max_pixels=max_pixels)
     grids = {image: limited.grid(*size) for image, size in data.sizes.items()}
-    patches = [tuple(math.prod(grids[image]) for image in sample.images) for sample in data.samples]
-    samples = [
-        replace(sample, patches=counts, image_tokens=tuple(count // settings.merge_size**2 for count in counts))
-        for sample, counts in zip(data.samples, patches)
-    ]
+    samples = [replace(one, **_image_sizes(one.images, grids, settings.merge_size)) for one in data.samples]
     return replace(data, samples=samples, grids=grids)
+
+
+def _image_sizes(images: Iterable[str], grids: dict, merge_size: int) -> dict[str, tuple[int, ...]]:
+    """Vision patches and language-model tokens of each of a sample's images."""
+    patches = tuple(math.prod(grids[image]) for image in images)
+    return {"patches": patches, "image_tokens": tuple(count // merge_size**2 for count in patches)}
 
 
 def _resolve(names: list[str], folder: Path, allow_outside: bool) -> tuple[list[str], str]:
@@ -240,10 +250,9 @@ def _segments(messages: list[dict], tokenizer, system: str) -> list[tuple[str, b
     return segments
 
 
-def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge: int) -> Sample:
+def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge_size: int) -> Sample:
     ids = np.concatenate([piece for piece, _ in pieces]).astype(np.int32)
     trained = np.concatenate([np.full(len(piece), is_trained) for piece, is_trained in pieces])
-    patches = tuple(int(np.prod(grids[image])) for image in row.images)
     return Sample(
         id=str(row.fields["id"]),
         where=row.where,
@@ -251,8 +260,7 @@ def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge: int) -
         ids=ids,
         trained=trained,
         image_at=tuple(np.flatnonzero(ids == image_token).tolist()),
-        image_tokens=tuple(count // merge for count in patches),
-        patches=patches,
+        **_image_sizes(row.images, grids, merge_size),
         fields=row.fields,
         weight=row.weight,
     )
@@ -310,6 +318,7 @@ class Batch:
     work: Work
     features: torch.Tensor | None = None  # (sets, I, width) from the vision cache, instead of patches
     names: list[str] = field(default_factory=list)  # of the images' entries in the vision cache
+    image_tokens: tuple[int, ...] = ()  # of each image
 
     def _map(self, function) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -356,9 +365,9 @@ def build_batch(
         for branch, index in enumerate(tree.samples, start=1):
             sample = data.samples[index]
             ids, trained, is_image = _expand(sample)
-            prefix = tree.prefix + sum(n - 1 for at, n in zip(sample.image_at, sample.image_tokens) if at < tree.prefix)
+            prefix = sample.tokens_before(tree.prefix)
             first = 0 if branch == 1 else prefix  # the first branch brings the prefix along
-            end = int(np.flatnonzero(~trained)[-1]) + 1 if prompts_only else len(ids)
+            end = sample.tokens_before(sample.last_answer) if prompts_only else len(ids)
             marked = np.array([end]) if prompts_only else np.flatnonzero(trained)
             positions = rotary_positions(sample, data.grids, settings.merge_size)[:, first:end]
             branch_ids = np.where(np.arange(first, end) < prefix, 0, branch)
@@ -375,8 +384,8 @@ def build_batch(
     ids, positions, tree, branch, is_image = (torch.from_numpy(np.concatenate(part, axis=-1)) for part in zip(*parts))
     answer_at, targets, weights, question = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers))
     names = [cache.name(path, data.grids[path]) for path in images] if cache else []
-    tokens = [math.prod(data.grids[path]) // settings.merge_size**2 for path in images]
-    features = cache.load(names, tokens) if names else None
+    image_tokens = _image_sizes(images, data.grids, settings.merge_size)["image_tokens"]
+    features = cache.load(names, image_tokens) if names else None
     seen = images if features is None else []
     loaded = {path: load_patches(path, data.grids[path], settings) for path in dict.fromkeys(seen)}
     grid = torch.tensor([(1, *data.grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
@@ -398,6 +407,7 @@ def build_batch(
         work=work,
         features=features,
         names=names,
+        image_tokens=image_tokens,
     )
 
 
@@ -435,9 +445,6 @@ class TreeDataset(Dataset):
     def __init__(self, data: VQAData, settings: ImageSettings, pad_to: int = 1, **how):
         """`how`: the other arguments of `build_batch`."""
         self.data, self.settings, self.how = data, settings, {"pad_to": pad_to, **how}
-
-    def __len__(self) -> int:
-        return len(self.data.samples)
 
     def __getitem__(self, work: Work) -> Batch:
         try:

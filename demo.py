@@ -4,13 +4,8 @@
 matters about Kvasir-VQA: tissue on a dark ground, polyps, instruments, overlaid text, a green or black box, and between
 1 and 17 questions a picture, each answerable from the picture alone. The model (`demo_model.py`) knows nothing but
 colours and places; all that training moves are its LoRA matrices.
-
-    python demo.py --folder demo                                     # write the demo's data and model
-    python demo.py --rows rows.jsonl --images pictures               # a stand-in picture for each image that rows name
-    python demo.py --rows rows.jsonl --images pictures --size 1920x1072
 """
 
-import argparse
 import json
 import math
 import os
@@ -18,13 +13,10 @@ import random
 import shutil
 import zlib
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from demo_model import PATCH, make_model, make_tokenizer
 
@@ -277,6 +269,12 @@ def write_model(folder: Path, texts: list[str]) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
 
 
+def files(folder: Path) -> dict[str, str]:
+    """Settings that name what `make_demo` writes."""
+    names = {"model": "model", "train": "train.jsonl", "val": "val.jsonl", "images": ""}
+    return {setting: str((folder / name).resolve()) for setting, name in names.items()}
+
+
 def make_demo(folder: Path, seed: int = 0) -> None:
     """Write train.jsonl, val.jsonl, images/ and model/ into the folder, whole or not at all.
 
@@ -320,31 +318,3 @@ def make_picture(name: str, folder: Path, size: tuple[int, int] | None) -> None:
     part = path.with_name(f".{os.getpid()}-{path.name}")
     draw(make_scene(seed), *size).save(part, quality=90)
     part.rename(path)
-
-
-def make_pictures(rows_file: Path, folder: Path, size: tuple[int, int] | None = None) -> int:
-    """One picture for every distinct image that the rows name (`image` or `image_filename`). Returns their number."""
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines() if line.strip()]
-    names = sorted({row.get("image") or row["image_filename"] for row in rows})
-    with Pool() as pool:
-        list(tqdm(pool.imap_unordered(partial(make_picture, folder=folder, size=size), names), total=len(names)))
-    return len(names)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the demo is written")
-    parser.add_argument("--rows", type=Path, help="jsonl file: make pictures for its rows instead of the demo")
-    parser.add_argument("--images", type=Path, default=Path("images"), help="with --rows: where the pictures go")
-    parser.add_argument("--size", help="with --rows: WIDTHxHEIGHT in pixels; without it mixed, 480x360 to 1920x1072")
-    args = parser.parse_args()
-    if args.rows:
-        size = tuple(int(n) for n in args.size.split("x")) if args.size else None
-        print(f"{make_pictures(args.rows, args.images, size)} pictures in {args.images}")
-    else:
-        make_demo(args.folder)
-        print(f"demo written to {args.folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,6 @@ import ctypes
 import faulthandler
 import gc
 import os
-import random
 import signal
 import socket
 import sys
@@ -38,7 +37,6 @@ STOPPED = 75  # exit code of a run that was stopped and can be resumed (EX_TEMPF
 @dataclass(frozen=True)
 class Ranks:
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -47,14 +45,14 @@ class Ranks:
         return self.rank == 0
 
 
-def start(use_cuda: bool | None = None) -> Ranks:
+def start() -> Ranks:
     """Join the process group that torchrun describes in the environment; one process needs none.
 
     Tensors on GPUs travel by NCCL, tensors and objects on the CPU by gloo.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    use_cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
+    use_cuda = torch.cuda.is_available()
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible (--nproc_per_node)")
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -68,7 +66,7 @@ def start(use_cuda: bool | None = None) -> Ranks:
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)
-    return Ranks(rank, local_rank, world_size, device)
+    return Ranks(rank, world_size, device)
 
 
 def shorten_timeout() -> None:
@@ -144,7 +142,7 @@ def run_and_exit(main: Callable, argv: list[str]) -> None:
         code = 2
     except Exception as error:
         notes = "; ".join(getattr(error, "__notes__", []))
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo raises RuntimeError
             print(f"rank {os.environ['RANK']} lost the others ({notes}): {error}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -220,7 +218,7 @@ def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
     for parameter in module.parameters():
         if parameter.requires_grad:
             dist.broadcast(parameter.data, src=0)
-    ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renames broadcast_buffers
         return DistributedDataParallel(
             module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
@@ -236,9 +234,6 @@ def no_sync(module: torch.nn.Module, skip: bool):
     return module.no_sync() if skip and isinstance(module, DistributedDataParallel) else nullcontext()
 
 
-def seed_everything(*numbers: int) -> None:
-    """Seed Python, numpy and torch from whole numbers such as (seed, step, micro-batch), never from a rank."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def seed_torch(*numbers: int) -> None:
+    """Seed torch from whole numbers such as (seed, step, micro-batch), never from a rank."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

@@ -127,13 +127,14 @@ def build_parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Settings from the command line. Raises InputError of all that is wrong with them."""
     args, problems = parse_words(build_parser(), argv)
-    if not problems and args.with_base and not args.ckpt:
+    refuse(problems)
+    if args.with_base and not args.ckpt:
         problems.append("--with-base: needs --ckpt")
-    if not problems and args.closed_set and not args.ckpt:
+    if args.closed_set and not args.ckpt:
         problems.append("--closed-set: needs --ckpt, whose run names the training rows")
-    if not problems and args.question is None and args.image:
+    if args.question is None and args.image:
         problems.append("--image: needs --question")
-    if not problems and args.question is not None:
+    if args.question is not None:
         others = [f"--{name.replace('_', '-')}" for name in NOT_WITH_QUESTION if getattr(args, name)]
         problems += [f"{flag}: not with --question, which answers one question and writes nothing" for flag in others]
         checked = [(path, check_image(path)) for path in args.image]
@@ -147,11 +148,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     stop = stop or Stop()
     args = parse(argv)
     if args.compare:
-        return compare_files(*map(Path, args.compare), args.numeric_tolerance)
+        return compare_files(*map(Path, args.compare))
     ckpt = pick_checkpoint(Path(args.ckpt)) if args.ckpt else None
     state = read_state(ckpt) if ckpt else {}
     trained, held_out = state.get("settings", {}), state.get("held_out", [])
-    own = trained["train"] if held_out else list(filter(None, [trained.get("val", "")]))
+    own = trained["train"] if held_out else [trained["val"]] if trained.get("val") else []
     name, files = args.model or trained.get("model", DEFAULT_MODEL), [args.data] if args.data else own
     if not files and args.question is None:
         raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
@@ -182,6 +183,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         data = join(parts)
         if held_out and not args.data:
             data = split(data, pictures, held_out)[1]
+        if not data.samples:
+            raise InputError(f"{', '.join(files)}: none of the held-out rows can be used")
         train_rows = [row for file in trained["train"] for row in read_rows(Path(file))[0]] if args.closed_set else []
         train_rows = trained_rows(train_rows, trained.get("images", ""), held_out)
         closed = closed_sets([row.fields for row in train_rows], args.closed_set)
@@ -195,7 +198,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     # Answers: of the base model, then with the adapter.
     model = load_model(folder, ckpt, settings, dtype, ranks.device)
     facts = {"model": name, "base": fingerprint(folder), "checkpoint": str(ckpt or ""), "rows": rows}
-    facts |= {"data": data.fingerprint(), "images": asdict(settings), "system": system, "prompt": prompt}
+    facts |= {"data": data.fingerprint(), "pictures": str(Path(pictures).absolute()), "images": asdict(settings)}
+    facts |= {"system": system, "prompt": prompt}
     facts |= {"options": sha256(json.dumps(options).encode()).hexdigest()[:16]}
     facts |= {"manifest": sha256((ckpt / "manifest.json").read_bytes()).hexdigest() if ckpt else ""}
     facts |= {name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")}
@@ -262,7 +266,7 @@ def write_results(output: Path, predictions: dict[str, list[dict]], data: VQADat
     summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": scores}
     print0(summary_table(scores))
     if len(predictions) == 2:
-        summary["comparison"] = compare(predictions["base"], predictions["tuned"], args.numeric_tolerance)
+        summary["comparison"] = compare(predictions["base"], predictions["tuned"])
         print0(describe_comparison(summary["comparison"]))
     write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     images = [list(sample.images) for sample in data.samples]
@@ -293,15 +297,18 @@ def _prediction(sample: Sample, answer: dict, scored: dict) -> dict:
 def read_predictions(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # an answer may hold U+2028
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        predictions = [json.loads(line) for line in lines]
+        if not all({"where", "right"} <= one.keys() for one in predictions):
+            raise ValueError("a line without `where` and `right`")
+        return predictions
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is no predictions file: {error}") from None
 
 
-def compare_files(a: Path, b: Path, tolerance: float) -> int:
+def compare_files(a: Path, b: Path) -> int:
     """Print how two predictions files of the same rows differ, with the questions that flipped."""
     try:
-        comparison = compare(read_predictions(a), read_predictions(b), tolerance)
+        comparison = compare(read_predictions(a), read_predictions(b))
     except ValueError as error:
         raise InputError(f"--compare {a} {b}: {error}") from None
     print0(describe_comparison(comparison))

@@ -22,7 +22,7 @@ from feed import padding
 from images import ImageSettings
 from lora import merge_lora
 from model import TreeModel, autocast, load_adapter, load_base, resolve_model
-from rows import InputError
+from rows import InputError, read_rows
 from settings import Parser, choice, parse_words, refuse
 from trees import Work, whole_trees
 
@@ -43,8 +43,8 @@ def main(argv: list[str], _stop=None) -> int:
     own = config.dtype or config.get_text_config().dtype or torch.float32
     dtype = torch.float32 if args.dtype == "float32" else own
     settings, tokenizer = ImageSettings(**run["image_settings"]), AutoTokenizer.from_pretrained(folder)
-    how = (run["max_tokens"], run["system"], True)
-    data = load_data(rows, images, tokenizer, settings, *how, limit=ROWS, prompt=run.get("prompt", "{question}"))
+    how = {"given": read_rows(Path(rows))[0][:ROWS], "system": run["system"], "prompt": run["prompt"]}
+    data = load_data(rows, images, tokenizer, settings, run["max_tokens"], allow_outside_images=True, **how)
     if not data.samples:
         raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
 

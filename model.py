@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch._dynamo.config
 import torch._functorch.config
@@ -328,16 +327,11 @@ class TreeModel(nn.Module):
             return Features(batch.features[0], list(batch.features[1:]))
         features = self.encode_images(batch)
         if batch.names:
-            tokens = np.diff(batch.vision["image_starts"]) // self.settings.merge_size**2
-            self.writer.put(batch.names, tokens.tolist(), torch.stack([features.embeds, *features.deepstack]))
+            self.writer.put(batch.names, batch.image_tokens, torch.stack([features.embeds, *features.deepstack]))
         return features
 
     def encode_images(self, batch: Batch) -> Features | None:
         """Run the vision tower, once for every image of every tree. None without images."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision):
-            return self._encode_images(batch)
-
-    def _encode_images(self, batch: Batch) -> Features | None:
         if not len(batch.grid):
             return None
         visual = self.base.model.visual
@@ -347,7 +341,8 @@ class TreeModel(nn.Module):
         pixels = (batch.patches / 255 - mean) / std  # (patches, 3, p * p)
         pixels = pixels[:, :, None].expand(-1, -1, self.settings.temporal_patch_size, -1)
         vision = batch.vision | {"image_starts": torch.tensor(batch.vision["image_starts"])}  # stays on the CPU
-        out = visual(pixels.flatten(1).to(visual.dtype), grid_thw=batch.grid, **vision)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision):
+            out = visual(pixels.flatten(1).to(visual.dtype), grid_thw=batch.grid, **vision)
         return Features(out.pooler_output, getattr(out, "deepstack_features", []))
 
     def hidden_states(self, ids, positions, mask, wanted, image_at=None, features=None, past=None) -> torch.Tensor:

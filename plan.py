@@ -82,7 +82,7 @@ def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
 def _row_warnings(data: VQAData) -> list[str]:
     asked, repeats, clashes, long = {}, [], [], []
     for sample in data.samples:
-        prompt = sample.ids[: np.flatnonzero(~sample.trained)[-1] + 1].tobytes()
+        prompt = sample.ids[: sample.last_answer].tobytes()
         answer, before = sample.fields["answer"], asked.setdefault((sample.images, prompt), {})
         if answer in before:
             repeats.append(f"{sample.where} repeats {before[answer].where}")
@@ -155,8 +155,8 @@ class Job:
 
     args: argparse.Namespace
     config: PretrainedConfig
-    train: list  # samples
-    val: list
+    train: VQAData
+    val: VQAData | None
     plan: list[Step]  # of the first epoch; the others are taken to cost the same
     val_batches: list[MicroBatch]
     heavy: int  # tokens of the heaviest micro-batch
@@ -173,9 +173,9 @@ def make_job(args, config, train: VQAData, val: VQAData | None, plan: list[Step]
     model = empty_model(config, args)
     lora = sum(count for _, count in lora_table(model).values())
     weights = sum(parameter.numel() for parameter in model.parameters()) - lora
-    val_samples, tokens = val.samples if val else [], sum(tree.tokens for tree in heavy)
-    val_batches = trees.whole_trees(val_samples, args.max_tokens)
-    return Job(args, config, train.samples, val_samples, plan, val_batches, tokens, weights, lora)
+    val_batches = trees.whole_trees(val.samples, args.max_tokens) if val else []
+    tokens = sum(tree.tokens for tree in heavy)
+    return Job(args, config, train, val, plan, val_batches, tokens, weights, lora)
 
 
 def empty_model(config, args: argparse.Namespace) -> PeftModel:
@@ -238,19 +238,19 @@ def choose(found: list[Budget]) -> Budget:
     return next((one for one in found if one.fits), found[-1])
 
 
-def remedy(job: Job, gpu: Gpu, data: VQAData, images: ImageSettings) -> str:
+def remedy(job: Job, gpu: Gpu, images: ImageSettings) -> str:
     """What would make a run fit that fits with no memory budget."""
     candidates = range(TOKEN_MULTIPLE, job.heavy, TOKEN_MULTIPLE)
     count = bisect_left(candidates, True, key=lambda tokens: not budgets(job, gpu, tokens)[-1].fits)
     tokens = candidates[count - 1] if count else 0
 
     def too_long(limit: int) -> bool:
-        return max(sample.tokens for sample in at_limit(data, images, limit).samples) > tokens
+        return max(sample.tokens for sample in at_limit(job.train, images, limit).samples) > tokens
 
     if not too_long(images.max_pixels):
         return f"--max-tokens {tokens} would fit"
     pixels = (images.patch_size * images.merge_size) ** 2
-    limits = range(pixels, largest_picture(data, images), pixels)
+    limits = range(pixels, largest_picture(job.train, images), pixels)
     count = bisect_left(limits, True, key=too_long)
     return f"--max-tokens {tokens} --max-pixels {limits[count - 1]} would fit" if count else "no settings would fit"
 
@@ -282,8 +282,8 @@ def tree_counter(config: PretrainedConfig, samples: list, known: bool, tower: bo
 def pace(job: Job, gpu: Gpu, slower: float) -> tuple[list[list[float]], list[float]]:
     """Seconds of each micro-batch on one GPU: by step of the plan, and of an evaluation."""
 
-    def seconds(samples: list, batch: MicroBatch, trained: bool) -> float:
-        return batch_seconds([tree_load(job.config, samples, tree) for tree in batch], gpu, trained)
+    def seconds(data: VQAData, batch: MicroBatch, trained: bool) -> float:
+        return batch_seconds([tree_load(job.config, data.samples, tree) for tree in batch], gpu, trained)
 
     steps = [[slower * seconds(job.train, batch, True) for batch in step] for step in job.plan]
     return steps, [seconds(job.val, batch, False) for batch in job.val_batches]
@@ -329,7 +329,7 @@ def estimate(job: Job, gpu: Gpu, gpus: int) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def report(job: Job, data: VQAData, images: ImageSettings, val_data: VQAData | None) -> str:
+def report(job: Job, images: ImageSettings) -> str:
     """What --plan says about memory, time and disk on --gpu."""
     args, gpu = job.args, GPUS[job.args.gpu]
     found = budgets(job, gpu, job.heavy)
@@ -338,9 +338,9 @@ def report(job: Job, data: VQAData, images: ImageSettings, val_data: VQAData | N
     rates = "measured" if gpu.measured else "derived from data sheets, not measured"
     lines = [f"{args.model} in bfloat16 on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, found)]
     if not chosen.fits:
-        lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, data, images)}")
+        lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, images)}")
     lines += time_lines(job, times)
-    for limit, smaller in with_smaller_pictures(job, data, images, val_data).items():
+    for limit, smaller in with_smaller_pictures(job, images).items():
         tokens = sum(tree.tokens for step in smaller.plan for batch in step for tree in batch)
         smaller_times = pace(smaller, gpu, chosen.slower)
         ends = [hours(smaller, smaller_times, gpus) for gpus in GPU_COUNTS]
@@ -398,13 +398,12 @@ def limit_line(job: Job, times: tuple) -> str:
     return f"time limit {limit:g} h: {verdict}; epochs that fit, by number of GPUs: {fewer}"
 
 
-def with_smaller_pictures(job: Job, data: VQAData, images: ImageSettings, val_data: VQAData | None) -> dict[int, Job]:
+def with_smaller_pictures(job: Job, images: ImageSettings) -> dict[int, Job]:
     """The run with pictures of at most a half and a quarter of the largest one's pixels, by that limit."""
     jobs = {}
-    for limit in filter(None, (largest_picture(data, images) // part for part in (2, 4))):
-        train = at_limit(data, images, limit).samples
-        val = at_limit(val_data, images, limit).samples if val_data else []
-        plan = trees.make_plan(train, plan_settings(job.args), 0)
-        val_batches = trees.whole_trees(val, job.args.max_tokens)
+    for limit in filter(None, (largest_picture(job.train, images) // part for part in (2, 4))):
+        train, val = (data and at_limit(data, images, limit) for data in (job.train, job.val))
+        plan = trees.make_plan(train.samples, plan_settings(job.args), 0)
+        val_batches = trees.whole_trees(val.samples, job.args.max_tokens) if val else []
         jobs[limit] = replace(job, train=train, val=val, plan=plan, val_batches=val_batches)
     return jobs

@@ -24,11 +24,6 @@ from trees import group_samples, heaviest, make_plan, questions_by_file, rank_ef
 from vision_cache import SPARE, describe
 
 
-def demo_files(folder: Path) -> dict[str, str]:
-    names = {"model": "model", "train": "train.jsonl", "val": "val.jsonl", "images": ""}
-    return {setting: str((folder / name).resolve()) for setting, name in names.items()}
-
-
 def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
     files = [*args.train, args.val] if args.val else args.train
     how = (args.max_tokens, args.system, args.allow_outside_images)
@@ -57,11 +52,9 @@ def print_plan(args: argparse.Namespace) -> None:
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = load_all(args, tokenizer, images, None)
     plans = [make_plan(train_data.samples, plan_settings(args), epoch) for epoch in range(args.epochs)]
-    check_cache(args, config, torch.bfloat16, images, [train_data] + [val_data] * bool(val_data))
+    check_cache(args, config, torch.bfloat16, images, train_data, val_data)
     describe_data(train_data, val_data, plans[0], tokenizer)
-    print0(
-        report(make_job(args, config, train_data, val_data, plans[0], heaviest(plans)), train_data, images, val_data)
-    )
+    print0(report(make_job(args, config, train_data, val_data, plans[0], heaviest(plans)), images))
 
 
 def check_lora(args: argparse.Namespace, config, found: Path | None) -> None:
@@ -72,7 +65,7 @@ def check_lora(args: argparse.Namespace, config, found: Path | None) -> None:
         raise InputError("\n  ".join([f"--init-from {args.init_from} does not fit:", *differences]))
 
 
-def check_cache(args, config, dtype: torch.dtype, images: ImageSettings, data: list[VQAData]) -> None:
+def check_cache(args, config, dtype, images: ImageSettings, train: VQAData, val: VQAData | None) -> None:
     """Say what --vision-cache takes. Raises InputError where it is of no use or has no room."""
     if not args.vision_cache:
         return
@@ -80,7 +73,7 @@ def check_cache(args, config, dtype: torch.dtype, images: ImageSettings, data: l
         raise InputError("--vision-cache: --lora-targets trains the vision tower, whose features change then")
     folder = Path(args.vision_cache).absolute()
     cache = describe(folder, config, dtype)
-    grids = {path: grid for one in data for path, grid in one.grids.items()}
+    grids = train.grids | (val.grids if val else {})
     total = sum(cache.size(math.prod(grid) // images.merge_size**2) for grid in grids.values())
     there = 0
     for path in folder.glob("*/*"):
@@ -154,8 +147,8 @@ def describe_sample(sample: Sample, tokenizer) -> str:
     return text
 
 
-def length_histogram(lengths: list[int], bins: int = 8) -> str:
+def length_histogram(lengths: list[int]) -> str:
     """One line a bin: its range in tokens, how many, a bar."""
-    counts, edges = np.histogram(lengths, bins=bins)
+    counts, edges = np.histogram(lengths, bins=8)
     rows = zip(counts, edges, edges[1:])
     return "\n".join(f"  {a:7,.0f} to {b:7,.0f}  {n:7,}  {'█' * round(40 * n / max(counts))}" for n, a, b in rows)

@@ -100,9 +100,9 @@ def worst_questions(scores: dict[str, dict]) -> str:
 
 def named_scores(score: dict) -> dict[str, tuple[int, str]]:
     """Every score of a kind over all its questions: how many questions, and its value as a cell."""
-    forced, options = score.get("teacher_forced", {}), score.get("options", {})
+    forced, options = score["teacher_forced"], score.get("options", {})
     closed = options.get("yes/no", {})
-    means = score["all"] | {"forced": forced.get("exact_match"), "top1": options.get("top1")}
+    means = score["all"] | {"forced": forced["exact_match"], "top1": options.get("top1")}
     found = {SCORES.get(name, name): (one["questions"], percent(one)) for name, one in means.items() if one}
     for name, part, field, of in (
         ("loss of an answer token", forced, "loss", means["forced"]),
@@ -164,10 +164,9 @@ def reliability(kind: str, answers: list[dict]) -> tuple[str, str]:
 
 
 def calibration(predictions: dict[str, list[dict]]) -> str:
-    known = {kind: [one for one in answers if "confidence" in one] for kind, answers in predictions.items()}
     told = """Confidence is the probability that the model gave to its whole answer. Bars are shares of right answers,
     numbers on top count answers, dots stand at the mean confidence: those under the dashed line are too sure."""
-    return grid(told, [reliability(kind, answers) for kind, answers in known.items() if answers])
+    return grid(told, [reliability(kind, answers) for kind, answers in predictions.items()])
 
 
 def chart(lines: dict[str, list[tuple[float, float]]], mark: int) -> list[tuple[list[str], str]]:
@@ -276,8 +275,7 @@ def card(answers: dict[str, dict], shown: str) -> str:
     """A question with its pictures, the true answer, that of each kind, and how sure the first kind was."""
     one = next(iter(answers.values()))
     lines = {"truth": text(one["answer"])} | {text(kind): verdict(answer) for kind, answer in answers.items()}
-    if "confidence" in one:
-        lines["confidence"] = f"{one['confidence']:.3f}"
+    lines["confidence"] = f"{one['confidence']:.3f}"
     if "options" in one:
         likeliest = sorted(one["options"].items(), key=lambda option: -option[1])[:4]
         lines["options"] = ", ".join(f"{text(option, 60)}: {share:.2f}" for option, share in likeliest)
@@ -293,7 +291,7 @@ def gallery(predictions: dict[str, list[dict]], images: list[list[str]]) -> str:
     """Cards, wrong answers first and of each sort the surest first. A picture is stored once, cards refer to it."""
     main = next(iter(predictions.values()))
     chosen, thumbnails = choose(main, images)
-    chosen.sort(key=lambda i: (main[i]["right"], -main[i].get("confidence", 0)))
+    chosen.sort(key=lambda i: (main[i]["right"], -main[i]["confidence"]))
     shown, stored = {}, ""
     for number, (path, found) in enumerate(thumbnails.items()):
         shown[path] = f'<p class="gone">{text(Path(path).name)}: no picture</p>'

@@ -93,15 +93,20 @@ def _array_values(raw: bytes):
     except UnicodeDecodeError as error:
         yield str(raw[: error.start].count(b"\n") + 1), None, f"not UTF-8 text: {error.reason}; {REST_UNREAD}"
         return
-    separator = re.compile(r"\s*,?\s*")
+    separator = re.compile(r"\s*(,?)\s*")
     at = text.index("[") + 1
     number, line, counted = 0, 1, 0
     while True:
-        at = separator.match(text, at).end()
+        found = separator.match(text, at)
+        at, ended = found.end(), text.startswith("]", found.end())
         new_lines, counted = text.count("\n", counted, at), at
         number, line = number + 1, line + new_lines
         place = str(line) if new_lines or number == 1 else f"{line} row {number}"
-        if text.startswith("]", at):
+        if bool(found[1]) != (number > 1 and not ended):
+            problem = "no comma before this" if number > 1 and not ended else "a comma too many"
+            yield place, text[at : at + 80], f"not valid JSON: {problem}; {REST_UNREAD}"
+            return
+        if ended:
             if text[at + 1 :].strip():
                 yield place, text[at + 1 : at + 81], f"the array ends here, but text follows; {REST_UNREAD}"
             return
@@ -158,7 +163,7 @@ def _from_flat(row: dict) -> tuple[list[dict], list[str]]:
     if not any(part["type"] == "image" for part in parts):
         parts = [{"type": "image"}] * len(images) + parts
     _check_image_count(sum(part["type"] == "image" for part in parts), images)
-    return [{"role": "user", "content": parts}, _answer(str(answer))], images
+    return [{"role": "user", "content": parts}, _turn("assistant", str(answer))], images
 
 
 def _from_llava(row: dict) -> tuple[list[dict], list[str]]:
@@ -201,13 +206,7 @@ def _typed_parts(role: str, content) -> list[dict]:
 
 
 def _turn(role: str, text: str) -> dict:
-    if role == "assistant":
-        return _answer(text)
     return {"role": role, "content": _split_placeholders(text) if role == "user" else [{"type": "text", "text": text}]}
-
-
-def _answer(text: str) -> dict:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
 def _split_placeholders(text: str) -> list[dict]:

@@ -21,6 +21,9 @@ ARTICLES = {"a", "an", "the"}
 MILLIMETRES = {"mm": 1.0, "cm": 10.0, "m": 1000.0}
 NUMBER = r"\d+(?:\.\d+)?"
 UNIT = r"(mm|cm|m|%|)"
+BINS = 10  # of confidence
+CLOSED = 10  # different true answers of a question with a confusion table, at most
+OTHER = "(other)"  # no normalized answer has such edges
 
 
 def normalize(text: str) -> str:
@@ -28,8 +31,9 @@ def normalize(text: str) -> str:
     repeated white space don't count."""
     words = unicodedata.normalize("NFKC", text).casefold().split()
     edges = string.punctuation.translate({ord(c): None for c in "<>%-+"})  # they mean something next to a number
-    words = [word.strip(edges) for word in words]
-    return " ".join(NUMBER_WORDS.get(word, word) for word in words if word and word not in ARTICLES)
+    words = [word for word in (word.strip(edges) for word in words) if word]
+    telling = [word for word in words if word not in ARTICLES] or words  # "A" may be a choice
+    return " ".join(NUMBER_WORDS.get(word, word) for word in telling)
 
 
 # ---------------------------------------------------------------------------------------------------------- one answer
@@ -118,20 +122,17 @@ def mean_with_interval(values: list[float], groups: list, draws: int = 2000, see
     names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     index = np.array([names[name] for name in groups])
     sums, counts = np.bincount(index, values), np.bincount(index)
-    generator, means = np.random.default_rng(seed), []
-    for _ in range(draws):
-        drawn = generator.integers(len(names), size=len(names))
-        means.append(sums[drawn].sum() / counts[drawn].sum())
-    low, high = np.percentile(means, [2.5, 97.5])
+    drawn = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return {"mean": float(np.mean(values)), "low": float(low), "high": float(high), "questions": len(values)}
 
 
 def confusion(predictions: list[str], truths: list[str]) -> dict[str, dict[str, int]]:
-    """Of one closed question: truth -> prediction -> how often; a prediction that is never a truth is "other"."""
+    """Of one closed question: truth -> prediction -> how often; a prediction that is never a truth is OTHER."""
     predictions, truths = [normalize(p) for p in predictions], [normalize(t) for t in truths]
     table = {truth: Counter() for truth in sorted(set(truths))}
     for prediction, truth in zip(predictions, truths):
-        table[truth][prediction if prediction in table else "other"] += 1
+        table[truth][prediction if prediction in table else OTHER] += 1
     return {truth: dict(row) for truth, row in table.items()}
 
 
@@ -158,27 +159,27 @@ def auroc(scores: list[float], positive: list[bool]) -> float:
     return float((below + up_to).mean() / 2 / len(no))
 
 
-def calibration_bins(confidences: list[float], right: list[bool], bins: int = 10) -> list[dict]:
-    """Of each of `bins` equal ranges of confidence that has answers: its `low` end, how many `questions`, their mean
+def calibration_bins(confidences: list[float], right: list[bool]) -> list[dict]:
+    """Of each of BINS equal ranges of confidence that has answers: its `low` end, how many `questions`, their mean
     `confidence` and `accuracy`. A confidence of 1 is in the last range."""
     confidences, right = np.asarray(confidences), np.asarray(right, float)
-    which = np.minimum((confidences * bins).astype(int), bins - 1)
+    which = np.minimum((confidences * BINS).astype(int), BINS - 1)
     return [
         {
-            "low": b / bins,
+            "low": b / BINS,
             "questions": int((which == b).sum()),
             "confidence": float(confidences[which == b].mean()),
             "accuracy": float(right[which == b].mean()),
         }
-        for b in range(bins)
+        for b in range(BINS)
         if (which == b).any()
     ]
 
 
-def calibration_error(confidences: list[float], right: list[bool], bins: int = 10) -> float:
+def calibration_error(confidences: list[float], right: list[bool]) -> float:
     """Expected calibration error: the mean, weighted by size, of |accuracy - confidence| over equal bins of confidence.
     Guo et al., On Calibration of Modern Neural Networks, 2017."""
-    found = calibration_bins(confidences, right, bins)
+    found = calibration_bins(confidences, right)
     return sum(one["questions"] * abs(one["accuracy"] - one["confidence"]) for one in found) / len(right)
 
 
@@ -225,9 +226,9 @@ def bleu(predictions: list[dict]) -> dict:
     return {"score": found.score, "signature": str(metric.get_signature())}
 
 
-def summarize(predictions: list[dict], tolerance: float, closed: int = 10) -> dict:
+def summarize(predictions: list[dict], tolerance: float) -> dict:
     """Every score with its interval: over all answers, by question type and by question text; for each question with at
-    most `closed` different true answers its confusion table. A prediction has images, question, answer, prediction
+    most CLOSED different true answers its confusion table. A prediction has images, question, answer, prediction
     and question_type."""
     scored = [score_answer(one["prediction"], one["answer"], tolerance) for one in predictions]
     images = ["|".join(one["images"]) for one in predictions]
@@ -244,7 +245,7 @@ def summarize(predictions: list[dict], tolerance: float, closed: int = 10) -> di
     for question in summary["by_question"]:
         asked = [one for one in predictions if one["question"] == question]
         table = confusion([one["prediction"] for one in asked], [one["answer"] for one in asked])
-        if 1 < len(table) <= closed:
+        if 1 < len(table) <= CLOSED:
             summary["closed"][question] = {"balanced_accuracy": balanced_accuracy(table), "confusion": table}
     loss = sum(one["loss"] for one in predictions) / sum(one["answer_tokens"] for one in predictions)
     forced = mean_with_interval([one["teacher_forced"] for one in predictions], images)
@@ -256,7 +257,7 @@ def summarize(predictions: list[dict], tolerance: float, closed: int = 10) -> di
     return summary
 
 
-def compare(a: list[dict], b: list[dict], tolerance: float) -> dict:
+def compare(a: list[dict], b: list[dict]) -> dict:
     """Exact match of b less that of a on the same questions, its interval over images, McNemar's p, and which flipped.
 
     Raises ValueError when the two don't answer the same questions.
@@ -264,8 +265,7 @@ def compare(a: list[dict], b: list[dict], tolerance: float) -> dict:
     mine, theirs = ({f"{one['where']} {one['id']}": one for one in predictions} for predictions in (a, b))
     if mine.keys() != theirs.keys() or any(mine[i]["answer"] != theirs[i]["answer"] for i in mine):
         raise ValueError("the two files don't answer the same rows")
-    right = {i: [score_answer(s[i]["prediction"], s[i]["answer"], tolerance)["exact_match"] for s in (mine, theirs)]
-             for i in mine}  # fmt: skip
+    right = {i: (mine[i]["right"], theirs[i]["right"]) for i in mine}
     difference = mean_with_interval([y - x for x, y in right.values()], ["|".join(mine[i]["images"]) for i in mine])
     flipped = {
         "only_a": [i for i, (x, y) in right.items() if x > y],

@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--train", nargs="+", default=[], metavar="FILE",
         help="rows to train on, JSON arrays or JSON lines; empty: the embedded demo")  # fmt: skip
@@ -73,20 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val", default="", help="rows to evaluate on during training; empty: none")
     add("--val-fraction", type=share, default=0.0,
         help="share of the images of --train held out to evaluate on, with all their rows; 0: none")  # fmt: skip
-    add(
-        "--images",
-        default="",
-        help="folder that image names start from; empty: the folder of --train (of its first file)",
-    )
+    add("--images", default="",
+        help="folder that image names start from; empty: the folder of --train (of its first file)")  # fmt: skip
     add("--min-pixels", type=count, default=0, help="pixels of an image at least, after resizing; 0: the model's own")
     add("--max-pixels", type=count, default=0, help="pixels of an image at most, after resizing; 0: the model's own")
     add("--system", default="", help="system prompt of rows that have none; empty: none")
     add("--prompt", type=_template, default="{question}",
         help="text of a user's turn, {question} being the row's; {question} alone: the row's as it is")  # fmt: skip
-    add(
-        "--skip-bad", action=argparse.BooleanOptionalAction, default=False, help="go on without rows that can't be used"
-    )
-    add("--allow-outside-images", action=argparse.BooleanOptionalAction, default=False, help="images outside --images")
+    add("--skip-bad", action=switch, default=False, help="go on without rows that can't be used")
+    add("--allow-outside-images", action=switch, default=False, help="images outside --images")
     add("--workers", type=count, default=4, help="processes a rank that decode images; 0: in the training process")
     add("--vision-cache", default="", metavar="DIR",
         help="folder that keeps the vision tower's features from epoch to epoch; empty: none")  # fmt: skip
@@ -94,12 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", default=DEFAULT_MODEL, help="hub name or folder: Qwen3-VL, Qwen2.5-VL or Qwen2-VL")
     add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto",
         help="of the frozen weights and of autocast; auto: bfloat16 on CUDA, float32 elsewhere")  # fmt: skip
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers on CUDA: faster, leaner")
+    add("--compile", action=switch, default=True, help="compile layers on CUDA: faster, leaner")
     add("--memory-budget", type=_budget, default="auto", help="share of activations kept, 0 to 1; auto: what fits")
     add("--lora-r", type=positive, default=16, help="rank of the LoRA matrices")
     add("--lora-alpha", type=number(float, 0), default=32.0, help="LoRA output is scaled by alpha / r")
-    add("--rslora", action=argparse.BooleanOptionalAction, default=False, help="scale by alpha / sqrt(r) (rsLoRA)")
-    add("--dora", action=argparse.BooleanOptionalAction, default=False,
+    add("--rslora", action=switch, default=False, help="scale by alpha / sqrt(r) (rsLoRA)")
+    add("--dora", action=switch, default=False,
         help="train magnitudes of weights too (DoRA), by PEFT's code, not compiled: slower, more memory")  # fmt: skip
     add("--lora-targets", type=_targets, default=DEFAULT_TARGETS,
         help="language-model layers, by name or regular expression; vision, merger: the vision tower's")  # fmt: skip
@@ -126,11 +122,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep", type=positive, default=3, help="newest checkpoints kept, besides the best one")
     add("--resume", default="none", help="none, auto (newest checkpoint in --output) or a checkpoint folder")
     add("--log-every", type=positive, default=10, help="steps between lines of metrics.jsonl")
-    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
-        help="write the same numbers to OUTPUT/tensorboard")  # fmt: skip
+    add("--tensorboard", action=switch, default=False, help="write the same numbers to OUTPUT/tensorboard")
     add("--wandb", default="", help="Weights & Biases project that gets the same numbers; empty: none")
     add = parser.add_argument_group("plan").add_argument
-    add("--plan", action=argparse.BooleanOptionalAction, default=False,
+    add("--plan", action=switch, default=False,
         help="print what the run would do, take and need, and exit; needs no GPU and no weights")  # fmt: skip
     add("--gpu", type=choice("h100", "h200", "a100-80", "a100-40", "l40s", "rtx4090"), default="h100",
         help="GPU that --plan plans for")  # fmt: skip

@@ -34,7 +34,7 @@ from checkpoints import (
     write_whole,
 )
 from data import TreeDataset, VQAData
-from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_everything, unwrap
+from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
 from eval import accuracy_table, evaluate
 from feed import make_loader, next_batches, padding
 from holdout import image_names
@@ -63,16 +63,10 @@ from plan import (
     tree_counter,
     uncounted,
 )
-from prepare import check_cache, check_lora, demo_files, describe_data, describe_lora, identify, load_all, print_plan
+from prepare import check_cache, check_lora, describe_data, describe_lora, identify, load_all, print_plan
 from rows import InputError
 from settings import parse_settings, to_toml
-from trees import (
-    StepSampler,
-    Work,
-    heaviest,
-    make_plan,
-    whole_trees,
-)
+from trees import StepSampler, Work, heaviest, make_plan, whole_trees
 from vision_cache import open_cache
 from watch import open_trackers
 
@@ -92,7 +86,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if is_demo:
         print0("No --train given: training the embedded demo, generated pictures and a tiny Qwen3-VL.")
         dist_utils.from_rank0(lambda: demo.make_demo(DEMO_FOLDER))
-        args = parse_settings(argv, demo.SETTINGS | demo_files(DEMO_FOLDER))
+        args = parse_settings(argv, demo.SETTINGS | demo.files(DEMO_FOLDER))
     if args.plan:
         dist_utils.from_rank0(lambda: print_plan(args))
         dist_utils.leave()
@@ -120,12 +114,12 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     identity = identify(args, images, train_data, val_data, model_folder)
     found = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
     dist_utils.from_rank0(lambda: check_lora(args, config, found))
-    dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, [train_data] + [val_data] * bool(val_data)))
+    dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, train_data, val_data))
     trackers = []  # rank 0's
     dist_utils.from_rank0(lambda: trackers.extend(open_trackers(args, output, found)))
 
     # Model, optimizer, and where a run goes on.
-    seed_everything(args.seed)
+    seed_torch(args.seed)
     peft_model = add_lora(load_base(model_folder, dtype, device), args.model, **lora_settings(args))
     if args.init_from and not found:
         load_lora(peft_model, Path(args.init_from))
@@ -136,7 +130,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     visual = peft_model.get_base_model().model.visual
     cache = open_cache(args.vision_cache, visual, config, images) if args.vision_cache else None
     model = dist_utils.wrap(TreeModel(peft_model, images, cache), ranks)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = (p for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = load_checkpoint(found, model, optimizer, output) if found else {}
     done, best, evaluation_due = start.get("step", 0), start.get("best", {}), start.get("evaluation_due", False)
@@ -264,7 +258,7 @@ def train_step(
     loss_sums = []
     for batch in micro_batches:
         work, batch = batch.work, batch.to(ranks.device)
-        seed_everything(seed, work.step.number, work.number)
+        seed_torch(seed, work.step.number, work.number)
         with no_sync(model, skip=not work.last):
             with autocast(ranks.device, dtype):
                 features = unwrap(model).frozen_features(batch)
@@ -275,7 +269,7 @@ def train_step(
     asked = loss_sums[0].new_tensor(float(bool(stop.reason)))
     loss, stopping = dist_utils.all_reduce_sum(torch.stack([sum(loss_sums), asked]).double()).tolist()
     loss /= work.step.answer_weight
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = optimizer.param_groups[0]["params"]
     grad_norm = clip_grad_norm_(trained, max_grad_norm or math.inf).item()  # of reduced gradients: equal everywhere
     if math.isfinite(loss) and math.isfinite(grad_norm):
         for group in optimizer.param_groups:
@@ -325,9 +319,10 @@ def naming(data: VQAData, micro_batches: list, ranks: Ranks):
 def report_skipped(step, loss, grad_norm, micro_batches, loss_sums, data: VQAData, metrics: "Metrics") -> None:
     """Log whose samples made a step non-finite: those of non-finite micro-batches, or of all when none is."""
     mine = [b for b, value in zip(micro_batches, loss_sums) if not torch.isfinite(value)]
-    shards = dist_utils.gather_to_all([data.samples[i].id for batch in mine for i in batch.samples])
-    if not any(shards):
-        shards = dist_utils.gather_to_all([data.samples[i].id for batch in micro_batches for i in batch.samples])
+    for batches in (mine, micro_batches):
+        shards = dist_utils.gather_to_all([data.samples[i].id for batch in batches for i in batch.samples])
+        if any(shards):
+            break
     ids = sorted({name for shard in shards for name in shard})
     metrics.write({"event": "skipped", "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": ids})
     print0(f"\nstep {step} skipped on all ranks: loss {loss}, gradient norm {grad_norm}, samples {', '.join(ids)}")

@@ -83,8 +83,7 @@ def grow_tree(samples: list, indices: list[int]) -> Tree:
 def tree_shape(chosen: list, length: int) -> tuple[int, np.ndarray, np.ndarray]:
     """Tokens of the prefix, tokens of each branch, and patches of each image that is encoded, of a tree of the samples
     `chosen`, which share their first `length` ids."""
-    images = [n for n, at in zip(chosen[0].image_tokens, chosen[0].image_at) if at < length]
-    prefix = length + sum(images) - len(images)
+    prefix = chosen[0].tokens_before(length)
     branches = np.array([sample.tokens for sample in chosen]) - prefix
     patches = [n for k, s in enumerate(chosen) for n, at in zip(s.patches, s.image_at) if not k or at >= length]
     return prefix, branches, np.array(patches)
@@ -151,7 +150,8 @@ def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
     while waiting:
         draws = [_draw(waiting, settings.batch_size, random) for _ in range(DRAWS)]
         packed = [pack([tree for i in draw for tree in waiting[i].trees], settings.max_tokens) for draw in draws]
-        best = max(range(DRAWS), key=lambda n: (draws[n].full, _balance(packed[n])))
+        full = [sum(len(waiting[i].indices) for i in draw) == settings.batch_size for draw in draws]
+        best = max(range(DRAWS), key=lambda n: (full[n], _balance(packed[n])))
         step, taken = packed[best], set(draws[best])
         waiting = [part for i, part in enumerate(waiting) if i not in taken]
         room = settings.batch_size - sum(len(tree.samples) for batch in step for tree in batch)
@@ -170,21 +170,16 @@ class _Part:
         self.indices, self.trees = indices, _within(samples, indices, max_tokens)
 
 
-class _Draw(list):
-    full = False
-
-
-def _draw(waiting: list[_Part], room: int, random: np.random.Generator) -> _Draw:
+def _draw(waiting: list[_Part], room: int, random: np.random.Generator) -> list[int]:
     """Places of parts that fill a step: the first, others of the next LOOK_AHEAD in random order, and where all of
     these fit in, those that follow."""
-    draw, near = _Draw(), min(len(waiting), LOOK_AHEAD)
+    draw, near = [], min(len(waiting), LOOK_AHEAD)
     for place in [0, *(1 + random.permutation(near - 1)), *range(near, min(len(waiting), room))]:
         if place == near and len(draw) < near:  # one of these is split to fill the step
             break
         if len(waiting[place].indices) <= room:
             draw.append(place)
             room -= len(waiting[place].indices)
-    draw.full = not room
     return draw
 
 

@@ -75,7 +75,7 @@ def measure(args, folder: Path) -> list[dict]:
     rows = [{"case": "one by one", "questions": len(chosen), "seconds": seconds}]
 
     model = TreeModel(prepare_base(plain), settings).eval()
-    ranks, none = Ranks(0, 0, 1, device), [[] for _ in data.samples]
+    ranks, none = Ranks(0, 1, device), [[] for _ in data.samples]
     for name in ("first", "trees"):  # the first one compiles
         run = Run(args, ranks, dtype, Stop(), folder / name)
         if device.type == "cuda":
@@ -110,8 +110,8 @@ def main() -> None:
         folder = Path(name)
         if not args.rows:
             demo.make_demo(folder / "demo")
-            args.model, args.images = str(folder / "demo" / "model"), str(folder / "demo")
-            args.rows = str(folder / "demo" / "val.jsonl")
+            files = demo.files(folder / "demo")
+            args.model, args.images, args.rows = files["model"], files["images"], files["val"]
         rows = measure(args, folder)
     print(f"{device_name(device)}, answers of {args.max_new_tokens} tokens")
     print("case                   questions  seconds  questions/s  ratio    GiB")

@@ -10,6 +10,7 @@ question. The recipe runs one question a sequence, padded to 2,900, with full lo
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -19,18 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import peft
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import VERSIONS
 from data import Sample, VQAData, build_batch
 from feed import padding
 from images import ImageSettings
-from model import TreeModel, add_lora, autocast, compile_layers, prepare_base, target_pattern
+from model import TreeModel, add_lora, autocast, compile_layers, pick_dtype, prepare_base, target_pattern
 from plan import step_flops
 from settings import DEFAULT_TARGETS
 from trees import StepFacts, Work, grow_tree
@@ -107,16 +107,8 @@ def random_model(
 
 def make_data(preset: Preset, questions: int, folder: Path) -> tuple[VQAData, ImageSettings]:
     """One picture with `questions` questions, which share what comes before them."""
-    settings = ImageSettings(
-        16,
-        2,
-        2,
-        1024,
-        2**24,
-        (0.5,) * 3,
-        (0.5,) * 3,
-        int(preset.config["vision_config"]["num_position_embeddings"] ** 0.5),
-    )
+    side = math.isqrt(preset.config["vision_config"]["num_position_embeddings"])
+    settings = ImageSettings(16, 2, 2, 1024, 2**24, (0.5,) * 3, (0.5,) * 3, side)
     width, height = preset.size
     random = np.random.default_rng(0)
     picture = folder / "picture.png"
@@ -277,9 +269,8 @@ def kernel_times(work, device: torch.device) -> dict[str, tuple[float, int]]:
 def by_kind(kernels: dict[str, tuple[float, int]]) -> dict[str, float]:
     totals = dict.fromkeys([*KINDS, "rest"], 0.0)
     for key, (ms, _) in kernels.items():
-        totals[next((kind for kind, words in KINDS.items() if any(word in key.lower() for word in words)), "rest")] += (
-            ms
-        )
+        kind = next((kind for kind, words in KINDS.items() if any(word in key.lower() for word in words)), "rest")
+        totals[kind] += ms
     return totals
 
 
@@ -345,7 +336,7 @@ def main() -> None:
     parser.add_argument("--json", default="", help="file for the results")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = pick_dtype("auto", device)
     ceiling = matmul_tflops(device, dtype)
     print(f"{device_name(device)}: matrix products {ceiling:.2f} TFLOP/s", flush=True)
     rows = list(run_cases(args, PRESETS[args.preset], device, dtype, ceiling))
@@ -360,9 +351,8 @@ def device_name(device: torch.device) -> str:
 
 def write_json(path: Path, name: str, device: torch.device, found: dict) -> None:
     """What was found, with what it was found on."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    result = {"name": name, "date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": versions}
+    result = {"name": name, "date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": VERSIONS}
     result |= {"commit": commit, "command": " ".join(sys.argv), **found}
     path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -169,7 +169,7 @@ def kill_in_save(place: str, step: int = 4) -> None:
         if place == "before the first file":
             kill_me()
         if place == "in the middle of a file":
-            Path.write_bytes = lambda path, data: (path.open("wb").write(bytes(data[: len(data) // 2])), kill_me())
+            checkpoints.torch.save = lambda _state, file: (file.write(b"half of it"), file.flush(), kill_me())
         if place == "before the manifest":
             real_text = Path.write_text
             Path.write_text = lambda path, *rest, **how: (path.name == "manifest.json" and kill_me(),

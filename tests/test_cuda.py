@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def dense_mask(batch):
-    order = torch.arange(len(batch.ids), device=batch.ids.device)
-    return visible(batch.tree, batch.branch, batch.tree, batch.branch, order, order)[None, None]
+    keys = batch.tree, batch.branch, torch.arange(len(batch.ids), device=batch.ids.device)
+    return visible(*(key[:, None] for key in keys), *keys)[None, None]
 
 
 @pytest.mark.parametrize("length", [128, 1280, 1281 + 127])

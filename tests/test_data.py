@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data as data_file
 import images as images_file
-from data import MAX_LISTED, load_data, stop_or_skip_bad
+from data import MAX_LISTED, load_data, load_files, stop_or_skip_bad
 from images import check_images, image_settings, load_patches
 from prepare import describe_sample
 from rows import InputError
@@ -156,6 +156,17 @@ def test_literal_special_tokens_are_refused(load, token):
         load([flat()], system=f"Say {token}.")
     with pytest.raises(InputError, match="--prompt template"):
         load([flat()], prompt=f"{{question}}{token}")
+
+
+def test_files_of_one_name_are_told_apart_by_as_many_folders_as_that_takes(tokenizer, settings, tmp_path):
+    names = ["t.jsonl", "a/x/t.jsonl", "b/x/t.jsonl", "b/other.jsonl", "b/./x/t.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(flat()) + "\n")
+    parts = load_files([str(tmp_path / name) for name in names], tmp_path, tokenizer, settings, 1000)
+    shown = [part.samples[0].where for part in parts]
+    assert shown[1:] == ["a/x/t.jsonl:1", "b/x/t.jsonl:1", "other.jsonl:1", "b/x/t.jsonl:1"]
+    assert shown[0] == f"{tmp_path.name}/t.jsonl:1"
 
 
 def test_an_over_long_sample_is_named_with_its_length_and_the_remedy(load):

@@ -44,8 +44,8 @@ def test_shuffled_answers_are_not_learnt(tmp_path):
         for row, answer in zip(same, answers):
             row["answer"] = answer
     (folder / "shuffled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = demo.SETTINGS | {"epochs": 4, "train": folder / "shuffled.jsonl", "val": folder / "val.jsonl", "images": folder}
-    given |= {"model": folder / "model", "output": tmp_path / "out"}
+    given = demo.SETTINGS | {"epochs": 4, "train": folder / "shuffled.jsonl", "val": folder / "val.jsonl"}
+    given |= {"images": folder, "model": folder / "model", "output": tmp_path / "out"}
     done = torchrun(2, TRAIN, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), timeout=900)
     assert done.returncode == 0, done.stderr
     assert last_evaluation(tmp_path / "out")["exact_match"] < 0.7

@@ -22,7 +22,7 @@ from settings import Wrong
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 PARSERS = {"train.py": settings.build_parser, "eval.py": evaluation.build_parser, "model.py merge": merge.build_parser}
-OF_OTHERS = {"--nproc_per_node", "--help"}
+OF_OTHERS = {"--nproc_per_node", "--max-restarts", "--help"}
 
 
 def text_of(page: str) -> str:

@@ -24,7 +24,7 @@ from lora import merge_lora
 from rows import InputError
 from trees import Work, whole_trees
 
-ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def plain_answers(world, ours, adapter, stop_token: int) -> tuple[list[list[int]], list[float]]:
@@ -53,9 +53,22 @@ def test_answers_equal_plain_generation_one_by_one(world, tmp_path, budget):
     data, dataset = tiny.load_world(world)
     for work in (Work(batch) for batch in whole_trees(data.samples, budget)):
         batch = build_batch(data, work, dataset.settings, prompts_only=True)
-        for index, (answer, probability) in zip(batch.samples, generate(model, batch, 8, stop_token)):
+        for index, (answer, probability) in zip(batch.samples, generate(model, batch, 8, {stop_token})):
             assert answer == expected[index], data.samples[index].where
             assert probability == pytest.approx(probabilities[index], rel=1e-4)
+
+
+def test_an_answer_ends_at_any_token_that_ends_it_for_generate(world):
+    """Of a model that says nothing but <|endoftext|>, which its generation settings name beside <|im_end|>."""
+    model = tiny.lora_model(world).eval()
+    data, dataset = tiny.load_world(world)
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    model.base.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    model.base.lm_head.register_forward_hook(lambda _module, _inputs, out: out.index_fill(-1, torch.tensor([end]), 99))
+    batch = build_batch(data, Work(whole_trees(data.samples, 700)[0]), dataset.settings, prompts_only=True)
+    found = answers.answer_batch(model, batch, tokenizer, 5)
+    assert {one["prediction"] for one in found} == {""}
 
 
 def test_merged_weights_give_the_same_answers(world):
@@ -63,12 +76,12 @@ def test_merged_weights_give_the_same_answers(world):
     data, dataset = tiny.load_world(world)
     works = [Work(batch) for batch in whole_trees(data.samples, 700)]
     batches = [build_batch(data, work, dataset.settings, prompts_only=True) for work in works]
-    apart = [generate(model, batch, 8, 1) for batch in batches]
+    apart = [generate(model, batch, 8, {1}) for batch in batches]
     with model.model.disable_adapter():
-        base = [generate(model, batch, 8, 1) for batch in batches]
+        base = [generate(model, batch, 8, {1}) for batch in batches]
     merge_lora(model.model)
     for batch, expected, without in zip(batches, apart, base):
-        (texts, shares), (wanted, probabilities) = zip(*generate(model, batch, 8, 1)), zip(*expected)
+        (texts, shares), (wanted, probabilities) = zip(*generate(model, batch, 8, {1})), zip(*expected)
         assert texts == wanted and shares == pytest.approx(probabilities, rel=1e-3)
         assert shares != pytest.approx([probability for _, probability in without], rel=1e-3)
 
@@ -178,9 +191,17 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
 
 
 def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
-    told, path = {"where": "val.jsonl:1", "prediction": "a\u2028b\u0085c"}, tmp_path / "predictions.jsonl"
+    told, path = (
+        {"where": "val.jsonl:1", "right": True, "prediction": "a\u2028b\u0085c"},
+        tmp_path / "predictions.jsonl",
+    )
     path.write_text(2 * (json.dumps(told, ensure_ascii=False) + "\n"), encoding="utf-8")
     assert evaluation.read_predictions(path) == [told, told]
+
+
+def test_rows_in_place_of_predictions_are_refused(world):
+    with pytest.raises(InputError, match="rows.jsonl is no predictions file"):
+        evaluation.main(["--compare", str(world / "rows.jsonl"), str(world / "rows.jsonl")])
 
 
 def test_closed_questions_are_weighed_and_scored(world, run, tmp_path):

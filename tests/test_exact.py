@@ -16,7 +16,7 @@ from lora import hash_dropout, hashed_dropout
 from train import train_step
 from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree, make_plan, pack
 
-ALONE = Ranks(0, 0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def run_step(world, trees_of_batches, dropout=0.0, seed=0, backend="", budget=1.0, hashed=False, **more):

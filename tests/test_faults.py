@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -250,6 +251,18 @@ def test_wrong_settings_are_told_once_though_rank_0_comes_last(world, tmp_path):
     assert log.read_text().count("nothing.jsonl does not exist") == 1
 
 
+def test_a_failure_is_told_with_its_traceback_whatever_its_text():
+    program = """
+import dist_utils
+def main(*_):
+    raise RuntimeError("/gloom/a.jpg")
+dist_utils.run_and_exit(main, [])
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "RuntimeError: /gloom/a.jpg" in done.stderr and "Traceback" in done.stderr
+
+
 def test_one_rank_that_hangs_is_noticed_and_shows_where(world, tmp_path):
     fault = "short_timeouts(5, partial(at_step, 3, partial(time.sleep, 1000), 1))"
     started, log = time.monotonic(), tmp_path / "log"
@@ -466,6 +479,13 @@ def test_a_log_interval_across_a_stop_averages_the_same_steps(world, tmp_path):
     assert run.wait() == [STOPPED]
     assert train.main(arguments(world, parts, log_every=4, eval_every=0)) == 0
     assert losses(parts) == losses(whole)
+
+
+def test_a_restarted_run_passes_by_a_folder_that_no_run_locked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    Path("runs/rows-1").mkdir(parents=True)
+    assert checkpoints.open_output("", "rows", False).name == "rows-2"
 
 
 def test_two_runs_on_one_folder_and_a_lock_that_a_killed_run_left(world, undisturbed, tmp_path):

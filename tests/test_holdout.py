@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,7 @@ def test_rows_that_leave_an_image_s_extension_out_are_held_out_too(world):
 
 
 def test_a_run_evaluates_what_it_holds_out_and_eval_answers_the_same(world, tmp_path, capsys):
-    output = tmp_path / "out"
+    output, moved = tmp_path / "out", shutil.copytree(world / "images", tmp_path / "moved")
     settings = {"val": "", "val-fraction": 0.5, "max-steps": 1, "seed": 3}
     train.main(arguments(world, output, **settings))
     told = capsys.readouterr().out
@@ -97,3 +98,7 @@ def test_a_run_evaluates_what_it_holds_out_and_eval_answers_the_same(world, tmp_
     assert not any("options" in one for one in answered)  # its questions are asked nowhere else
     assert train.main([*arguments(world, output, **settings), "--plan"]) == 0
     assert f"val: {line['questions']} questions, 2 images" in capsys.readouterr().out
+    for name in shown:
+        (moved / name).unlink()
+    with pytest.raises(InputError, match="none of the held-out rows can be used"):
+        evaluation.main(["--ckpt", str(output), f"--images={moved}", "--skip-bad", f"--output={tmp_path / 'none'}"])

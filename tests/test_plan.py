@@ -190,10 +190,10 @@ def test_a_run_takes_its_steps_evaluations_and_saves_one_after_the_other(world):
 def test_an_image_is_counted_once_a_tree_and_every_token_once(world):
     job, data = job_of(world)
     for tree in (tree for step in job.plan for batch in step for tree in batch):
-        flops, images = plan.tree_load(job.config, job.train, tree)
-        chosen = [job.train[i] for i in tree.samples]
+        flops, images = plan.tree_load(job.config, data.samples, tree)
+        chosen = [data.samples[i] for i in tree.samples]
         assert images == len(chosen[0].images)
-        alone = plan.tree_load(job.config, job.train, plan.trees.grow_tree(job.train, [tree.samples[0]]))[0]
+        alone = plan.tree_load(job.config, data.samples, plan.trees.grow_tree(data.samples, [tree.samples[0]]))[0]
         assert (flops.tower, flops.tower_attention) == (alone.tower, alone.tower_attention)
         assert flops.language >= alone.language and (flops.language > alone.language) == (len(chosen) > 1)
 
@@ -295,10 +295,10 @@ def test_less_memory_takes_more_time_and_a_budget_of_one_s_own_lies_between():
 def test_settings_that_would_fit_are_found(world, tokens):
     """The 8B's memory for the tiny world's rows, the longest of which has 147 tokens."""
     data, dataset = tiny.load_world(world)
-    job = replace(job_of_8b(), heavy=700)
+    job = replace(job_of_8b(), heavy=700, train=data)
     needed = 2 * job.weights + 4 * job.lora + 0.13 * plan.kept_bytes(job.config, tokens + 1)
     gpu = Gpu((), (needed + MEMORY_MARGIN[0]) / (1 - MEMORY_MARGIN[1]) / GIB, 1)
-    found = dict(zip(*[iter(plan.remedy(job, gpu, data, dataset.settings).split()[:-2])] * 2))
+    found = dict(zip(*[iter(plan.remedy(job, gpu, dataset.settings).split()[:-2])] * 2))
     assert found["--max-tokens"] == str(tokens)
     assert budgets(job, gpu, tokens)[-1].fits and not budgets(job, gpu, tokens + 128)[-1].fits
     longest = max(sample.tokens for sample in data.samples)
@@ -307,7 +307,7 @@ def test_settings_that_would_fit_are_found(world, tokens):
         at = [int(found["--max-pixels"]) + more for more in (0, 16**2)]
         small, large = (max(s.tokens for s in at_limit(data, dataset.settings, limit).samples) for limit in at)
         assert small <= tokens < large
-    assert plan.remedy(job, Gpu((), needed / GIB, 1), data, dataset.settings) == "no settings would fit"
+    assert plan.remedy(job, Gpu((), needed / GIB, 1), dataset.settings) == "no settings would fit"
 
 
 def test_a_time_limit_says_what_would_fit(world):

@@ -68,7 +68,7 @@ def write(tmp_path):
         }
         summary |= {"facts": summary["facts"] | (facts or {}), "settings": {"max_tokens": 4321}, "scores": found}
         if others:
-            summary["comparison"] = scores.compare(*others, main, 0.05)
+            summary["comparison"] = scores.compare(*others, main)
         report.write_report(tmp_path / "report.html", summary, predictions, images, list(metrics))
         return (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -144,8 +144,8 @@ def test_scores_are_there_where_they_apply(write):
     assert found["calibration error of options"] == "32 0.123 0.123"
     assert found["area under the ROC curve, yes or no"] == "9 0.910 0.910"
     assert found["calibration error, yes or no"] == "9 0.070 0.070"
-    found = rows(section(write(pair(), extra={"teacher_forced": {}, "options": {}}), "all-scores"))
-    assert not [name for name in found if "option" in name or "forced" in name or "loss" in name or "ROC" in name]
+    found = rows(section(write(pair(), extra={"options": {}}), "all-scores"))
+    assert not [name for name in found if "option" in name or "ROC" in name]
     numbers = {"tuned": [answered(i, "4", answer="4") for i in range(8)]}
     assert "numbers and sizes, within tolerance" in rows(section(write(numbers), "all-scores"))
 
@@ -183,12 +183,6 @@ def test_calibration_has_the_bins_and_the_error_of_scores(write):
         part
     )
     assert 'cx="305.0" cy="65.5"' in part and '<text class="count" x="305.0"' in part and ">40</text>" in part
-
-
-def test_answers_without_confidence_have_no_calibration(write):
-    old = {kind: [{k: v for k, v in one.items() if k != "confidence"} for one in part] for kind, part in pair().items()}
-    page = write(old)
-    assert not section(page, "calibration") and "confidence</dt>" not in page and len(Elements(page).cards()) == 40
 
 
 def test_training_curves_have_numbered_axes_and_the_checkpoint(write):

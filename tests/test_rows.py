@@ -278,8 +278,11 @@ def test_bad_rows_of_an_array_do_not_hide_each_other(tmp_path):
         (f"[\n{GOOD_LINE},\n", 1, 3),
         (f"[\n{GOOD_LINE}", 1, 2),
         (f"[\n{GOOD_LINE}]\n{GOOD_LINE}", 1, 2),
+        (f"[\n{GOOD_LINE}\n{GOOD_LINE}]", 1, 3),
+        (f"[\n{GOOD_LINE},\n{GOOD_LINE},\n]", 2, 4),
+        (f"[,\n{GOOD_LINE}]", 0, 2),
     ],
-    ids=["row cut", "cut after a comma", "cut before the bracket", "rows after it"],
+    ids=["row cut", "cut after a comma", "cut before the bracket", "rows after it", "no comma", "last comma", "first"],
 )
 def test_what_is_left_unread_of_a_broken_array_is_said(tmp_path, content, good, line):
     rows, (bad,) = read(tmp_path, content)

@@ -25,7 +25,7 @@ def test_answers_that_are_the_same(left, right):
 
 @pytest.mark.parametrize(
     ("left", "right"),
-    [("yes", "no"), ("<5mm", "5mm"), (">20mm", "<20mm"), ("5-10mm", "5 10mm"), ("10%", "10"), ("", "a b")],
+    [("yes", "no"), ("<5mm", "5mm"), (">20mm", "<20mm"), ("5-10mm", "5 10mm"), ("10%", "10"), ("", "A"), ("the", "a")],
 )
 def test_answers_that_differ(left, right):
     assert scores.normalize(left) != scores.normalize(right)
@@ -130,8 +130,10 @@ def test_the_interval_covers_the_truth_95_times_in_100():
 
 def test_confusion_and_balanced_accuracy():
     table = scores.confusion(["yes", "Yes", "no", "maybe"], ["yes", "no", "no", "no"])
-    assert table == {"no": {"yes": 1, "no": 1, "other": 1}, "yes": {"yes": 1}}
+    assert table == {"no": {"yes": 1, "no": 1, "(other)": 1}, "yes": {"yes": 1}}
     assert scores.balanced_accuracy(table) == pytest.approx((1 / 3 + 1) / 2)
+    table = scores.confusion(["banana", "yes"], ["other", "yes"])
+    assert scores.balanced_accuracy(table) == 0.5
 
 
 def test_mcnemar():

@@ -111,7 +111,7 @@ def test_a_full_disk_ends_keeping_and_nothing_else(world, tmp_path, monkeypatch,
 
 def test_a_run_learns_the_same_with_a_cache_and_the_next_one_needs_no_tower(world, tmp_path, monkeypatch, capfd):
     settings, runs, encode = {"batch-size": 16, "max-steps": 0, "epochs": 2}, ("plain", "filling", "filled"), []
-    monkeypatch.setattr(TreeModel, "_encode_images", lambda *a, f=TreeModel._encode_images: encode.append(0) or f(*a))
+    monkeypatch.setattr(TreeModel, "encode_images", lambda *a, f=TreeModel.encode_images: encode.append(0) or f(*a))
     for name in runs:
         encode.clear()
         cache = {"vision-cache": tmp_path / "cache"} if name != "plain" else {}

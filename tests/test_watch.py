@@ -60,7 +60,7 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: float(next(looks))))
 
     def make(start: dict | None = None, gpu: Gpu | None = None, world_size: int = 1, trackers=()) -> Metrics:
-        ranks = Ranks(0, 0, world_size, torch.device("cpu"))
+        ranks = Ranks(0, world_size, torch.device("cpu"))
         return Metrics(tmp_path, start or {}, 40, 10, gpu, ranks, list(trackers))
 
     return make
