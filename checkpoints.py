@@ -24,11 +24,6 @@ from model import load_lora, save_adapter
 from rows import InputError
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-# what may differ in a resumed run without changing what it learns
-FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
-FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
-FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb", "vision_cache"}
-FREE_SETTINGS |= {"init_from"}  # its weights are told by their fingerprint
 _locks = []  # open files: a lock lasts as long as its file is open
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -86,7 +81,7 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, text: str) -> None:
+def write_or_warn(path: Path, text: str) -> None:
     """The same for a file that a run can do without: a disk that does not take it is told."""
     try:
         write_whole(path, text)

@@ -317,7 +317,7 @@ class Batch:
     samples: list[int]  # indices into VQAData.samples
     work: Work
     features: torch.Tensor | None = None  # (sets, I, width) from the vision cache, instead of patches
-    names: list[str] = field(default_factory=list)  # of the images' entries in the vision cache
+    cache_names: list[str] = field(default_factory=list)  # of the images' entries in the vision cache
     image_tokens: tuple[int, ...] = ()  # of each image
 
     def _map(self, function) -> "Batch":
@@ -377,7 +377,9 @@ def build_batch(
             images += [path for path, at in zip(sample.images, sample.image_at) if branch == 1 or at >= tree.prefix]
             samples.append(index)
             offset += end - first
-    if pad_to > 1 and (padding := max(-(-offset // pad_to), 2) * pad_to - offset):  # one block would be a special case
+    if pad_to > 1 and (
+        padding := max(-(-offset // pad_to), 2) * pad_to - offset
+    ):  # torch compiles anew for a size of 1
         zeros = np.zeros(padding, int)
         parts.append((zeros, np.stack([np.arange(padding)] * 3), zeros - 1, zeros, zeros.astype(bool)))
 
@@ -406,7 +408,7 @@ def build_batch(
         samples=samples,
         work=work,
         features=features,
-        names=names,
+        cache_names=names,
         image_tokens=image_tokens,
     )
 

@@ -18,7 +18,7 @@ def use_lean_lora(model: PeftModel) -> PeftModel:
     return model
 
 
-def hash_dropout(model: PeftModel) -> None:
+def enable_hashed_dropout(model: PeftModel) -> None:
     """From now on drop LoRA inputs by a hash of `dropout_seed`, which each layer is given here.
 
     As an input of a compiled layer it is the same in its backward pass, where masks may be made again; what draws from
@@ -68,7 +68,7 @@ def _(x, weight, bias, low, b):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _keep(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     _, weight, _, low, b = inputs
     ctx.save_for_backward(weight, low, b)
 
@@ -79,7 +79,7 @@ def _backward(ctx, gradient):
     return of_x, None, None, gradient @ b, gradient.T @ low
 
 
-lora_linear.register_autograd(_backward, setup_context=_keep)
+lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.onelook.lora_linear)  # what choosing activations to compute again goes by

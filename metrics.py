@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import replace_file, write_whole
+from checkpoints import write_or_warn, write_whole
 from dist_utils import Ranks, print0
 from plan import Gpu
 from report import curves
@@ -128,7 +128,7 @@ class Metrics:
     def draw(self) -> None:
         """Refresh curves.svg."""
         if self.ranks.is_main and (figures := curves(read_metrics(self.output / "metrics.jsonl"))):
-            replace_file(self.output / "curves.svg", sheet(figures))
+            write_or_warn(self.output / "curves.svg", sheet(figures))
 
     def status(self, state: str, done: int) -> None:
         """Two lines: for scripts the state (running, stopped, done, failed) and the step, for people how it stands."""
@@ -140,7 +140,7 @@ class Metrics:
             told += f", epoch {done / self.an_epoch:.2f}{left}, loss {self.last['loss']:.4g}"
         if self.best:
             told += f", best exact match {100 * self.best['exact_match']:.1f}% at step {self.best['step']:,}"
-        replace_file(self.output / "status", f"{state} {done}\n{told}\n")
+        write_or_warn(self.output / "status", f"{state} {done}\n{told}\n")
 
     def close(self, code: int) -> None:
         """`code` is the run's exit code. May wait for uploads."""

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from attention import tree_mask
 from data import Batch
 from images import ImageSettings
-from lora import draw_dropout_seeds, hash_dropout, use_lean_lora
+from lora import draw_dropout_seeds, enable_hashed_dropout, use_lean_lora
 from rows import InputError
 from settings import DEFAULT_TARGETS
 from vision_cache import FeatureWriter, VisionCache
@@ -265,7 +265,7 @@ def compile_layers(model: PeftModel, memory_budget: float, backend: str = "induc
     torch._functorch.config.is_non_builtin_to_include = True  # `lora_linear` is as dear as the product inside it
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets and can't split FlexAttention
-    hash_dropout(model)
+    enable_hashed_dropout(model)
     base = model.get_base_model().model
     blocks = base.visual.blocks if "flash" in base.visual.config._attn_implementation else []
     for layer in [*base.language_model.layers, *blocks]:
@@ -326,8 +326,8 @@ class TreeModel(nn.Module):
         if batch.features is not None:
             return Features(batch.features[0], list(batch.features[1:]))
         features = self.encode_images(batch)
-        if batch.names:
-            self.writer.put(batch.names, batch.image_tokens, torch.stack([features.embeds, *features.deepstack]))
+        if batch.cache_names:
+            self.writer.put(batch.cache_names, batch.image_tokens, torch.stack([features.embeds, *features.deepstack]))
         return features
 
     def encode_images(self, batch: Batch) -> Features | None:

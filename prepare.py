@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from checkpoints import FREE_SETTINGS, size_and_sum
+from checkpoints import size_and_sum
 from data import Sample, VQAData, join, load_files, stop_or_skip_bad
 from dist_utils import print0
 from holdout import hold_out
@@ -20,8 +20,9 @@ from images import ImageSettings, image_settings
 from model import fingerprint, lora_differences, lora_table, names_vision, resolve_model
 from plan import GIB, GPU_COUNTS, data_warnings, empty_model, make_job, plan_settings, report, uncounted
 from rows import InputError
+from settings import FREE_SETTINGS
 from trees import group_samples, heaviest, make_plan, questions_by_file, rank_efficiency
-from vision_cache import SPARE, describe
+from vision_cache import SPARE, cache_at
 
 
 def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
@@ -72,7 +73,7 @@ def check_cache(args, config, dtype, images: ImageSettings, train: VQAData, val:
     if names_vision(args.lora_targets):
         raise InputError("--vision-cache: --lora-targets trains the vision tower, whose features change then")
     folder = Path(args.vision_cache).absolute()
-    cache = describe(folder, config, dtype)
+    cache = cache_at(folder, config, dtype)
     grids = train.grids | (val.grids if val else {})
     total = sum(cache.size(math.prod(grid) // images.merge_size**2) for grid in grids.values())
     there = 0

@@ -12,6 +12,11 @@ from rows import InputError
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 DEFAULT_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+# what may differ in a resumed run without changing what it learns
+FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
+FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
+FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb", "vision_cache"}
+FREE_SETTINGS |= {"init_from"}  # its weights are told by their fingerprint
 
 
 class Wrong(str):

@@ -86,12 +86,12 @@ def open_cache(folder: str, visual: torch.nn.Module, config, settings: ImageSett
     facts += [torch.cuda.get_device_name(visual.device) if visual.device.type == "cuda" else "cpu"]
     facts += [visual.config._attn_implementation, torch.__version__, transformers.__version__, PIL.__version__]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    cache = describe(Path(folder) / key, config, visual.dtype)
+    cache = cache_at(Path(folder) / key, config, visual.dtype)
     cache.folder.mkdir(parents=True, exist_ok=True)
     return cache
 
 
-def describe(folder: Path, config, dtype: torch.dtype) -> VisionCache:
+def cache_at(folder: Path, config, dtype: torch.dtype) -> VisionCache:
     """The cache in this folder itself."""
     sets = 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", []))
     return VisionCache(folder, sets, config.text_config.hidden_size, dtype)

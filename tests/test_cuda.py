@@ -12,7 +12,7 @@ from test_exact import whole
 
 from attention import tree_attention, tree_mask, visible
 from data import build_batch
-from lora import hash_dropout, use_lean_lora
+from lora import enable_hashed_dropout, use_lean_lora
 from model import TreeModel, autocast, compile_layers, prepare_base, target_pattern
 from settings import DEFAULT_TARGETS
 from trees import Work, grow_tree
@@ -94,7 +94,7 @@ def test_activations_that_are_made_again_have_the_dropout_of_before(world):
     for budget in (None, 1.0, 0.0):
         model = tiny.lora_model(world, dropout=0.1).cuda()
         if budget is None:
-            hash_dropout(model.model)
+            enable_hashed_dropout(model.model)
         else:
             compile_layers(model.model, budget)
         torch.manual_seed(1)

@@ -15,9 +15,8 @@ import eval as evaluation
 import merge
 import settings
 import train
-from checkpoints import FREE_SETTINGS
 from rows import read_rows
-from settings import Wrong
+from settings import FREE_SETTINGS, Wrong
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -12,7 +12,7 @@ import model as model_file
 from data import build_batch, rotary_positions
 from dist_utils import Ranks, Stop
 from images import load_patches
-from lora import hash_dropout, hashed_dropout
+from lora import enable_hashed_dropout, hashed_dropout
 from train import train_step
 from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree, make_plan, pack
 
@@ -26,7 +26,7 @@ def run_step(world, trees_of_batches, dropout=0.0, seed=0, backend="", budget=1.
     if backend:
         model_file.compile_layers(model.model, budget, backend=backend)
     if hashed:
-        hash_dropout(model.model)
+        enable_hashed_dropout(model.model)
     (facts,) = {work.step for work in StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)}
     last = len(trees_of_batches) - 1
     works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]
