@@ -160,6 +160,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
     dataset = TreeDataset(train_data, images, padding(device), cache=cache)
     loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
+    print0(f"ready after {time.perf_counter() - started:.0f} s")
     often = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar: a log keeps every one
     bar = tqdm(total=steps, initial=done, unit="step", disable=not ranks.is_main, mininterval=often, maxinterval=often)
     finished, stopping = done >= steps or 0 < args.patience <= stale, bool(stop.agreed())
