@@ -19,7 +19,7 @@ TOKEN_PAIR_COST = 7.4e-5
 
 LOOK_AHEAD = 64  # trees that a step is drawn from, in random order
 DRAWS = 32  # draws of a step, the best balanced of which is kept
-RANK_MULTIPLE = 4  # a step has a multiple of this many micro-batches, so that 1, 2 and 4 ranks share it evenly
+RANK_MULTIPLE = 4  # a step has a multiple of this many micro-batches, and is one that so many ranks share evenly
 
 
 @dataclass(frozen=True)
@@ -134,16 +134,16 @@ def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
     """The steps of an epoch, ceil(questions / batch_size) of them, each sample as often as its file's weight says.
 
     Images are shuffled, and the questions of each. A step takes the tree that has waited longest and others drawn
-    from the next LOOK_AHEAD, until it holds `batch_size` questions; of DRAWS such draws the one whose micro-batches
-    are most alike in cost is kept. Where no tree fits the last places, one is split over two steps.
+    from the next LOOK_AHEAD, until it holds `batch_size` questions; of DRAWS such draws the one that RANK_MULTIPLE
+    ranks share most evenly is kept. Where no tree fits the last places, one is split over two steps.
     """
     random = np.random.default_rng([settings.seed, epoch])
     cap = min(settings.questions_per_image or settings.batch_size, settings.batch_size)
     waiting = []
     passes = epoch_passes(samples, settings, epoch)
     for group in (group for indices in passes for group in group_samples(samples, indices)):
-        parts = -(-len(group) // cap)
-        waiting += [part.tolist() for part in np.array_split(random.permutation(group), parts)]
+        order = random.permutation(group).tolist()
+        waiting += [order[start : start + cap] for start in range(0, len(order), cap)]
     waiting = [_Part(samples, waiting[i], settings.max_tokens) for i in random.permutation(len(waiting))]
 
     steps = []
@@ -151,7 +151,7 @@ def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
         draws = [_draw(waiting, settings.batch_size, random) for _ in range(DRAWS)]
         packed = [pack([tree for i in draw for tree in waiting[i].trees], settings.max_tokens) for draw in draws]
         full = [sum(len(waiting[i].indices) for i in draw) == settings.batch_size for draw in draws]
-        best = max(range(DRAWS), key=lambda n: (full[n], _balance(packed[n])))
+        best = max(range(DRAWS), key=lambda n: (full[n], rank_efficiency([packed[n]], RANK_MULTIPLE)))
         step, taken = packed[best], set(draws[best])
         waiting = [part for i, part in enumerate(waiting) if i not in taken]
         room = settings.batch_size - sum(len(tree.samples) for batch in step for tree in batch)
@@ -181,12 +181,6 @@ def _draw(waiting: list[_Part], room: int, random: np.random.Generator) -> list[
             draw.append(place)
             room -= len(waiting[place].indices)
     return draw
-
-
-def _balance(step: Step) -> float:
-    """Mean over greatest cost of a step's micro-batches."""
-    costs = [cost_of(batch) for batch in step]
-    return sum(costs) / (len(costs) * max(costs))
 
 
 def whole_trees(samples: list, max_tokens: int, max_trees: int = 0) -> list[MicroBatch]:

@@ -1,10 +1,12 @@
 """The step plan: every step is full, every sample comes once an epoch, questions over the limit are spread out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from data import Sample
-from trees import PlanSettings, make_plan
+from trees import PlanSettings, make_plan, rank_efficiency
 
 
 def make_samples(images: int, questions: int) -> list[Sample]:
@@ -40,3 +42,13 @@ def test_questions_over_the_limit_are_spread_over_the_epoch(limit):
     trees = sum(len(batch) for step in plan for batch in step)
     images = sum(len({samples[i].images for i in step}) for step in steps_of(plan))
     assert images > 0.85 * trees >= 0.85 * len(samples) / limit
+
+
+@pytest.mark.parametrize(("limit", "batch_size"), [(0, 96), (4, 16)])
+def test_four_ranks_wait_little_for_each_other(limit, batch_size):
+    """Also where a step has four trees or a few more: whole ones of four questions, or many smaller ones."""
+    samples = []
+    for asked in range(1, 18):
+        samples += [replace(one, images=(f"{one.images[0]} of {asked}",)) for one in make_samples(25, asked)]
+    plan = make_plan(samples, PlanSettings(batch_size, limit, 8192, seed=0), epoch=0)
+    assert rank_efficiency(plan, 4) >= 0.93
