@@ -56,18 +56,24 @@ def save_checkpoint(output: Path, model, state: dict, keep: int) -> bool:
             os.rename(output / name, output / f"tmp-old-{name}")
         os.rename(partial, output / name)
         _to_disk(output)
-        best = f"checkpoint-{state['best'].get('step', 0):06d}"
-        if (output / best).exists():  # else its save failed: the best one that is there stays marked
-            write_whole(output / "best.json", json.dumps({"checkpoint": best, **state["best"]}))
+        mark_best(output, state["best"])
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(output).free / 2**20
         print0(f"warning: checkpoint of step {state['step']} not saved: {error} ({free:,.1f} MiB free in {output})")
         return False
-    kept = {folder.name for folder in checkpoints(output)[-keep:]} | {marked_best(output)}
+    found = [folder.name for folder in checkpoints(output)]  # later ones are damaged, or of steps that are made again
+    kept = {*found[: found.index(name) + 1][-keep:], marked_best(output)}
     for old in [*output.glob("tmp-old-*"), *(folder for folder in checkpoints(output) if folder.name not in kept)]:
         shutil.rmtree(old, onerror=lambda _function, path, failure: print0(f"warning: {path} stays: {failure[1]}"))
     return True
+
+
+def mark_best(output: Path, best: dict) -> None:
+    """Write best.json, unless the best one's save failed: then the best one that is there stays marked."""
+    name = f"checkpoint-{best.get('step', 0):06d}"
+    if (output / name).exists():
+        write_whole(output / "best.json", json.dumps({"checkpoint": name, **best}))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -187,7 +193,7 @@ def load_checkpoint(folder: Path, model, optimizer, output: Path) -> dict:
 # -------------------------------------------------------------------------------------------------- a run's folder
 
 
-def open_output(output: str, name: str, resuming: bool) -> Path:
+def open_output(output: str, name: str, resume: str) -> Path:
     """The run's folder, locked for this process. Empty `output`: the next free runs/NAME-N.
 
     Raises InputError when another run is using it, when it holds a run that is not to be resumed, or can't be written.
@@ -210,11 +216,16 @@ def open_output(output: str, name: str, resuming: bool) -> Path:
         raise InputError(f"--output {folder} is in use by {lock.readline().strip()}") from None
     _locks.append(lock)
     metrics = folder / "metrics.jsonl"
-    if not (resuming or restarted()) and metrics.exists() and metrics.stat().st_size:
+    lock.seek(0)
+    resuming = resume == "auto" or (resume != "none" and Path(resume).resolve().parent == folder.resolve())
+    if not (resuming or (restarted() and launcher in lock.read())) and metrics.exists() and metrics.stat().st_size:
         raise InputError(f"--output {folder} holds a run: --resume auto goes on with it, another folder starts anew")
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{launcher}\n")
     lock.flush()
+    for old in folder.glob("tmp-old-*"):
+        if not (place := folder / old.name.removeprefix("tmp-old-")).exists():
+            old.rename(place)  # a save was killed between its two renames
     for stray in folder.glob("tmp-*"):  # of a save that was killed
         shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
     return folder.resolve()

@@ -77,12 +77,12 @@ class VQAData:
         grids, sizes = ({image: table[image] for image in used} for table in (self.grids, self.sizes))
         return replace(self, samples=samples, grids=grids, sizes=sizes)
 
-    def fingerprint(self) -> str:
-        """Changes when a sample's tokens, images, weight, file or place change."""
+    def fingerprint(self, folder: str) -> str:
+        """Changes when a sample's tokens, images (by their names below `folder`), weight, file or place change."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(sample.ids.tobytes() + sample.trained.tobytes())
-            images = [(Path(image).name, self.grids[image]) for image in sample.images]
+            images = [(os.path.relpath(image, folder), self.grids[image]) for image in sample.images]
             digest.update(repr([sample.file, sample.weight, *images]).encode())
         return digest.hexdigest()[:16]
 

@@ -10,6 +10,7 @@ python eval.py --ckpt runs/kvasir --image a.jpg --question "Is there text?"    #
 import argparse
 import faulthandler
 import json
+import os
 import shutil
 import sys
 from contextlib import nullcontext
@@ -198,13 +199,18 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     # Answers: of the base model, then with the adapter.
     model = load_model(folder, ckpt, settings, dtype, ranks.device)
     facts = {"model": name, "base": fingerprint(folder), "checkpoint": str(ckpt or ""), "rows": rows}
-    facts |= {"data": data.fingerprint(), "pictures": str(Path(pictures).absolute()), "images": asdict(settings)}
+    facts |= {
+        "data": data.fingerprint(pictures),
+        "pictures": str(Path(pictures).absolute()),
+        "images": asdict(settings),
+    }
     facts |= {"system": system, "prompt": prompt}
     facts |= {"options": sha256(json.dumps(options).encode()).hexdigest()[:16]}
     facts |= {"manifest": sha256((ckpt / "manifest.json").read_bytes()).hexdigest() if ckpt else ""}
     facts |= {name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")}
     facts |= {"dtype": str(dtype), "versions": VERSIONS}
     key = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    names = [[os.path.relpath(image, pictures) for image in sample.images] for sample in data.samples]
     predictions = {}
     for kind in ["base"] * (not ckpt or args.with_base) + ["tuned"] * bool(ckpt):
         if kind == "tuned" and args.merge:
@@ -218,7 +224,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
             print0(f"stopped by {stop.agreed()}; the same command goes on where it was")
             dist_utils.leave()
             return dist_utils.STOPPED
-        predictions[kind] = [_prediction(*one) for one in zip(data.samples, answers, scored)]
+        predictions[kind] = [_prediction(*one) for one in zip(data.samples, names, answers, scored)]
 
     if ranks.is_main:
         write_results(output, predictions, data, facts, args)
@@ -278,13 +284,13 @@ def write_results(output: Path, predictions: dict[str, list[dict]], data: VQADat
     print0(f"wrote predictions.jsonl, summary.json and report.html in {output}")
 
 
-def _prediction(sample: Sample, answer: dict, scored: dict) -> dict:
+def _prediction(sample: Sample, images: list[str], answer: dict, scored: dict) -> dict:
     """A line of predictions.jsonl."""
     fields = sample.fields
     return {
         "id": sample.id,
         "where": sample.where,
-        "images": [Path(image).name for image in sample.images],
+        "images": images,
         "question": fields["question"],
         "answer": fields["answer"],
         "right": normalize(answer["prediction"]) == normalize(fields["answer"]),

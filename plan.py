@@ -250,7 +250,7 @@ def remedy(job: Job, gpu: Gpu, images: ImageSettings) -> str:
     if not too_long(images.max_pixels):
         return f"--max-tokens {tokens} would fit"
     pixels = (images.patch_size * images.merge_size) ** 2
-    limits = range(pixels, largest_picture(job.train, images), pixels)
+    limits = range(max(pixels, images.min_pixels), largest_picture(job.train, images), pixels)
     count = bisect_left(limits, True, key=too_long)
     return f"--max-tokens {tokens} --max-pixels {limits[count - 1]} would fit" if count else "no settings would fit"
 
@@ -401,7 +401,9 @@ def limit_line(job: Job, times: tuple) -> str:
 def with_smaller_pictures(job: Job, images: ImageSettings) -> dict[int, Job]:
     """The run with pictures of at most a half and a quarter of the largest one's pixels, by that limit."""
     jobs = {}
-    for limit in filter(None, (largest_picture(job.train, images) // part for part in (2, 4))):
+    for limit in (largest_picture(job.train, images) // part for part in (2, 4)):
+        if limit < max(1, images.min_pixels):  # refused without --min-pixels
+            continue
         train, val = (data and at_limit(data, images, limit) for data in (job.train, job.val))
         plan = trees.make_plan(train.samples, plan_settings(job.args), 0)
         val_batches = trees.whole_trees(val.samples, job.args.max_tokens) if val else []

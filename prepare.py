@@ -93,7 +93,9 @@ def identify(args, images, train_data: VQAData, val_data: VQAData | None, model_
     facts = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     facts |= {f"image {name}": value for name, value in asdict(images).items()}
     for name, data in (("train rows", train_data), ("val rows", val_data)):
-        facts[name] = f"{len(data.samples):,} questions, fingerprint {data.fingerprint()}" if data else "none"
+        facts[name] = (
+            f"{len(data.samples):,} questions, fingerprint {data.fingerprint(args.images)}" if data else "none"
+        )
     first = Path(args.init_from) / "adapter_model.safetensors"
     if not args.init_from or first.is_file():  # a run that is resumed can do without
         facts["first weights"] = size_and_sum(first)["sha256"][:16] if args.init_from else ""

@@ -217,6 +217,11 @@ def score_options(predictions: list[dict], images: list[str]) -> dict:
     return result
 
 
+def shown_together(prediction: dict) -> str:
+    """What answers that may hang together have in common: their images, or where there is none the row alone."""
+    return "|".join(prediction["images"]) or prediction["where"]
+
+
 def bleu(predictions: list[dict]) -> dict:
     """Corpus BLEU by sacrebleu, with its signature. Raises ModuleNotFoundError where sacrebleu is not installed."""
     from sacrebleu.metrics import BLEU
@@ -231,7 +236,7 @@ def summarize(predictions: list[dict], tolerance: float) -> dict:
     most CLOSED different true answers its confusion table. A prediction has images, question, answer, prediction
     and question_type."""
     scored = [score_answer(one["prediction"], one["answer"], tolerance) for one in predictions]
-    images = ["|".join(one["images"]) for one in predictions]
+    images = list(map(shown_together, predictions))
 
     def means(chosen: list[int]) -> dict:
         names = dict.fromkeys(name for i in chosen for name in scored[i])
@@ -266,7 +271,7 @@ def compare(a: list[dict], b: list[dict]) -> dict:
     if mine.keys() != theirs.keys() or any(mine[i]["answer"] != theirs[i]["answer"] for i in mine):
         raise ValueError("the two files don't answer the same rows")
     right = {i: (mine[i]["right"], theirs[i]["right"]) for i in mine}
-    difference = mean_with_interval([y - x for x, y in right.values()], ["|".join(mine[i]["images"]) for i in mine])
+    difference = mean_with_interval([y - x for x, y in right.values()], [shown_together(mine[i]) for i in mine])
     flipped = {
         "only_a": [i for i, (x, y) in right.items() if x > y],
         "only_b": [i for i, (x, y) in right.items() if y > x],

@@ -173,6 +173,10 @@ def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Na
     problems += _check_packages(settings) if settings else []
     if settings and settings.train:
         problems += _check_paths(settings)
+    if settings and settings.resume == "auto" and settings.output and settings.output == from_file.get("output"):
+        folder = Path(config).parent
+        if not Path(settings.output).exists() and any(folder.glob("checkpoint-*")):
+            problems.append(f"--resume auto: {settings.output} is gone, the run lies in {folder}: --output {folder}")
     refuse(problems)
     return settings
 

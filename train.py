@@ -28,6 +28,7 @@ from checkpoints import (
     checkpoints,
     find_checkpoint,
     load_checkpoint,
+    mark_best,
     open_output,
     save_checkpoint,
     write_checkpoint,
@@ -93,7 +94,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         return 0
     device, dtype = ranks.device, pick_dtype(args.dtype, ranks.device)
     name = "demo" if is_demo else Path(args.train[0]).stem
-    output = dist_utils.from_rank0(lambda: open_output(args.output, name, args.resume != "none"))
+    output = dist_utils.from_rank0(lambda: open_output(args.output, name, args.resume))
     args.output = str(output)
     if dist_utils.restarted() and checkpoints(output):  # by torchrun --max-restarts
         args.resume = "auto"
@@ -189,6 +190,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         evaluate_now()
         save()
         stopping = evaluation_due
+    elif found and found.parent.resolve() != output:  # --resume auto goes on with what is here
+        save()
     metrics.status("running", done)
     metrics.start_clock()
     dist_utils.shorten_timeout()
@@ -392,6 +395,7 @@ def rehearse_save(output: Path, model, args: argparse.Namespace, state: dict) ->
     folder = output / "tmp-rehearsal"
     try:
         write_whole(output / "settings.toml", to_toml(args))
+        mark_best(output, state["best"])  # a kill may have come between the checkpoint and its mark
         write_checkpoint(folder, model, state)
     except (OSError, SafetensorError) as error:
         raise InputError(f"a checkpoint can't be written to {output}: {error}") from None

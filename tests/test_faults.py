@@ -86,6 +86,21 @@ def test_killed_in_a_save(world, undisturbed, tmp_path, place):
     assert same(output, undisturbed) and clean(output)
 
 
+def test_killed_after_the_last_save_before_the_best_one_is_marked(world, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    fault = partial(faults.kill_in_save, "after the rename", step=6)
+    assert Run(arguments(world, output), tmp_path / "log", fault=fault).wait() == [-signal.SIGKILL]
+    assert train.main(arguments(world, output)) == 0
+    assert (output / "best.json").read_text() == (undisturbed / "best.json").read_text()
+
+
+def test_killed_while_a_checkpoint_is_replaced(world, undisturbed, tmp_path, capsys):
+    output = copy_until(undisturbed, 2, tmp_path / "out")
+    (output / "checkpoint-000002").rename(output / "tmp-old-checkpoint-000002")
+    assert train.main(arguments(world, output)) == 0
+    assert "at step 2" in capsys.readouterr().out and same(output, undisturbed) and clean(output)
+
+
 # ------------------------------------------------------------------------------------------------------- damaged files
 
 
@@ -124,6 +139,31 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(world, u
     printed = capsys.readouterr().out
     assert "checkpoint-000004 is damaged" in printed and name in printed and "checkpoint-000002 at step 2" in printed
     assert same(output, undisturbed) and clean(output)
+
+
+def test_a_new_checkpoint_is_kept_beside_a_later_one_that_is_damaged(world, undisturbed, tmp_path, monkeypatch):
+    output, stop = copy_until(undisturbed, 4, tmp_path / "out"), Stop()
+    truncate(output / "checkpoint-000004" / "state.pt", 0.5)
+    monkeypatch.setattr(
+        train, "train_step", lambda *a, f=train.train_step: (setattr(stop, "reason", "SIGTERM"), f(*a))[1]
+    )
+    assert train.main(arguments(world, output, keep=1), stop) == STOPPED
+    monkeypatch.undo()
+    assert [folder.name for folder in checkpoints.checkpoints(output)][-1] == "checkpoint-000003"
+    assert train.main(arguments(world, output, keep=1)) == 0 and same(output, undisturbed)
+
+
+def test_another_run_s_checkpoint_goes_to_a_folder_of_its_own_and_is_saved_there_at_once(
+    world, undisturbed, tmp_path, capsys
+):
+    other = copy_until(undisturbed, 2, tmp_path / "other")
+    with pytest.raises(InputError, match="holds a run"):
+        train.main(arguments(world, other, resume=undisturbed / "checkpoint-000004"))
+    output, stop = tmp_path / "out", Stop()
+    stop.reason = "SIGTERM"
+    assert train.main(arguments(world, output, resume=undisturbed / "checkpoint-000004"), stop) == STOPPED
+    assert train.main(["--config", str(output / "settings.toml"), "--resume=auto"]) == 0
+    assert f"resumed {output}/checkpoint-000004 at step 4" in capsys.readouterr().out
 
 
 def test_a_checkpoint_can_not_run_code(world, undisturbed, tmp_path):
@@ -485,7 +525,24 @@ def test_a_restarted_run_passes_by_a_folder_that_no_run_locked(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     Path("runs/rows-1").mkdir(parents=True)
-    assert checkpoints.open_output("", "rows", False).name == "rows-2"
+    assert checkpoints.open_output("", "rows", "none").name == "rows-2"
+
+
+def test_a_refused_run_is_not_resumed_by_a_restart(world, undisturbed, tmp_path, monkeypatch):
+    output = copy_until(undisturbed, 2, tmp_path / "out")
+    (output / "lock").write_text("process 2 on another\nlauncher 1 none\n")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(InputError, match="holds a run"):
+        train.main(arguments(world, output, resume="none"))
+
+
+def test_a_run_that_was_moved_is_told_where_it_lies(world, undisturbed, tmp_path):
+    output = copy_until(undisturbed, 2, tmp_path / "out")
+    assert train.main(arguments(world, output)) == 0
+    moved = output.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=f"is gone, the run lies in {moved}: --output {moved}"):
+        train.main(["--config", str(moved / "settings.toml"), "--resume=auto"])
+    assert train.main(["--config", str(moved / "settings.toml"), "--resume=auto", f"--output={moved}"]) == 0
 
 
 def test_two_runs_on_one_folder_and_a_lock_that_a_killed_run_left(world, undisturbed, tmp_path):

@@ -187,6 +187,15 @@ def test_a_run_takes_its_steps_evaluations_and_saves_one_after_the_other(world):
     assert hours(job, (steps, evaluation), 1, 1) < hours(job, (steps, evaluation), 1)
 
 
+def test_smaller_pictures_are_not_below_what_the_model_allows(world):
+    job, data = job_of(world)
+    _, dataset = tiny.load_world(world)
+    largest = plan.largest_picture(data, dataset.settings)
+    limits = [replace(dataset.settings, min_pixels=largest // part) for part in (1, 3, 4)]
+    found = [list(plan.with_smaller_pictures(job, settings)) for settings in limits]
+    assert found == [[], [largest // 2], [largest // 2, largest // 4]]
+
+
 def test_an_image_is_counted_once_a_tree_and_every_token_once(world):
     job, data = job_of(world)
     for tree in (tree for step in job.plan for batch in step for tree in batch):

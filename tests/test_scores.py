@@ -184,3 +184,16 @@ def test_bleu_is_that_of_sacrebleu():
     found = scores.bleu(right)
     assert found["score"] == pytest.approx(100) and "version" in found["signature"]
     assert scores.bleu(wrong)["score"] < scores.bleu(right + wrong)["score"] < 100
+
+
+def test_rows_without_a_picture_are_independent_and_folders_tell_pictures_apart():
+    def low(images):
+        one = {"question": "?", "answer": "yes", "question_type": "yes/no", "loss": 1.0, "answer_tokens": 1}
+        rows = [
+            one | {"where": f"{i}", "images": images(i), "prediction": "yes" if i % 2 else "no", "teacher_forced": 1}
+            for i in range(100)
+        ]
+        return scores.summarize([row | {"confidence": 0.5, "right": True} for row in rows], 0.05)["all"]["exact_match"]
+
+    assert low(lambda i: []) == low(lambda i: [f"{i}.png"]) == low(lambda i: [f"{i}/a.png"])
+    assert low(lambda i: ["a.png"])["low"] == 0.5

@@ -124,3 +124,25 @@ def test_two_nodes_train_like_one(cluster, program, world):
     alone = torchrun(1, ROOT / "train.py", *arguments(world, program / "alone"))
     assert alone.returncode == 0, alone.stderr
     assert tiny.relative_error(result(program / "out"), result(program / "alone")) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("line", "before"), [("output = 'mine'", "done 600"), ('output = "mine"  # where the run goes', "stopped 40")]
+)
+def test_a_job_that_fails_before_step_1_is_not_judged_by_an_earlier_status(program, line, before):
+    """With commands of SLURM that do nothing, srun failing."""
+    bin = program / "bin"
+    (program / "mine").mkdir()
+    (program / "mine" / "status").write_text(before + "\n")
+    (program / "c.toml").write_text(line + "\n")
+    bin.mkdir()
+    for name, text in {"srun": "exit 1", "scontrol": "echo $@ >>calls"}.items():
+        (bin / name).write_text(f"#!/bin/sh\n{text}\n")
+        (bin / name).chmod(0o755)
+    given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": program}
+    path = f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "run.slurm", "--config", "c.toml", "--resume", "auto"]
+    environment = os.environ | given | {"PATH": path}
+    done = subprocess.run(command, cwd=program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "output mine" in done.stdout and "not requeued" in done.stdout
+    assert "requeue" not in (program / "calls").read_text()
