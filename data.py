@@ -150,8 +150,9 @@ def load_data(
             for image in row.images:
                 if isinstance(grids[image], str):
                     raise ValueError(f"image {image}: {grids[image]}")
-            _refuse_special_tokens(row, special)
-            segments.append(_segments(_prompted(row.messages, prompt), tokenizer, system))
+            messages = _prompted(row.messages, prompt)
+            _refuse_special_tokens(messages, row.fields.get("options", []), special)
+            segments.append(_segments(messages, tokenizer, system))
             kept.append(row)
         except ValueError as reason:
             bad.append(BadRow(row.where, str(reason), row.fields))
@@ -192,8 +193,11 @@ def _resolve(names: list[str], folder: Path, allow_outside: bool) -> tuple[list[
     for name in names:
         named = [folder / f"{name}{end}" for end in IMAGE_ENDS]
         path = next(filter(os.path.isfile, named), named[0])  # unlike Path.is_file it never raises, whatever a row says
-        path = Path(os.path.abspath(path))
-        if not allow_outside and not path.is_relative_to(os.path.abspath(folder)):
+        path, whole = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+        if not path.is_relative_to(whole) and os.path.isfile(path):  # a row may reach the folder through a link
+            real, real_whole = Path(os.path.realpath(path.parent), path.name), os.path.realpath(folder)
+            path = whole / real.relative_to(real_whole) if real.is_relative_to(real_whole) else path
+        if not allow_outside and not path.is_relative_to(whole):
             return [], f"image {name} lies outside {folder} (--allow-outside-images permits that)"
         if not os.path.isfile(path):
             return [], f"image {str(path)[:300]} is {'a folder' if os.path.isdir(path) else 'missing'}"
@@ -209,9 +213,9 @@ def _grid(size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, in
         return str(error)
 
 
-def _refuse_special_tokens(row: Row, special: list[str]) -> None:
-    texts = [(f"{m['role']} text", part.get("text", "")) for m in row.messages for part in m["content"]]
-    for name, text in [*texts, *(("option", option) for option in row.fields.get("options", []))]:
+def _refuse_special_tokens(messages: list[dict], options: list[str], special: list[str]) -> None:
+    texts = [(f"{m['role']} text", "".join(part.get("text", " ") for part in m["content"])) for m in messages]
+    for name, text in [*texts, *(("option", option) for option in options)]:
         for token in special:
             if token in text:
                 raise ValueError(f"the {name} holds the special token {token}")
@@ -451,6 +455,6 @@ class TreeDataset(Dataset):
     def __getitem__(self, work: Work) -> Batch:
         try:
             return build_batch(self.data, work, self.settings, **self.how)
-        except OSError as error:  # checked before training, so it has changed since
+        except Exception as error:  # checked before training, so it has changed since; Pillow raises almost anything
             first = self.data.samples[work.trees[0].samples[0]].where
             raise RuntimeError(f"an image of {first} or what follows can't be read any more: {error}") from error

@@ -133,6 +133,7 @@ def run_and_exit(main: Callable, argv: list[str]) -> None:
     a collective, where destroying the process group would wait for them.
     """
     stop = Stop().watch_signals()
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may know fewer characters than rows have
     try:
         code = main(argv, stop)
     except InputError as error:

@@ -45,6 +45,7 @@ VISION_TARGETS = {
 # 2,900 to 8,126 tokens; that of 0.2 was not run and follows from what torch chooses to keep
 MEMORY_BUDGETS = {1.0: 0.89, 0.5: 0.46, 0.2: 0.22, 0.0: 0.13}
 MEMORY_MARGIN = 2 * 2**30, 0.05  # bytes for the vision tower, logits and optimizer; share of a card for fragmentation
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PEFT's init_lora_weights that leave base weights alone
 RECOMPILE_LIMIT = 32  # variants (first and other layers, training and evaluation, text and vision) share one function
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -57,6 +58,8 @@ def resolve_model(name: str, weights: bool = True) -> str:
     before its weights are downloaded.
     """
     is_folder = Path(name).is_dir()
+    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise InputError(f"model {name}: there is no such folder, and it is no name of a model on the hub")
     folder = name if is_folder else snapshot_download(name, allow_patterns="config.json")
     if problem := _unsupported(Path(folder) / "config.json"):
         known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
@@ -220,6 +223,8 @@ def lora_differences(model: PeftModel, folder: Path) -> list[str]:
     own = model.peft_config["default"].to_dict()
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
     found = [f"{n} is {other.get(n)!r} there, {own[n]!r} here" for n in names if (other.get(n) or 0) != (own[n] or 0)]
+    if (start := other.get("init_lora_weights", True)) not in KEEPS_BASE:
+        found.append(f"init_lora_weights is {start!r} there, which changes the base model's weights too")
     here = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
     for where, names in (("there", there.keys() - here.keys()), ("here", here.keys() - there.keys())):
         found += [f"only {where}: {min(names)} and {len(names) - 1:,} more"] if names else []

@@ -137,9 +137,11 @@ def parse_row(where: str, row) -> Row:
     json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # raises for half a surrogate pair and for 1e999
     if row.get("video") or row.get("videos"):
         raise ValueError("a video can't be used, only images")
-    if "messages" in row:
+    if row.get("objects") and any(mark in json.dumps(row) for mark in ("<bbox>", "<ref-object>")):
+        raise ValueError("`objects` does not fill <bbox> and <ref-object> here: write them out in the texts")
+    if row.get("messages") is not None:
         messages, images = _from_messages(row)
-    elif "conversations" in row:
+    elif row.get("conversations") is not None:
         messages, images = _from_llava(row)
     elif "question" in row:
         messages, images = _from_flat(row)

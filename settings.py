@@ -52,7 +52,7 @@ def _budget(text: str):
 def _targets(text: str):
     for part in text.split(","):
         try:
-            re.compile(part)
+            re.compile(f"({part})")  # as `target_pattern` has it
         except re.error as error:
             return Wrong(f"{part!r} is no regular expression: {error}")
     return text if all(text.split(",")) else Wrong(f"{text!r} has an empty part")

@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import PIL
@@ -62,14 +62,14 @@ class VisionCache:
         if shutil.disk_usage(self.folder).free < SPARE + self.size(features.shape[1]):
             raise OSError("the disk is full but for a GiB")
         data = features.contiguous().view(torch.uint8).numpy().data
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="tmp-", delete=False) as file:
-            try:
+        partial = self.folder / f"tmp-{uuid4().hex}"
+        try:
+            with open(partial, "xb") as file:  # unlike a file of `tempfile` one that other users may read
                 file.write(_sum(name, data))
                 file.write(data)
-                file.flush()
-                os.replace(file.name, self.folder / name)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+            os.replace(partial, self.folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _sum(name: str, data) -> bytes:

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image, ImageFile
-from test_rows import BAD, FORMATS, flat
+from test_rows import BAD, FORMATS, flat, parts
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data as data_file
 import images as images_file
-from data import MAX_LISTED, load_data, load_files, stop_or_skip_bad
+from data import MAX_LISTED, TreeDataset, load_data, load_files, stop_or_skip_bad
 from images import check_images, image_settings, load_patches
 from prepare import describe_sample
 from rows import InputError
 from settings import parse_settings
-from trees import PlanSettings, make_plan, rank_efficiency
+from trees import PlanSettings, Work, make_plan, rank_efficiency
 
 SHARED = Path(__file__).parents[2] / "shared"
 KVASIR, QWEN = SHARED / "kvasir" / "kvasir_vqa_val.jsonl", SHARED / "qwen3-vl-8b"
@@ -149,6 +149,7 @@ def test_literal_special_tokens_are_refused(load, token):
     rows = [flat(question=f"What is {token}?"), flat(f"It is {token}.")]
     rows += [json.loads(json.dumps(FORMATS[n][0]).replace("And here", f"A{token}")) for n in FORMATS if "system" in n]
     rows += [json.loads(json.dumps(FORMATS[n][0]).replace("Be brief", f"B{token}")) for n in FORMATS if "system" in n]
+    rows.append(parts([f"What is {token[:4]}", f"{token[4:]}?"], ["two"]))
     data = load([*rows, flat()])
     assert [one.where for one in data.bad] == [f"rows.jsonl:{n + 1}" for n in range(len(rows))]
     assert all(f"special token {token}" in one.reason for one in data.bad) and len(data.samples) == 1
@@ -156,6 +157,27 @@ def test_literal_special_tokens_are_refused(load, token):
         load([flat()], system=f"Say {token}.")
     with pytest.raises(InputError, match="--prompt template"):
         load([flat()], prompt=f"{{question}}{token}")
+    (bad,) = load([flat(question=f"{token[4:]} is what?")], prompt=f"{token[:4]}{{question}}").bad
+    assert f"special token {token}" in bad.reason
+
+
+def test_a_row_may_reach_the_folder_of_images_through_a_link(load, world, tmp_path):
+    (tmp_path / "link").symlink_to(world)
+    rows = [flat(image="a.png"), flat(image=str(world / "images" / "a.png")), flat(image=str(world / "rows.jsonl"))]
+    data = load(rows, images=tmp_path / "link" / "images")
+    assert len(data.samples) == 2 and len(data.grids) == 1
+    assert [one.where for one in data.bad] == ["rows.jsonl:3"] and "lies outside" in data.bad[0].reason
+
+
+def test_a_picture_that_is_damaged_after_the_check_is_named(load, world, settings, tmp_path):
+    random = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
+    Image.fromarray(random).save(tmp_path / "a.png")
+    data = load([flat(image="a.png")], images=tmp_path)
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    (step,) = make_plan(data.samples, PlanSettings(1, 0, 10_000, 0), 0)
+    with pytest.raises(RuntimeError, match="an image of rows.jsonl:1 .*broken PNG file"):  # Pillow's SyntaxError
+        TreeDataset(data, settings)[Work(step[0])]
 
 
 def test_files_of_one_name_are_told_apart_by_as_many_folders_as_that_takes(tokenizer, settings, tmp_path):

@@ -295,11 +295,15 @@ def test_a_failure_is_told_with_its_traceback_whatever_its_text():
     program = """
 import dist_utils
 def main(*_):
+    print("█")
     raise RuntimeError("/gloom/a.jpg")
 dist_utils.run_and_exit(main, [])
 """
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # a terminal that knows fewer characters
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "\\u2588\n"
     assert done.returncode == 1 and "RuntimeError: /gloom/a.jpg" in done.stderr and "Traceback" in done.stderr
 
 

@@ -237,3 +237,17 @@ def test_first_weights_of_other_lora_are_refused_with_the_difference(world, star
     argv = [word.replace("=True", "") for word in arguments(world, tmp_path / "out", **given)]
     with pytest.raises(InputError, match=re.escape(told)):
         train.main(argv)
+
+
+def test_first_weights_that_come_with_other_base_weights_are_refused(world, start, tmp_path):
+    moved = shutil.copytree(start, tmp_path / "pissa")
+    config = json.loads((moved / "adapter_config.json").read_text()) | {"init_lora_weights": "pissa"}
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="init_lora_weights is 'pissa' there"):
+        train.main(arguments(world, tmp_path / "out", **{"lora-r": 4, "init-from": moved}))
+
+
+def test_a_folder_that_is_not_there_is_no_name_of_the_hub(world, tmp_path):
+    for name in ("/no/such/folder", "./gone", "a/b/c"):
+        with pytest.raises(InputError, match="there is no such folder"):
+            train.main(arguments(world, tmp_path / "out", model=name))

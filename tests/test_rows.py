@@ -66,6 +66,7 @@ FORMATS = {
     "parts": (parts(["@a.png", "How many polyps?"], ["two"]), ["a.png"], ASKED),
     "parts and images": (parts(["@", "@", "Same polyp?"], ["no"], images=["a", "b"]), ["a", "b"], TWICE),
     "parts, names of both kinds": (parts(["@", "@a", "Same polyp?"], ["no"], images=["b"]), ["b", "a"], TWICE),
+    "flat, other formats null": (flat(image="a.png") | {"messages": None, "conversations": None}, ["a.png"], ASKED),
     "parts, placeholder in the text": (parts(["<image>\nHow many polyps?"], ["two"], images=["a"]), ["a"], ASKED),
 }
 GOOD_LINE = json.dumps(flat(image="a.png"))
@@ -184,6 +185,7 @@ BAD = {
     "number too large": (GOOD_LINE.replace('"two"', "1e999"), "Out of range"),
     "nested too deep": ("[" * 200_000, "not valid JSON"),
     "half a character": (json.dumps(flat("\ud83d")), "surrogate"),
+    "boxes to fill in": (json.dumps(flat("<bbox>", "Find it", image="a.png") | {"objects": {"bbox": [1]}}), "<bbox>"),
     "weight of 0": (json.dumps(flat(weight=0)), "`weight` must be a number"),
     "weight below 0": (json.dumps(flat(weight=-1)), "`weight` must be a number"),
     "weight as text": (json.dumps(flat(weight="2")), "`weight` must be a number"),

@@ -61,6 +61,7 @@ WRONG = {
     "patience without evaluations": (["--patience", "3"], "--patience: there is nothing to evaluate on"),
     "first weights that are not there": (["--init-from", "/"], "--init-from: / holds no adapter_model.safetensors"),
     "no regular expression": (["--lora-targets", "q_proj,(v"], "--lora-targets: '(v' is no regular expression"),
+    "flag within": (["--lora-targets", "(?i)Q_PROJ"], "--lora-targets: '(?i)Q_PROJ' is no regular expression"),
     "pixels": (["--min-pixels", "900", "--max-pixels", "800"], "--min-pixels 900 is over --max-pixels 800"),
     "resume without output": (["--resume", "auto"], "--resume auto: say where with --output"),
     "missing checkpoint": (["--resume", "nowhere"], "--resume: nowhere is not a folder"),

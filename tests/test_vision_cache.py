@@ -1,5 +1,6 @@
 """--vision-cache: kept features are those that the tower made, and nothing that is wrong with the cache stops a run."""
 
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -65,6 +66,12 @@ def test_pictures_are_known_by_content_and_grid(filled, tmp_path):
     assert cache.name(copy, grid) == cache.name(path, grid) != cache.name(path, (2, 2))
     other = next(p for p in dataset.data.grids if p != path)
     assert cache.name(other, grid) != cache.name(path, grid)
+
+
+def test_entries_can_be_read_by_whom_the_umask_permits(filled):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~mask for path in filled[1].how["cache"].folder.iterdir())
 
 
 def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_path, filled):
