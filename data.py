@@ -381,9 +381,8 @@ def build_batch(
             images += [path for path, at in zip(sample.images, sample.image_at) if branch == 1 or at >= tree.prefix]
             samples.append(index)
             offset += end - first
-    if pad_to > 1 and (
-        padding := max(-(-offset // pad_to), 2) * pad_to - offset
-    ):  # torch compiles anew for a size of 1
+    blocks = max(-(-offset // pad_to), 2)  # torch compiles anew for a size of 1
+    if pad_to > 1 and (padding := blocks * pad_to - offset):
         zeros = np.zeros(padding, int)
         parts.append((zeros, np.stack([np.arange(padding)] * 3), zeros - 1, zeros, zeros.astype(bool)))
 
@@ -455,6 +454,6 @@ class TreeDataset(Dataset):
     def __getitem__(self, work: Work) -> Batch:
         try:
             return build_batch(self.data, work, self.settings, **self.how)
-        except Exception as error:  # checked before training, so it has changed since; Pillow raises almost anything
+        except OSError as error:  # checked before training, so it has changed since
             first = self.data.samples[work.trees[0].samples[0]].where
             raise RuntimeError(f"an image of {first} or what follows can't be read any more: {error}") from error

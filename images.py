@@ -134,10 +134,15 @@ def open_picture(path: str) -> Image.Image:
 
 def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
     """Decode and resize a picture to its grid. Returns (patches, 3, patch_size**2) uint8 in the vision tower's order,
-    the same pixels as transformers' Qwen2VLImageProcessorPil before normalisation."""
+    the same pixels as transformers' Qwen2VLImageProcessorPil before normalisation. Raises OSError for a picture that
+    can't be read."""
     p, m = settings.patch_size, settings.merge_size
     down, across = grid
-    pixels = np.asarray(open_picture(path).resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
+    try:
+        picture = open_picture(path)
+    except Exception as error:  # as in check_image
+        raise OSError(f"{path}: {error}") from error
+    pixels = np.asarray(picture.resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
     pixels = pixels.reshape(down // m, m, p, across // m, m, p, 3)
     return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(down * across, 3, p * p)
 

@@ -169,6 +169,17 @@ def test_a_row_may_reach_the_folder_of_images_through_a_link(load, world, tmp_pa
     assert [one.where for one in data.bad] == ["rows.jsonl:3"] and "lies outside" in data.bad[0].reason
 
 
+def test_the_fingerprint_changes_with_the_picture_s_folder_and_not_with_that_of_all(load, world, tmp_path):
+    for name in ("one/a.png", "one/b/a.png", "two/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((world / "images" / "a.png").read_bytes())
+
+    def fingerprint(folder, image):
+        return load([flat(image=image)], images=tmp_path / folder).fingerprint(str(tmp_path / folder))
+
+    assert fingerprint("one", "a.png") == fingerprint("two", "a.png") != fingerprint("one", "b/a.png")
+
+
 def test_a_picture_that_is_damaged_after_the_check_is_named(load, world, settings, tmp_path):
     random = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
     Image.fromarray(random).save(tmp_path / "a.png")
@@ -176,7 +187,9 @@ def test_a_picture_that_is_damaged_after_the_check_is_named(load, world, setting
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
     (step,) = make_plan(data.samples, PlanSettings(1, 0, 10_000, 0), 0)
-    with pytest.raises(RuntimeError, match="an image of rows.jsonl:1 .*broken PNG file"):  # Pillow's SyntaxError
+    with pytest.raises(
+        RuntimeError, match=r"an image of rows.jsonl:1 .*a\.png: broken PNG file"
+    ):  # Pillow's SyntaxError
         TreeDataset(data, settings)[Work(step[0])]
 
 

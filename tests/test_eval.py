@@ -199,6 +199,17 @@ def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
     assert evaluation.read_predictions(path) == [told, told]
 
 
+def test_predictions_tell_pictures_of_one_name_apart(world, run, tmp_path):
+    rows = [single(f"{folder}/a.png", "How many polyps?", "3") for folder in ("one", "two")]
+    for row in rows:
+        (tmp_path / row["image"]).parent.mkdir()
+        (tmp_path / row["image"]).write_bytes((world / "images" / "a.png").read_bytes())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert answer(run, "--data", tmp_path / "rows.jsonl", "--images", tmp_path, "--output", tmp_path / "out") == 0
+    found = [one["images"] for one in evaluation.read_predictions(tmp_path / "out" / "predictions.jsonl")]
+    assert found == [["one/a.png"], ["two/a.png"]]
+
+
 def test_rows_in_place_of_predictions_are_refused(world):
     with pytest.raises(InputError, match="rows.jsonl is no predictions file"):
         evaluation.main(["--compare", str(world / "rows.jsonl"), str(world / "rows.jsonl")])
