@@ -60,12 +60,22 @@ def resolve_model(name: str, weights: bool = True) -> str:
     is_folder = Path(name).is_dir()
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise InputError(f"model {name}: there is no such folder, and it is no name of a model on the hub")
-    folder = name if is_folder else snapshot_download(name, allow_patterns="config.json")
+    folder = name if is_folder else _download(name, allow_patterns="config.json")
     if problem := _unsupported(Path(folder) / "config.json"):
         known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
         raise InputError(f"model {name} {problem}; this program trains dense, unquantized {known} only")
     files = {} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}
-    return folder if is_folder else snapshot_download(name, **files)
+    return folder if is_folder else _download(name, **files)
+
+
+def _download(name: str, **files) -> str:
+    try:
+        return snapshot_download(name, **files)
+    except OSError as error:  # no such model, none that this user may have, no network, a full disk
+        raise InputError(
+            f"model {name} can't be downloaded and is not in the cache: {' '.join(str(error).split())}; on a machine "
+            f"with internet: hf download {name}; or give a model's folder"
+        ) from None
 
 
 def _unsupported(path: Path) -> str:

@@ -9,6 +9,7 @@ import test_eval
 import tiny
 import torch
 from faults import arguments
+from huggingface_hub import constants
 from peft import PeftModel
 from test_exact import (  # noqa: F401 (these run here with each family)
     test_a_step_equals_its_samples_one_by_one_in_any_number_of_micro_batches,
@@ -202,6 +203,12 @@ def test_a_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, monk
     with pytest.raises(InputError, match="model Qwen/Qwen3-VL-30B-A3B-Instruct is of type qwen3_vl_moe"):
         resolve_model("Qwen/Qwen3-VL-30B-A3B-Instruct")
     assert asked == [{"allow_patterns": "config.json"}]
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="(?s)^model no/such can't be downloaded and is not in the cache: .*folder$"):
+        resolve_model("no/such")
 
 
 @needs_cuda
