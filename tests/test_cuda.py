@@ -12,8 +12,8 @@ from test_exact import whole
 
 from attention import tree_attention, tree_mask, visible
 from data import build_batch
-from lora import enable_hashed_dropout, use_lean_lora
-from model import TreeModel, autocast, compile_layers, prepare_base, target_pattern
+from lora import enable_hashed_dropout
+from model import TreeModel, add_lora, autocast, compile_layers, prepare_base, target_pattern
 from settings import DEFAULT_TARGETS
 from trees import Work, grow_tree
 
@@ -105,15 +105,14 @@ def test_activations_that_are_made_again_have_the_dropout_of_before(world):
         assert tiny.relative_error(again, results[0]) < 1e-2  # other masks: 0.4; tf32 inside FlexAttention
 
 
-def first_layers_of_8b(dtype):
-    """Four layers of each tower at Qwen3-VL-8B's widths, with LoRA of which neither half is zero."""
+def first_layers_of_8b(dtype, add):
+    """Four layers of each tower at Qwen3-VL-8B's widths, with LoRA by `add` of which neither half is zero."""
     text, vision = bench.QWEN3_VL_8B["text_config"], bench.QWEN3_VL_8B["vision_config"]
     config = {
         "text_config": text | {"num_hidden_layers": 4},
         "vision_config": vision | {"depth": 4, "deepstack_visual_indexes": [0, 1, 2]},
     }
-    model = bench.random_model(config, torch.bfloat16, torch.device("cuda")).to(dtype)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=target_pattern(DEFAULT_TARGETS)))
+    model = add(bench.random_model(config, torch.bfloat16, torch.device("cuda")).to(dtype))
     generator = torch.Generator("cuda").manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -121,9 +120,10 @@ def first_layers_of_8b(dtype):
     return model
 
 
-def gradients_one_by_one(dtype, data, settings):
+def gradients_one_by_one(dtype, targets, data, settings):
     """Gradients of the mean answer token's loss, one question a sequence through transformers and PEFT, eager."""
-    model, device = first_layers_of_8b(dtype), torch.device("cuda")
+    config, device = LoraConfig(r=8, lora_alpha=16, target_modules=target_pattern(targets)), torch.device("cuda")
+    model = first_layers_of_8b(dtype, lambda base: get_peft_model(base, config))
     tokens = sum(int(sample.trained.sum()) for sample in data.samples)
     for index in range(len(data.samples)):
         batch = build_batch(data, Work((grow_tree(data.samples, [index]),)), settings).to(device)
@@ -135,20 +135,18 @@ def gradients_one_by_one(dtype, data, settings):
     return {name: p.grad.float() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_compiled_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(tmp_path):
+@pytest.mark.parametrize("targets", [DEFAULT_TARGETS, DEFAULT_TARGETS + ",vision,merger"], ids=["text", "all"])
+def test_compiled_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(targets, tmp_path):
     torch.backends.cuda.matmul.allow_tf32 = False
     preset = replace(bench.PRESETS["8b"], size=(960, 720))
     data, settings = bench.make_data(preset, 9, tmp_path)
-    exact, peft = (gradients_one_by_one(dtype, data, settings) for dtype in (torch.float32, torch.bfloat16))
-    peft_model, device = first_layers_of_8b(torch.bfloat16), torch.device("cuda")
-    prepare_base(peft_model.get_base_model())
-    for name, parameter in peft_model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    model = TreeModel(use_lean_lora(peft_model), settings)
+    exact, peft = (gradients_one_by_one(dtype, targets, data, settings) for dtype in (torch.float32, torch.bfloat16))
+    add, device = lambda base: add_lora(prepare_base(base), "random", 8, 16, 0.0, targets), torch.device("cuda")
+    model = TreeModel(first_layers_of_8b(torch.bfloat16, add), settings)
     compile_layers(model.model, 1.0)
     batch = build_batch(data, Work((grow_tree(data.samples, list(range(9))),)), settings, pad_to=128).to(device)
     with autocast(device, torch.bfloat16):
-        losses, _ = model(batch, model.encode_images(batch))
+        losses, _ = model(batch, model.frozen_features(batch))
     losses.mean().backward()
     ours = {n.removeprefix("model."): p.grad for n, p in model.named_parameters() if p.requires_grad}
     of_ours, of_peft = (tiny.relative_error(gradients, exact) for gradients in (ours, peft))
