@@ -24,6 +24,7 @@ from model import load_lora, save_adapter
 from rows import InputError
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+PARTIAL = ".onelook-"  # begins the name of what is being written or replaced; a start clears what is left of it
 _locks = []  # open files: a lock lasts as long as its file is open
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -49,11 +50,11 @@ def save_checkpoint(output: Path, model, state: dict, keep: int) -> bool:
     Returns False, after saying why, when the disk does not take it; checkpoints that were there stay as they were.
     """
     name = f"checkpoint-{state['step']:06d}"
-    partial = output / f"tmp-{name}"
+    partial = output / f"{PARTIAL}{name}"
     try:
         write_checkpoint(partial, model, state)
         if (output / name).exists():  # a damaged one, or one without the evaluation that was due with it
-            os.rename(output / name, output / f"tmp-old-{name}")
+            os.rename(output / name, output / f"{PARTIAL}old-{name}")
         os.rename(partial, output / name)
         _to_disk(output)
         mark_best(output, state["best"])
@@ -64,7 +65,8 @@ def save_checkpoint(output: Path, model, state: dict, keep: int) -> bool:
         return False
     found = [folder.name for folder in checkpoints(output)]  # later ones are damaged, or of steps that are made again
     kept = {*found[: found.index(name) + 1][-keep:], marked_best(output)}
-    for old in [*output.glob("tmp-old-*"), *(folder for folder in checkpoints(output) if folder.name not in kept)]:
+    dropped = [folder for folder in checkpoints(output) if folder.name not in kept]
+    for old in [*output.glob(f"{PARTIAL}old-*"), *dropped]:
         shutil.rmtree(old, onerror=lambda _function, path, failure: print0(f"warning: {path} stays: {failure[1]}"))
     return True
 
@@ -78,7 +80,7 @@ def mark_best(output: Path, best: dict) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Replace a file so that a reader, or a crash, finds the old text or the new one."""
-    partial = path.with_name(f"tmp-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     try:
         partial.write_text(text, encoding="utf-8")
         _to_disk(partial)
@@ -185,6 +187,8 @@ def load_checkpoint(folder: Path, model, optimizer, output: Path) -> dict:
     load_lora(unwrap(model).model, folder)
     optimizer.load_state_dict(state["optimizer"])
     print0(f"resumed {folder} at step {state['step']}")
+    if later := [path.name for path in checkpoints(output) if int(path.name.split("-")[1]) > state["step"]]:
+        print0(f"warning: {', '.join(later)} will be dropped at the next save: these steps are made again")
     if folder.parent.resolve() != output:
         state |= {"best": {}, "stale": 0}  # it is not in this folder
     return state
@@ -216,16 +220,17 @@ def open_output(output: str, name: str, resume: str) -> Path:
         raise InputError(f"--output {folder} is in use by {lock.readline().strip()}") from None
     _locks.append(lock)
     metrics = folder / "metrics.jsonl"
+    holds_run = checkpoints(folder) or (metrics.exists() and metrics.stat().st_size)
     lock.seek(0)
     resuming = resume == "auto" or (resume != "none" and Path(resume).resolve().parent == folder.resolve())
-    if not (resuming or (restarted() and launcher in lock.read())) and metrics.exists() and metrics.stat().st_size:
+    if not (resuming or (restarted() and launcher in lock.read())) and holds_run:
         raise InputError(f"--output {folder} holds a run: --resume auto goes on with it, another folder starts anew")
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{launcher}\n")
     lock.flush()
-    for old in folder.glob("tmp-old-*"):
-        if not (place := folder / old.name.removeprefix("tmp-old-")).exists():
+    for old in folder.glob(f"{PARTIAL}old-*"):
+        if not (place := folder / old.name.removeprefix(f"{PARTIAL}old-")).exists():
             old.rename(place)  # a save was killed between its two renames
-    for stray in folder.glob("tmp-*"):  # of a save that was killed
+    for stray in folder.glob(f"{PARTIAL}*"):  # of a save that was killed
         shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
     return folder.resolve()

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from demo_model import PATCH, make_model, make_tokenizer
+from rows import InputError
 
 DEMO_VERSION = "2"  # raise it when anything below changes what is written
 SETTINGS = dict(
@@ -278,7 +279,7 @@ def files(folder: Path) -> dict[str, str]:
 def make_demo(folder: Path, seed: int = 0) -> None:
     """Write train.jsonl, val.jsonl, images/ and model/ into the folder, whole or not at all.
 
-    A folder of this DEMO_VERSION is left as it is, an older one is replaced. Raises ValueError if the folder holds
+    A folder of this DEMO_VERSION is left as it is, an older one is replaced. Raises InputError if the folder holds
     something else.
     """
     folder, stamp = Path(folder), f"{DEMO_VERSION} {seed}"
@@ -286,7 +287,7 @@ def make_demo(folder: Path, seed: int = 0) -> None:
     if version.exists() and version.read_text() == stamp:
         return
     if folder.exists() and not version.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and was not written by demo.py: name another folder")
+        raise InputError(f"{folder} is not empty and was not written by demo.py: move it away")
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     (part / "images").mkdir(parents=True)
 

@@ -4,6 +4,7 @@ Every helper is a no-op on one process, so the same code runs with and without t
 """
 
 import ctypes
+import errno
 import faulthandler
 import gc
 import os
@@ -28,7 +29,9 @@ from rows import InputError
 
 TIMEOUT = timedelta(minutes=60)  # the first start may download a model while the other ranks wait
 TIMEOUT_IN_STEPS = timedelta(minutes=10)  # longer than any step, evaluation or save
-STACKS_AFTER = 20  # seconds from a signal to a look at where this process hangs; torchrun kills it after 30
+SHUTDOWN_TIMEOUT = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))  # seconds; then torchrun kills
+STACKS_AFTER = max(1, SHUTDOWN_TIMEOUT - 10)  # seconds from a signal to a look at where this process hangs
+SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP  # ask a run to stop
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LET_RANK0_SPEAK = 20  # seconds
 STOPPED = 75  # exit code of a run that was stopped and can be resumed (EX_TEMPFAIL)
@@ -46,15 +49,17 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the process group that torchrun describes in the environment; one process needs none.
+    """Join the process group that torchrun describes in the environment; one process needs none. Raises InputError on a
+    node with more processes than GPUs.
 
     Tensors on GPUs travel by NCCL, tensors and objects on the CPU by gloo.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     use_cuda = torch.cuda.is_available()
-    if use_cuda and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible (--nproc_per_node)")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if use_cuda and processes > gpus:
+        raise InputError(f"{processes} processes on a node where {gpus} GPU(s) are seen: --nproc_per_node={gpus}")
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
@@ -97,8 +102,9 @@ class Stop:
     reason = ""
 
     def watch_signals(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._ask)
+        for number in SIGNALS:
+            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # nohup
+                signal.signal(number, self._ask)
         if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a torchrun that is killed leaves no orphans
         return self
@@ -122,7 +128,7 @@ class Stop:
 
 def ignore_signals(_worker: int) -> None:
     """In a data worker: the training process decides when to stop, and still needs its data until then."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -145,6 +151,8 @@ def run_and_exit(main: Callable, argv: list[str]) -> None:
         notes = "; ".join(getattr(error, "__notes__", []))
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo raises RuntimeError
             print(f"rank {os.environ['RANK']} lost the others ({notes}): {error}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: no room on a disk: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()

@@ -279,8 +279,9 @@ def write_results(output: Path, predictions: dict[str, list[dict]], data: VQADat
     ordered = {kind: predictions[kind] for kind in reversed(predictions)}  # the page is about the tuned model
     lines = read_metrics(Path(facts["checkpoint"]).parent / "metrics.jsonl") if facts["checkpoint"] else []
     write_report(output / "report.html", summary, ordered, images, lines)
-    for store in output.glob("partial-*"):
-        shutil.rmtree(store)
+    for kind in ("base", "tuned"):
+        for store in output.glob(f"partial-{kind}-*"):
+            shutil.rmtree(store)
     print0(f"wrote predictions.jsonl, summary.json and report.html in {output}")
 
 

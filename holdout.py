@@ -23,8 +23,10 @@ def hold_out(data: VQAData, folder: str, fraction: float, seed: int) -> tuple[VQ
         if len(held) + len(images) <= room:
             held |= images
     if not held or len(held) == len(data.grids):
-        what = "all" if held else "none"
-        raise InputError(f"--val-fraction {fraction} of {len(data.grids):,} images holds out {what}: choose another")
+        what, linked = "all" if held else "none", max(map(len, _linked(data)), default=0)
+        together = f"; {linked:,} of them stay together, as rows show several" if linked > 1 else ""
+        what = f"--val-fraction {fraction} of {len(data.grids):,} images holds out {what}{together}"
+        raise InputError(f"{what}: choose another, or --val")
     return split(data, folder, [_name(image, folder) for image in held])
 
 

@@ -46,6 +46,7 @@ VISION_TARGETS = {
 MEMORY_BUDGETS = {1.0: 0.89, 0.5: 0.46, 0.2: 0.23, 0.0: 0.13}
 MEMORY_MARGIN = 2 * 2**30, 0.05  # bytes for the vision tower, logits and optimizer; share of a card for fragmentation
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PEFT's init_lora_weights that leave base weights alone
+INDEX = "model.safetensors.index.json"  # names the files of weights where they are several
 RECOMPILE_LIMIT = 32  # variants (first and other layers, training and evaluation, text and vision) share one function
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -64,6 +65,8 @@ def resolve_model(name: str, weights: bool = True) -> str:
     if problem := _unsupported(Path(folder) / "config.json"):
         known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
         raise InputError(f"model {name} {problem}; this program trains dense, unquantized {known} only")
+    if is_folder and (missing := _missing(Path(folder), weights)):
+        raise InputError(f"model {name} has no {missing}: copy or download all of its files")
     files = {} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}
     return folder if is_folder else _download(name, **files)
 
@@ -78,11 +81,25 @@ def _download(name: str, **files) -> str:
         ) from None
 
 
+def _missing(folder: Path, weights: bool) -> str:
+    """What a model's folder lacks; "" where it is whole."""
+    kinds = [("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")]
+    kinds += [("model.safetensors", INDEX)] if weights else []
+    for names in kinds:
+        if not any((folder / name).is_file() for name in names):
+            return " or ".join(names)
+    parts = json.loads((folder / INDEX).read_text())["weight_map"].values() if (folder / INDEX).is_file() else []
+    return min((name for name in parts if weights and not (folder / name).is_file()), default="")
+
+
 def _unsupported(path: Path) -> str:
     """What this program can't train of the model with this configuration file; "" where it can."""
     if not path.is_file():
         return "has no config.json"
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        return f"has a damaged config.json ({error})"
     kind = str(config.get("model_type"))
     if kind not in MODEL_TYPES:
         return f"is of type {kind}{', a mixture of experts' if 'moe' in kind else ''}"
@@ -113,12 +130,14 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the frozen base model straight onto `device`, from a folder that `resolve_model` gave."""
+    """Load the frozen base model straight onto `device`, from a folder that `resolve_model` gave. Raises InputError
+    where its weights are damaged."""
     disable_progress_bar()  # one a rank, for seconds
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, attn_implementation="sdpa"
-    )
-    return prepare_base(model)
+    how = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa"}
+    try:
+        return prepare_base(AutoModelForImageTextToText.from_pretrained(folder, **how))
+    except SafetensorError as error:
+        raise InputError(f"model {folder} has damaged weights ({error}): copy or download them again") from None
 
 
 def prepare_base(model: nn.Module) -> nn.Module:

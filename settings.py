@@ -170,6 +170,9 @@ def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Na
             below.append(f"{action.option_strings[0]}={value}")
     settings, wrong = parse_words(parser, below + argv)
     problems += wrong
+    for flag in (action.option_strings[0] for action in actions.values() if action.nargs == "+"):
+        if sum(word.partition("=")[0] == flag for word in argv) > 1:
+            problems.append(f"{flag}: given twice; name everything behind one {flag}")
     problems += _check_packages(settings) if settings else []
     if settings and settings.train:
         problems += _check_paths(settings)
@@ -223,7 +226,6 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
         there = (Path(settings.init_from) / "adapter_model.safetensors").is_file()
         if not there and settings.resume == "none":
             problems.append(f"--init-from: {settings.init_from} holds no adapter_model.safetensors")
-        settings.init_from = str(Path(settings.init_from).resolve())
     if settings.resume == "auto" and not settings.output:
         problems.append("--resume auto: say where with --output")
     if settings.resume not in ("none", "auto") and not Path(settings.resume).is_dir():
@@ -235,6 +237,10 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
     low, high = settings.min_pixels, settings.max_pixels
     if isinstance(low, int) and isinstance(high, int) and high and low > high:
         problems.append(f"--min-pixels {low} is over --max-pixels {high}")
+    for name in ("model", "resume", "init_from", "vision_cache"):  # the same folder from wherever they are read
+        value = getattr(settings, name)
+        if Path(value).is_dir() if name == "model" else value not in ("", "none", "auto"):
+            setattr(settings, name, str(Path(value).resolve()))
     return problems
 
 

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer
 import demo
 import dist_utils
 from checkpoints import (
+    PARTIAL,
     checkpoints,
     find_checkpoint,
     load_checkpoint,
@@ -126,7 +127,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         load_lora(peft_model, Path(args.init_from))
         print0(f"LoRA starts from the weights of {args.init_from}")
     describe_lora(peft_model)
-    heavy = Work(heaviest(make_plan(train_data.samples, sampler.settings, epoch) for epoch in range(args.epochs)))
+    epochs = range(math.ceil(steps / len(sampler)))  # --max-steps may end the run before its last
+    heavy = Work(heaviest(make_plan(train_data.samples, sampler.settings, epoch) for epoch in epochs))
     budgets = plan_compile(args, peft_model, heavy, ranks)
     visual = peft_model.get_base_model().model.visual
     cache = open_cache(args.vision_cache, visual, config, images) if args.vision_cache else None
@@ -392,7 +394,7 @@ def _try_micro_batch(model, batch, ranks: Ranks, dtype) -> bool:
 
 def rehearse_save(output: Path, model, args: argparse.Namespace, state: dict) -> None:
     """Write the settings, and a checkpoint that is dropped again. Raises InputError when the disk does not take it."""
-    folder = output / "tmp-rehearsal"
+    folder = output / f"{PARTIAL}rehearsal"
     try:
         write_whole(output / "settings.toml", to_toml(args))
         mark_best(output, state["best"])  # a kill may have come between the checkpoint and its mark

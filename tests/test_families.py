@@ -2,6 +2,7 @@
 differs between them."""
 
 import json
+import shutil
 
 import pytest
 import test_cuda
@@ -203,6 +204,24 @@ def test_a_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, monk
     with pytest.raises(InputError, match="model Qwen/Qwen3-VL-30B-A3B-Instruct is of type qwen3_vl_moe"):
         resolve_model("Qwen/Qwen3-VL-30B-A3B-Instruct")
     assert asked == [{"allow_patterns": "config.json"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("config.json", "{", "has a damaged config.json"),
+        ("tokenizer.json", None, "has no tokenizer.json or vocab.json: copy"),
+        ("preprocessor_config.json", None, "has no preprocessor_config.json or processor_config.json"),
+        ("model.safetensors", None, "has no model.safetensors or model.safetensors.index.json"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "model-2-of-2.safetensors"}}', "has no model-2-of-2"),
+        ("model.safetensors", "short", "has damaged weights"),
+    ],
+)
+def test_a_model_folder_that_is_not_whole_is_one_clear_error(world, tmp_path, name, text, told):
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    (folder / name).write_text(text) if text else (folder / name).unlink()
+    with pytest.raises(InputError, match=told):
+        load_base(resolve_model(str(folder)), torch.float32, torch.device("cpu"))
 
 
 def test_a_model_that_the_hub_does_not_give_is_one_clear_error(tmp_path, monkeypatch):

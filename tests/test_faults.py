@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from faults import Run, arguments, at_step, losses, result, same
 
 import checkpoints
 import train
-from dist_utils import STOPPED, Stop
+from dist_utils import SIGNALS, STOPPED, Stop
 from rows import InputError
 
 
@@ -58,7 +59,9 @@ def copy_until(finished: Path, step: int, output: Path) -> Path:
 
 
 def clean(output: Path) -> bool:
-    return not list(output.glob("tmp-*")) and not any(map(checkpoints.damage, checkpoints.checkpoints(output)))
+    return not list(output.glob(f"{checkpoints.PARTIAL}*")) and not any(
+        map(checkpoints.damage, checkpoints.checkpoints(output))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- killed in a save
@@ -96,7 +99,7 @@ def test_killed_after_the_last_save_before_the_best_one_is_marked(world, undistu
 
 def test_killed_while_a_checkpoint_is_replaced(world, undisturbed, tmp_path, capsys):
     output = copy_until(undisturbed, 2, tmp_path / "out")
-    (output / "checkpoint-000002").rename(output / "tmp-old-checkpoint-000002")
+    (output / "checkpoint-000002").rename(output / f"{checkpoints.PARTIAL}old-checkpoint-000002")
     assert train.main(arguments(world, output)) == 0
     assert "at step 2" in capsys.readouterr().out and same(output, undisturbed) and clean(output)
 
@@ -339,7 +342,7 @@ def test_killed_at_a_random_moment(world, on_two_ranks, tmp_path, target):
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("rank", [1, None])
 def test_a_signal_to_a_rank_or_to_all_saves_and_tells_stopped_from_done(world, on_two_ranks, tmp_path, number, rank):
     output = tmp_path / "out"
@@ -363,7 +366,7 @@ def slurm_flags() -> tuple:
     return tuple(word for word in text.split() if word.startswith("--signals-to-handle="))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("to", ["torchrun", "everything"])
 def test_a_signal_to_torchrun_or_to_every_process_of_the_job(world, on_two_ranks, tmp_path, number, to):
     output, log = tmp_path / "out", tmp_path / "log"
@@ -378,6 +381,35 @@ def test_a_signal_to_torchrun_or_to_every_process_of_the_job(world, on_two_ranks
     assert (output / "status").read_text().startswith("stopped")
     assert Run(arguments(world, output), log, ranks=2).wait() == [0, 0]
     assert same(output, on_two_ranks) and clean(output)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(monkeypatch):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        Stop().watch_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+    finally:
+        for number, handler in zip(SIGNALS, before):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(1, "running"), (20, "stopped")])
+def test_torchrun_waits_for_a_step_of_four_seconds_as_long_as_it_is_told(world, tmp_path, monkeypatch, seconds, state):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(seconds))
+    output, log = tmp_path / "out", tmp_path / "log"
+    launcher = faults.torchrun(arguments(world, output), log, 2, slurm_flags(), "slowly(4)")
+    faults.wait_for(lambda: '"step": 1' in text_of(output / "metrics.jsonl"), 90, log.read_text)
+    os.kill(launcher.pid, signal.SIGUSR1)
+    launcher.wait(timeout=60)
+    assert (output / "status").read_text().startswith(state)
+
+
+def test_a_slurm_job_has_most_of_the_time_between_signal_and_end_for_a_step_and_a_save():
+    text = (Path(__file__).parents[1] / "run.slurm").read_text()
+    wait, ahead = (int(re.search(rf"{name}(\d+)", text)[1]) for name in ("SHUTDOWN_TIMEOUT:-", "--signal=USR1@"))
+    assert 0.8 * ahead <= wait < ahead
 
 
 def test_control_c_twice_quits_at_once(world, tmp_path):

@@ -66,6 +66,11 @@ def test_a_share_that_leaves_a_part_empty_is_refused(many, fraction, told):
         hold_out(made(many, [("a",), ("b",), ("c",)]), "/x", fraction, 0)
 
 
+def test_images_that_rows_link_are_told_where_no_share_can_work(many):
+    with pytest.raises(InputError, match="4 images holds out none; 4 of them stay together"):
+        hold_out(made(many, [("a", "b"), ("a", "c"), ("a", "d")]), "/x", 0.5, 0)
+
+
 def test_rows_that_leave_an_image_s_extension_out_are_held_out_too(world):
     rows, _ = read_rows(world / "rows.jsonl")
     rows[0].images, rows[1].images = ["a"], ["./a.png"]

@@ -71,7 +71,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_setting_is_named_with_its_flag(rows_file, name):
     argv, told = WRONG[name]
-    (problem,) = problems_of(["--train", rows_file, "--seed=0", *argv])
+    (problem,) = problems_of([*(argv[0] != "--train" and ["--train", rows_file] or []), "--seed=0", *argv])
     assert problem.startswith(told.split(" ")[0]) and told in problem
 
 
@@ -88,6 +88,12 @@ def test_all_wrong_settings_are_told_at_once(rows_file, config):
         assert any(flag in problem for problem in problems)
     assert any("no setting no-such-setting = 3" in problem for problem in problems)
     assert any("--keep: 0 is not between 1" in problem for problem in problems)
+
+
+def test_a_list_is_given_once(rows_file):
+    assert problems_of([f"--train={rows_file}", "--train", rows_file]) == [
+        "--train: given twice; name everything behind one --train"
+    ]
 
 
 def test_a_flag_without_its_value_hides_no_problem_of_the_file(config):
@@ -158,6 +164,18 @@ def test_paths_are_kept_whole_and_images_start_beside_the_rows(rows_file, monkey
     monkeypatch.chdir(folder)
     settings = parse_settings(["--train", "rows.jsonl", "--val", "rows.jsonl"])
     assert [settings.val] == settings.train == [rows_file] and settings.images == str(folder)
+
+
+def test_folders_are_the_same_ones_from_wherever_the_settings_are_read(rows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("old").mkdir()
+    words = ["--model=model", "--vision-cache=cache", "--resume=old", f"--train={rows_file}"]
+    settings = parse_settings(words)
+    folders = [settings.model, settings.vision_cache, settings.resume]
+    assert folders == [str(tmp_path / name) for name in ("model", "cache", "old")]
+    settings = parse_settings([f"--train={rows_file}", "--output=x", "--resume=auto"])
+    assert [settings.model, settings.vision_cache, settings.resume] == ["Qwen/Qwen3-VL-8B-Instruct", "", "auto"]
 
 
 def test_every_flag_has_a_help_text():

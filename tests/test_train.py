@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from test_ranks import HERE, torchrun
 
+import checkpoints
 import eval as evaluation
 import model as model_file
+import prepare
 import train
 from model import TreeModel, add_lora
 from rows import InputError
@@ -67,7 +69,7 @@ def test_a_run_leaves_settings_metrics_and_checkpoints(world, finished):
     assert best["exact_match"] == max(line["exact_match"] for line in evals)
     kept = sorted(path.name for path in finished.glob("checkpoint-*"))
     assert kept == sorted({"checkpoint-000004", "checkpoint-000006", best["checkpoint"]})
-    assert not list(finished.glob("tmp-*"))
+    assert not list(finished.glob(f"{checkpoints.PARTIAL}*"))
 
 
 def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, tmp_path):
@@ -262,6 +264,46 @@ def test_a_hub_name_is_downloaded_and_a_folder_is_used_as_it_is(world, monkeypat
 def test_another_run_s_folder_is_not_overwritten(world, finished):
     with pytest.raises(InputError, match="holds a run"):
         train.main(arguments(world, finished))
+
+
+def test_a_folder_with_checkpoints_of_another_program_is_not_taken(world, tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    with pytest.raises(InputError, match="holds a run"):
+        train.main(arguments(world, tmp_path))
+    assert (tmp_path / "checkpoint-500").exists()
+
+
+def test_other_files_in_the_output_folder_stay(world, tmp_path):
+    others = [tmp_path / "tmp-labels" / "a.csv", tmp_path / "tmp-notes.txt", tmp_path / "partial-thesis" / "b.txt"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    train.main(arguments(world, tmp_path, **{"max-steps": 1}))
+    words = ["--ckpt", tmp_path, "--data", world / "rows.jsonl", "--images", world / "images", "--output", tmp_path]
+    assert evaluation.main([*map(str, words), "--workers=0", "--max-new-tokens=1"]) == 0
+    assert all(path.read_text() == "mine" for path in others)
+
+
+def test_resuming_before_the_newest_checkpoint_says_which_will_go(world, finished, tmp_path, capsys):
+    output = shutil.copytree(finished, tmp_path / "out")
+    train.main(arguments(world, output, resume=output / "checkpoint-000004"))
+    assert "checkpoint-000006 will be dropped at the next save" in capsys.readouterr().out
+
+
+def test_no_epochs_are_planned_that_the_steps_do_not_reach(world, tmp_path, monkeypatch):
+    planned, real = [], train.make_plan
+
+    def make_plan(samples, settings, epoch):
+        planned.append(epoch)
+        return real(samples, settings, epoch)
+
+    monkeypatch.setattr(train, "make_plan", make_plan)
+    monkeypatch.setattr(prepare, "make_plan", make_plan)
+    settings = {"max-steps": 6, "epochs": 1000, "eval-every": 0, "save-every": 0}  # 5 steps an epoch
+    train.main(arguments(world, tmp_path / "out", **settings))
+    assert planned == [0, 1]
+    train.main([*arguments(world, "", **settings), "--plan", "--dtype=auto"])
+    assert planned == [0, 1] * 2
 
 
 def test_resuming_on_other_rows_is_refused(world, finished, tmp_path):
