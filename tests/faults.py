@@ -100,6 +100,7 @@ def _rank(argv, log, environment, fault) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a program started by itself
     torch.set_num_threads(1)
     if fault:
         fault()
