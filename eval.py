@@ -119,7 +119,7 @@ def build_parser() -> Parser:
     add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on CUDA")
     add("--workers", type=count, default=4, help="processes a rank that decode images; 0: in the process itself")
     add = parser.add_argument_group("results").add_argument
-    add("--output", default="", help="folder of the results; empty: CKPT/eval, or runs/eval-base")
+    add("--output", default="", help="folder of the results; empty: RUN/eval/checkpoint-STEP, or runs/eval-base")
     add("--numeric-tolerance", type=number(float, 0), default=0.05, help="relative error of a right number or size")
     add("--compare", nargs=2, metavar="FILE", help="compare two predictions files, and nothing else")
     return parser
@@ -150,7 +150,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     args = parse(argv)
     if args.compare:
         return compare_files(*map(Path, args.compare))
-    ckpt = pick_checkpoint(Path(args.ckpt)) if args.ckpt else None
+    ckpt = pick_checkpoint(Path(args.ckpt).resolve()) if args.ckpt else None
     state = read_state(ckpt) if ckpt else {}
     trained, held_out = state.get("settings", {}), state.get("held_out", [])
     own = trained["train"] if held_out else [trained["val"]] if trained.get("val") else []
@@ -158,7 +158,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if not files and args.question is None:
         raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
     pictures = args.images or (str(Path(args.data).parent) if args.data else trained.get("images", ""))
-    output = Path(args.output or (ckpt / "eval" if ckpt else "runs/eval-base"))
+    output = Path(args.output or (ckpt.parent / "eval" / ckpt.name if ckpt else "runs/eval-base"))
 
     # Rows: rank 0 reads and checks, every rank gets the same samples.
     ranks = dist_utils.start()
@@ -179,7 +179,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     def load() -> tuple[VQAData, list[list[str]]]:
         how = (args.max_tokens, system, args.allow_outside_images)
         parts = load_files(files, pictures, tokenizer, settings, *how, prompt=prompt)
-        output.mkdir(parents=True, exist_ok=True)
+        make_output(output)
         stop_or_skip_bad(parts, args.skip_bad, output)
         data = join(parts)
         if held_out and not args.data:
@@ -209,7 +209,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     facts |= {"manifest": sha256((ckpt / "manifest.json").read_bytes()).hexdigest() if ckpt else ""}
     facts |= {name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")}
     facts |= {"dtype": str(dtype), "versions": VERSIONS}
-    key = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    key = dist_utils.from_rank0(lambda: key_of(facts, [*sorted(Path(folder).glob("*.safetensors")), *data.grids]))
     names = [[os.path.relpath(image, pictures) for image in sample.images] for sample in data.samples]
     predictions = {}
     for kind in ["base"] * (not ckpt or args.with_base) + ["tuned"] * bool(ckpt):
@@ -228,8 +228,26 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
     if ranks.is_main:
         write_results(output, predictions, data, facts, args)
+        for kind in predictions:
+            shutil.rmtree(output / f"partial-{kind}-{key}")
     dist_utils.leave()
     return 0
+
+
+def make_output(output: Path) -> None:
+    """Raises InputError where there can be no such folder, or it is a training run's."""
+    if (output / "settings.toml").exists():
+        raise InputError(f"--output: {output} is the folder of a training run")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output: can't make {output}: {error}") from None
+
+
+def key_of(facts: dict, files: list) -> str:
+    """Names what was answered before a stop: answers of other settings, weights or pictures are not gone on with."""
+    stamps = [[os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
+    return sha256(json.dumps([facts, stamps], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_model(folder: str, ckpt: Path | None, settings: ImageSettings, dtype, device: torch.device) -> TreeModel:
@@ -279,9 +297,6 @@ def write_results(output: Path, predictions: dict[str, list[dict]], data: VQADat
     ordered = {kind: predictions[kind] for kind in reversed(predictions)}  # the page is about the tuned model
     lines = read_metrics(Path(facts["checkpoint"]).parent / "metrics.jsonl") if facts["checkpoint"] else []
     write_report(output / "report.html", summary, ordered, images, lines)
-    for kind in ("base", "tuned"):
-        for store in output.glob(f"partial-{kind}-*"):
-            shutil.rmtree(store)
     print0(f"wrote predictions.jsonl, summary.json and report.html in {output}")
 
 

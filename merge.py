@@ -35,6 +35,13 @@ def main(argv: list[str], _stop=None) -> int:
     ckpt, out = pick_checkpoint(Path(args.ckpt)), Path(args.out)
     if out.exists():
         raise InputError(f"--out: {out} exists already")
+    partial = out.with_name(f"tmp-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a try that was killed
+    try:
+        partial.mkdir(parents=True)
+        partial.rmdir()
+    except OSError as error:
+        raise InputError(f"--out: can't write to {out.parent}: {error}") from None
     run = read_state(ckpt)["settings"]
     rows, images = args.rows or run["val"] or run["train"][0], args.images or run["images"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,8 +60,8 @@ def main(argv: list[str], _stop=None) -> int:
     with model.model.disable_adapter():
         base = logits(model, data, device, dtype)
     del model
-    partial = out.with_name(f"tmp-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a try that was killed
+    if torch.equal(adapter, base):
+        raise InputError(f"{rows}: the adapter changes no logits on these rows, name others by --rows and --images")
     write_merged(folder, ckpt, dtype, device, partial)
     merged = logits(TreeModel(load_base(str(partial), dtype, device), settings), data, device, dtype)
     apart = ((merged - adapter).norm() / (adapter - base).norm()).item()

@@ -317,7 +317,12 @@ def load_lora(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
-    return use_lean_lora(PeftModel.from_pretrained(base, folder))
+    """Raises InputError for an adapter of a model of other sizes."""
+    try:
+        return use_lean_lora(PeftModel.from_pretrained(base, folder))
+    except RuntimeError as error:  # torch's, a line a weight
+        first = " ".join(str(error).split("\n")[1:2]).strip()
+        raise InputError(f"{folder} does not fit this base model, leave out --model: {first}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ running trees

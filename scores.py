@@ -30,10 +30,18 @@ def normalize(text: str) -> str:
     """Unicode NFKC, lower case; no articles; number words up to twelve as digits; punctuation at the edges of words and
     repeated white space don't count."""
     words = unicodedata.normalize("NFKC", text).casefold().split()
-    edges = string.punctuation.translate({ord(c): None for c in "<>%-+"})  # they mean something next to a number
-    words = [word for word in (word.strip(edges) for word in words) if word]
+    words = [word for word in map(_without_edges, words) if word] or words  # "?" is not ""
     telling = [word for word in words if word not in ARTICLES] or words  # "A" may be a choice
     return " ".join(NUMBER_WORDS.get(word, word) for word in telling)
+
+
+def _without_edges(word: str) -> str:
+    """Without punctuation at both ends, but for what means something next to a number; ".5" is "0.5"."""
+    told = [c in "<>%-+" or not (c in string.punctuation or unicodedata.category(c)[0] == "P") for c in word]
+    if not any(told):
+        return ""
+    start, end = told.index(True), len(word) - told[::-1].index(True)
+    return ("0." if word[start].isdigit() and word[:start].endswith(".") else "") + word[start:end]
 
 
 # ---------------------------------------------------------------------------------------------------------- one answer
@@ -245,11 +253,12 @@ def summarize(predictions: list[dict], tolerance: float) -> dict:
 
     summary = {"all": means(list(range(len(predictions)))), "by_type": {}, "by_question": {}, "closed": {}}
     for key, field in (("by_type", "question_type"), ("by_question", "question")):
-        for value in sorted({one[field] for one in predictions}):
-            summary[key][value] = means([i for i, one in enumerate(predictions) if one[field] == value])
-    for question in summary["by_question"]:
-        asked = [one for one in predictions if one["question"] == question]
-        table = confusion([one["prediction"] for one in asked], [one["answer"] for one in asked])
+        alike = {}
+        for i, one in enumerate(predictions):
+            alike.setdefault(one[field], []).append(i)
+        summary[key] = {value: means(alike[value]) for value in sorted(alike)}
+    for question, at in alike.items():
+        table = confusion([predictions[i]["prediction"] for i in at], [predictions[i]["answer"] for i in at])
         if 1 < len(table) <= CLOSED:
             summary["closed"][question] = {"balanced_accuracy": balanced_accuracy(table), "confusion": table}
     loss = sum(one["loss"] for one in predictions) / sum(one["answer_tokens"] for one in predictions)
@@ -282,10 +291,11 @@ def compare(a: list[dict], b: list[dict]) -> dict:
 def summary_table(summaries: dict[str, dict]) -> str:
     """Exact match in percent with its interval by question type, one column for each summary."""
     lines = [f"{'exact match %':<16}{'questions':>10}" + "".join(f"{name:>24}" for name in summaries)]
-    rows = [*next(iter(summaries.values()))["by_type"], "all"]
-    for row in rows:
-        found = [s["all" if row == "all" else "by_type"] for s in summaries.values()]
-        found = [(part if row == "all" else part[row])["exact_match"] for part in found]
+    by_type = [
+        (name, [s["by_type"][name] for s in summaries.values()]) for name in next(iter(summaries.values()))["by_type"]
+    ]
+    for row, parts in [*by_type, ("all", [s["all"] for s in summaries.values()])]:
+        found = [part["exact_match"] for part in parts]
         cells = (f"{100 * f['mean']:.1f} ({100 * f['low']:.1f} to {100 * f['high']:.1f})" for f in found)
         lines.append(f"{row:<16}{found[0]['questions']:>10,}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)

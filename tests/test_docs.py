@@ -141,7 +141,7 @@ def test_the_first_hour_runs_from_a_csv_file_to_a_merged_model(world, tmp_path, 
         if "--question" in line:
             assert re.fullmatch(r".*\nconfidence [01]\.\d{4}\n", told)
     assert Path("runs/first/status").read_text().startswith("done 2\n")
-    assert list(Path("runs/first").glob("checkpoint-*/eval/report.html")) and Path("merged/config.json").is_file()
+    assert list(Path("runs/first").glob("eval/checkpoint-*/report.html")) and Path("merged/config.json").is_file()
 
 
 def test_json_lines_are_split_as_the_csv_file_is(tmp_path, monkeypatch):

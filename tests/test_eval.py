@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoTokenizer
 
 import answers
 import eval as evaluation
+import scores
 import train
 from answers import Run, generate, score_all, with_answer
 from checkpoints import checkpoints
@@ -282,6 +285,51 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path, monkeypat
     assert in_two_parts == len(calls) > 3  # no micro-batch was run twice
     left, right = tmp_path / "out" / "predictions.jsonl", tmp_path / "whole" / "predictions.jsonl"
     assert left.read_text() == right.read_text()
+
+
+@pytest.mark.parametrize("changed", ["weights", "picture"])
+def test_answers_of_other_weights_or_pictures_are_not_gone_on_with(world, tmp_path, monkeypatch, changed):
+    model, images = shutil.copytree(world / "model", tmp_path / "m"), shutil.copytree(world / "images", tmp_path / "i")
+    words = [f"--model={model}", f"--data={world / 'rows.jsonl'}", f"--images={images}", f"--output={tmp_path / 'out'}"]
+    words += ["--workers=0", "--max-new-tokens=4", "--max-tokens=300"]
+    stop, real = Stop(), answers.generate
+
+    def generate(*args):
+        stop.reason = "SIGTERM"
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "generate", generate)
+        assert evaluation.main(words, stop) == STOPPED
+    path = model / "model.safetensors" if changed == "weights" else images / "a.png"
+    os.utime(path, ns=(1, 1))  # as of another file of the same size
+    assert evaluation.main(words) == 0
+    assert len(list((tmp_path / "out").glob("partial-base-*"))) == 1  # the first one's stays, for it to go on with
+
+
+def test_results_do_not_go_where_they_can_t_or_where_a_run_lies(world, run, tmp_path):
+    (tmp_path / "file").touch()
+    for output, told in ((tmp_path / "file", "can't make .*file"), (run, "is the folder of a training run")):
+        with pytest.raises(InputError, match=f"--output: .*{told}"):
+            answer(run, "--output", output)
+
+
+def test_a_checkpoint_of_a_model_of_other_sizes_is_one_clear_error(world, run, tmp_path):
+    other = tiny.write_world(tmp_path / "other", family="qwen2_vl")
+    with pytest.raises(InputError, match="does not fit this base model, leave out --model: size mismatch for"):
+        answer(run, "--model", other / "model", "--output", tmp_path / "out")
+
+
+def test_a_type_named_all_is_not_taken_for_all_rows():
+    rows = [{"images": ["a"], "question": "q", "answer": "x", "prediction": "x" if kind == "all" else "y",
+             "question_type": kind, "loss": 1.0, "answer_tokens": 1, "teacher_forced": True}
+            for kind in ["all", "other", "other"]]  # fmt: skip
+    lines = scores.summary_table({"tuned": scores.summarize(rows, 0.05)}).splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["all", "1", "100.0"],
+        ["other", "2", "0.0"],
+        ["all", "3", "33.3"],
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- one question

@@ -163,7 +163,7 @@ def test_a_run_trains_saves_and_answers(world, tmp_path):
     """From the command line to predictions, by the image settings of its checkpoint."""
     assert train.main(arguments(world, tmp_path / "out", max_steps=2, save_every=0, eval_every=0)) == 0
     assert evaluation.main(["--ckpt", str(tmp_path / "out"), "--workers=0", "--max-new-tokens=2"]) == 0
-    (found,) = tmp_path.glob("out/checkpoint-000002/eval/predictions.jsonl")
+    (found,) = tmp_path.glob("out/eval/checkpoint-000002/predictions.jsonl")
     assert len(found.read_text().splitlines()) == 34
 
 

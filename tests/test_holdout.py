@@ -87,7 +87,7 @@ def test_a_run_evaluates_what_it_holds_out_and_eval_answers_the_same(world, tmp_
     assert f"held out {line['questions']} questions on 2 of 4 images" in told
     evaluation.main(["--ckpt", str(output), "--max-new-tokens=1", "--workers=0", "--closed-set=99"])
     answered = [
-        json.loads(text) for text in (output / "checkpoint-000001/eval/predictions.jsonl").read_text().splitlines()
+        json.loads(text) for text in (output / "eval/checkpoint-000001/predictions.jsonl").read_text().splitlines()
     ]
     assert len(answered) == line["questions"] and sum(one["teacher_forced"] for one in answered) == pytest.approx(
         line["exact_match"] * line["questions"]

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from faults import arguments
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
@@ -66,6 +66,22 @@ def test_an_adapter_that_rounding_would_swallow_is_refused(world, tmp_path):
     with pytest.raises(InputError, match="once rounded to torch.bfloat16"):
         merge.main(["merge", f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}"])
     assert merge.main(["merge", f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}", "--dtype=float32"]) == 0
+
+
+def test_rows_on_which_the_adapter_changes_nothing_are_told(world, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        merge, "load_adapter", lambda base, _ckpt: PeftModel(base, LoraConfig(target_modules=["q_proj"]))
+    )
+    with pytest.raises(InputError, match="the adapter changes no logits on these rows, name others"):
+        merge.main(["merge", f"--ckpt={run}", f"--out={tmp_path / 'merged'}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_can_t_be_made_is_told_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "load_base", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--out: can't write to .*file"):
+        merge.main(["merge", f"--ckpt={run}", f"--out={tmp_path / 'file' / 'merged'}"])
 
 
 def test_an_existing_folder_is_not_overwritten(run, tmp_path):

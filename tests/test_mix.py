@@ -108,7 +108,7 @@ def test_a_run_of_two_files_is_logged_planned_held_out_resumed_and_evaluated(wor
         train.main([*argv(output)[:-1], "1", "--resume=auto"])
 
     evaluation.main(["--ckpt", str(output), "--max-new-tokens=1", "--workers=0"])
-    folder = max(output.glob("checkpoint-*/eval"))
+    folder = max(output.glob("eval/checkpoint-*"))
     answered = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(answered) == 5 and {one["where"].split(":")[0] for one in answered} == {"other/rows.jsonl"}
 

@@ -17,6 +17,10 @@ import scores
         (" The  polyp ", "a polyp"),
         ("ＹＥＳ", "yes"),
         ("red, white", "Red white"),
+        (".5 cm", "0.5 cm"),
+        ("“yes”", "yes"),
+        ("是。", "是"),
+        ("(5mm).", "5mm"),
     ],
 )
 def test_answers_that_are_the_same(left, right):
@@ -25,7 +29,18 @@ def test_answers_that_are_the_same(left, right):
 
 @pytest.mark.parametrize(
     ("left", "right"),
-    [("yes", "no"), ("<5mm", "5mm"), (">20mm", "<20mm"), ("5-10mm", "5 10mm"), ("10%", "10"), ("", "A"), ("the", "a")],
+    [
+        ("yes", "no"),
+        ("<5mm", "5mm"),
+        (">20mm", "<20mm"),
+        ("5-10mm", "5 10mm"),
+        ("10%", "10"),
+        ("", "A"),
+        ("the", "a"),
+        (".5 cm", "5 cm"),
+        ("$.50", "$50"),
+    ]
+    + [("#", "*"), ("", "?")],
 )
 def test_answers_that_differ(left, right):
     assert scores.normalize(left) != scores.normalize(right)
@@ -38,6 +53,7 @@ def test_answers_that_differ(left, right):
         ("five", (5, 5, "")),
         ("5.5 mm", (5.5, 5.5, "mm")),
         ("2 cm", (20, 20, "mm")),
+        (".5", (0.5, 0.5, "")),
         ("11-20mm", (11, 20, "mm")),
         ("11mm to 20 mm", (11, 20, "mm")),
         ("1-2cm", (10, 20, "mm")),

@@ -274,13 +274,15 @@ def test_a_folder_with_checkpoints_of_another_program_is_not_taken(world, tmp_pa
 
 
 def test_other_files_in_the_output_folder_stay(world, tmp_path):
-    others = [tmp_path / "tmp-labels" / "a.csv", tmp_path / "tmp-notes.txt", tmp_path / "partial-thesis" / "b.txt"]
+    results = tmp_path / "eval" / "checkpoint-000001"
+    others = [tmp_path / "tmp-labels" / "a.csv", tmp_path / "tmp-notes.txt", results / "partial-thesis" / "b.txt"]
     for path in others:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text("mine")
     train.main(arguments(world, tmp_path, **{"max-steps": 1}))
-    words = ["--ckpt", tmp_path, "--data", world / "rows.jsonl", "--images", world / "images", "--output", tmp_path]
+    words = ["--ckpt", tmp_path, "--data", world / "rows.jsonl", "--images", world / "images"]
     assert evaluation.main([*map(str, words), "--workers=0", "--max-new-tokens=1"]) == 0
+    assert (results / "report.html").exists()
     assert all(path.read_text() == "mine" for path in others)
 
 
