@@ -301,10 +301,13 @@ def test_answers_of_other_weights_or_pictures_are_not_gone_on_with(world, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(answers, "generate", generate)
         assert evaluation.main(words, stop) == STOPPED
+    stores = list((tmp_path / "out").glob("partial-base-*"))
     path = model / "model.safetensors" if changed == "weights" else images / "a.png"
     os.utime(path, ns=(1, 1))  # as of another file of the same size
     assert evaluation.main(words) == 0
-    assert len(list((tmp_path / "out").glob("partial-base-*"))) == 1  # the first one's stays, for it to go on with
+    assert (
+        list((tmp_path / "out").glob("partial-base-*")) == stores != []
+    )  # the first one's stays, for it to go on with
 
 
 def test_results_do_not_go_where_they_can_t_or_where_a_run_lies(world, run, tmp_path):

@@ -21,6 +21,7 @@ import torch
 from faults import Run, arguments, at_step, losses, result, same
 
 import checkpoints
+import dist_utils
 import train
 from dist_utils import SIGNALS, STOPPED, Stop
 from rows import InputError
@@ -254,6 +255,23 @@ def test_a_disk_that_stays_full_stops_the_run_and_harms_nothing(world, small_dis
     assert printed.count("not saved") >= 3 and "stopped at step" in printed
     whole = checkpoints.checkpoints(output)
     assert [folder.name[-1] for folder in whole] == ["1", "2"] and clean(output)
+
+
+def test_a_disk_that_is_full_before_the_first_file_is_told_without_a_traceback(world, small_disk, tmp_path):
+    output = small_disk / "out"
+    output.mkdir()
+    faults.fill_disk(small_disk)
+    run = Run(arguments(world, output), tmp_path / "log")
+    assert run.wait() == [1] and "Traceback" not in run.text()
+    assert "error: no room on a disk: [Errno 28]" in run.text()
+
+
+def test_more_processes_than_gpus_are_refused_on_each_of_them(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"4 processes on a node where 2 GPU\(s\) are seen: --nproc_per_node=2"):
+        dist_utils.start()
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_an_error_on_all_ranks_before_step_1(world, small_disk, tmp_path):
