@@ -134,7 +134,7 @@ def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_
     teacher_forced = lines(output, "eval")[-1]
     answered = torchrun(2, HERE.parent / "eval.py", "--ckpt", output, "--max-new-tokens", 16, "--workers", 0)
     assert answered.returncode == 0, answered.stderr
-    result = json.loads((output / "checkpoint-000080" / "eval" / "summary.json").read_text())["scores"]["tuned"]
+    result = json.loads((output / "eval" / "checkpoint-000080" / "summary.json").read_text())["scores"]["tuned"]
     assert result["all"]["exact_match"]["mean"] == teacher_forced["exact_match"] > 0.1
     by_type = {kind: scores["exact_match"]["mean"] for kind, scores in result["by_type"].items()}
     assert by_type == {kind: share for kind, (share, _) in teacher_forced["by_type"].items()}
@@ -144,7 +144,7 @@ def test_eval_puts_questions_as_the_run_did(world, tmp_path):
     output = tmp_path / "out"
     train.main(arguments(world, output, prompt="How {question} briefly?", system="You are", **{"max-steps": 1}))
     evaluation.main(["--ckpt", str(output), "--max-new-tokens=1", "--workers=0"])
-    file = output / "checkpoint-000001" / "eval" / "predictions.jsonl"
+    file = output / "eval" / "checkpoint-000001" / "predictions.jsonl"
     predictions = [json.loads(line) for line in file.read_text().splitlines()]
     loss = sum(one["loss"] for one in predictions) / sum(one["answer_tokens"] for one in predictions)
     assert loss == pytest.approx(lines(output, "eval")[-1]["loss"], rel=1e-4)
