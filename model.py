@@ -320,9 +320,10 @@ def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
     """Raises InputError for an adapter of a model of other sizes."""
     try:
         return use_lean_lora(PeftModel.from_pretrained(base, folder))
-    except RuntimeError as error:  # torch's, a line a weight
-        first = " ".join(str(error).split("\n")[1:2]).strip()
-        raise InputError(f"{folder} does not fit this base model, leave out --model: {first}") from None
+    except RuntimeError as error:
+        if not (mismatch := re.search("size mismatch.*", str(error))):
+            raise
+        raise InputError(f"{folder} does not fit this base model, leave out --model: {mismatch[0]}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ running trees

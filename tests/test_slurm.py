@@ -130,19 +130,34 @@ def test_two_nodes_train_like_one(cluster, program, world):
     ("line", "before"), [("output = 'mine'", "done 600"), ('output = "mine"  # where the run goes', "stopped 40")]
 )
 def test_a_job_that_fails_before_step_1_is_not_judged_by_an_earlier_status(program, line, before):
-    """With commands of SLURM that do nothing, srun failing."""
-    bin = program / "bin"
     (program / "mine").mkdir()
     (program / "mine" / "status").write_text(before + "\n")
     (program / "c.toml").write_text(line + "\n")
-    bin.mkdir()
-    for name, text in {"srun": "exit 1", "scontrol": "echo $@ >>calls"}.items():
+    done = without_slurm(program, ["--config", "c.toml", "--resume", "auto"])
+    assert done.returncode == 1 and "output mine" in done.stdout and "not requeued" in done.stdout
+    assert "requeue" not in (program / "calls").read_text()
+
+
+def test_a_requeued_job_goes_on_with_its_own_checkpoint_or_starts_as_the_first_time(program):
+    words = ["--output=out", "--resume", "elsewhere"]
+    (program / "out").mkdir()
+    (program / "out" / "metrics.jsonl").write_text("{}\n")
+    without_slurm(program, words, SLURM_RESTART_COUNT="1")
+    assert (program / "started").read_text().endswith("train.py --output=out --resume elsewhere\n")
+    assert not (program / "out" / "metrics.jsonl").exists()
+    (program / "out" / "checkpoint-000002").mkdir()
+    without_slurm(program, words, SLURM_RESTART_COUNT="1")
+    assert (program / "started").read_text().endswith("train.py --output=out --resume elsewhere --resume auto\n")
+
+
+def without_slurm(program: Path, words: list[str], **more) -> subprocess.CompletedProcess:
+    """run.slurm with commands of SLURM that do nothing, srun failing."""
+    bin = program / "bin"
+    bin.mkdir(exist_ok=True)
+    for name, text in {"srun": "echo $@ >started\nexit 1", "scontrol": "echo $@ >>calls"}.items():
         (bin / name).write_text(f"#!/bin/sh\n{text}\n")
         (bin / name).chmod(0o755)
     given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": program}
-    path = f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", "run.slurm", "--config", "c.toml", "--resume", "auto"]
-    environment = os.environ | given | {"PATH": path}
-    done = subprocess.run(command, cwd=program, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "output mine" in done.stdout and "not requeued" in done.stdout
-    assert "requeue" not in (program / "calls").read_text()
+    environment = os.environ | given | more | {"PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "run.slurm", *words]
+    return subprocess.run(command, cwd=program, env=environment, capture_output=True, text=True, check=False)
