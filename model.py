@@ -65,10 +65,11 @@ def resolve_model(name: str, weights: bool = True) -> str:
     if problem := _unsupported(Path(folder) / "config.json"):
         known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
         raise InputError(f"model {name} {problem}; this program trains dense, unquantized {known} only")
-    if is_folder and (missing := _missing(Path(folder), weights)):
+    if not is_folder:
+        return _download(name, **({} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}))
+    if missing := _missing(Path(folder), weights):
         raise InputError(f"model {name} has no {missing}: copy or download all of its files")
-    files = {} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}
-    return folder if is_folder else _download(name, **files)
+    return folder
 
 
 def _download(name: str, **files) -> str:
@@ -83,13 +84,13 @@ def _download(name: str, **files) -> str:
 
 def _missing(folder: Path, weights: bool) -> str:
     """What a model's folder lacks; "" where it is whole."""
-    kinds = [("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")]
-    kinds += [("model.safetensors", INDEX)] if weights else []
-    for names in kinds:
-        if not any((folder / name).is_file() for name in names):
-            return " or ".join(names)
-    parts = json.loads((folder / INDEX).read_text())["weight_map"].values() if (folder / INDEX).is_file() else []
-    return min((name for name in parts if weights and not (folder / name).is_file()), default="")
+    wanted = [("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")]
+    if weights:
+        wanted.append(("model.safetensors", INDEX))
+        if (folder / INDEX).is_file():
+            wanted += sorted({(part,) for part in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+    lacking = (names for names in wanted if not any((folder / name).is_file() for name in names))
+    return " or ".join(next(lacking, ()))
 
 
 def _unsupported(path: Path) -> str:

@@ -5,6 +5,7 @@ formula that picks the memory budget. Left out: waiting for images, communicatio
 """
 
 import argparse
+import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -205,6 +206,11 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
 
 def count_steps(args: argparse.Namespace, an_epoch: int, epochs: int) -> int:
     return min(epochs * an_epoch, args.max_steps or epochs * an_epoch)
+
+
+def count_epochs(args, an_epoch: int) -> int:
+    """Epochs that are begun: --max-steps may end the run before the last."""
+    return math.ceil(count_steps(args, an_epoch, args.epochs) / an_epoch)
 
 
 def is_due(every: int, step: int, steps: int) -> bool:

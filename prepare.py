@@ -18,7 +18,7 @@ from dist_utils import print0
 from holdout import hold_out
 from images import ImageSettings, image_settings
 from model import fingerprint, lora_differences, lora_table, names_vision, resolve_model
-from plan import GIB, GPU_COUNTS, count_steps, data_warnings, empty_model, make_job, plan_settings, report, uncounted
+from plan import GIB, GPU_COUNTS, count_epochs, data_warnings, empty_model, make_job, plan_settings, report, uncounted
 from rows import InputError
 from settings import FREE_SETTINGS
 from trees import group_samples, heaviest, make_plan, questions_by_file, rank_efficiency
@@ -53,7 +53,7 @@ def print_plan(args: argparse.Namespace) -> None:
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = load_all(args, tokenizer, images, None)
     plans = [make_plan(train_data.samples, plan_settings(args), 0)]
-    epochs = range(1, math.ceil(count_steps(args, len(plans[0]), args.epochs) / len(plans[0])))
+    epochs = range(1, count_epochs(args, len(plans[0])))
     plans += [make_plan(train_data.samples, plan_settings(args), epoch) for epoch in epochs]
     check_cache(args, config, torch.bfloat16, images, train_data, val_data)
     describe_data(train_data, val_data, plans[0], tokenizer)

@@ -251,13 +251,11 @@ def summarize(predictions: list[dict], tolerance: float) -> dict:
         found = {name: [i for i in chosen if name in scored[i]] for name in names}
         return {n: mean_with_interval([scored[i][n] for i in at], [images[i] for i in at]) for n, at in found.items()}
 
-    summary = {"all": means(list(range(len(predictions)))), "by_type": {}, "by_question": {}, "closed": {}}
-    for key, field in (("by_type", "question_type"), ("by_question", "question")):
-        alike = {}
-        for i, one in enumerate(predictions):
-            alike.setdefault(one[field], []).append(i)
-        summary[key] = {value: means(alike[value]) for value in sorted(alike)}
-    for question, at in alike.items():
+    summary = {"all": means(list(range(len(predictions)))), "closed": {}}
+    by_question = _alike(predictions, "question")
+    summary["by_type"] = {value: means(at) for value, at in _alike(predictions, "question_type").items()}
+    summary["by_question"] = {value: means(at) for value, at in by_question.items()}
+    for question, at in by_question.items():
         table = confusion([predictions[i]["prediction"] for i in at], [predictions[i]["answer"] for i in at])
         if 1 < len(table) <= CLOSED:
             summary["closed"][question] = {"balanced_accuracy": balanced_accuracy(table), "confusion": table}
@@ -269,6 +267,14 @@ def summarize(predictions: list[dict], tolerance: float) -> dict:
     if asked := [i for i, one in enumerate(predictions) if "options" in one]:
         summary["options"] = score_options([predictions[i] for i in asked], [images[i] for i in asked])
     return summary
+
+
+def _alike(predictions: list[dict], field: str) -> dict[str, list[int]]:
+    """Which predictions have each value of a field, in the order of values."""
+    found = {}
+    for i, one in enumerate(predictions):
+        found.setdefault(one[field], []).append(i)
+    return dict(sorted(found.items()))
 
 
 def compare(a: list[dict], b: list[dict]) -> dict:
@@ -291,11 +297,9 @@ def compare(a: list[dict], b: list[dict]) -> dict:
 def summary_table(summaries: dict[str, dict]) -> str:
     """Exact match in percent with its interval by question type, one column for each summary."""
     lines = [f"{'exact match %':<16}{'questions':>10}" + "".join(f"{name:>24}" for name in summaries)]
-    by_type = [
-        (name, [s["by_type"][name] for s in summaries.values()]) for name in next(iter(summaries.values()))["by_type"]
-    ]
-    for row, parts in [*by_type, ("all", [s["all"] for s in summaries.values()])]:
-        found = [part["exact_match"] for part in parts]
+    rows = [[*s["by_type"].items(), ("all", s["all"])] for s in summaries.values()]
+    for parts in zip(*rows):  # a row of every summary
+        row, found = parts[0][0], [part["exact_match"] for _, part in parts]
         cells = (f"{100 * f['mean']:.1f} ({100 * f['low']:.1f} to {100 * f['high']:.1f})" for f in found)
         lines.append(f"{row:<16}{found[0]['questions']:>10,}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)

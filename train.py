@@ -55,6 +55,7 @@ from model import (
     resolve_model,
 )
 from plan import (
+    count_epochs,
     count_steps,
     estimate,
     is_due,
@@ -127,7 +128,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         load_lora(peft_model, Path(args.init_from))
         print0(f"LoRA starts from the weights of {args.init_from}")
     describe_lora(peft_model)
-    epochs = range(math.ceil(steps / len(sampler)))  # --max-steps may end the run before its last
+    epochs = range(count_epochs(args, len(sampler)))
     heavy = Work(heaviest(make_plan(train_data.samples, sampler.settings, epoch) for epoch in epochs))
     budgets = plan_compile(args, peft_model, heavy, ranks)
     visual = peft_model.get_base_model().model.visual

@@ -71,7 +71,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_setting_is_named_with_its_flag(rows_file, name):
     argv, told = WRONG[name]
-    (problem,) = problems_of([*(argv[0] != "--train" and ["--train", rows_file] or []), "--seed=0", *argv])
+    rows = [] if argv[0] == "--train" else ["--train", rows_file]
+    (problem,) = problems_of([*rows, "--seed=0", *argv])
     assert problem.startswith(told.split(" ")[0]) and told in problem
 
 
