@@ -1,11 +1,13 @@
 """Promise 1: loss and every LoRA gradient of a step equal those of the same samples one by one through transformers."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 import attention as attention_file
 import model as model_file
@@ -233,17 +235,27 @@ def test_patch_projection_equals_the_conv3d(world):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_lengths_and_image_sizes_do_not_recompile(world, dropout):
-    """Compiled layers, 50 steps of 1 to 17 branches: whole layers, and no new graph after the first few."""
-    data, dataset = tiny.load_world(world)
+def test_lengths_and_image_sizes_do_not_recompile(world, tmp_path, dropout):
+    """Compiled layers, 50 steps of 1 to 18 branches, images of ten sizes: whole layers, no new graph after the first
+    few."""
+    (tmp_path / "model").symlink_to(world / "model")
+    (tmp_path / "images").mkdir()
+    for n in range(10):
+        Image.new("RGB", (64 + 32 * n, 224 - 16 * n), (25 * n, 0, 0)).save(tmp_path / "images" / f"{n}.png")
+    rows = [tiny.single("0.png", f"How many polyps are in part {n}?", "3") for n in range(18)]
+    rows += [tiny.single(f"{n}.png", "How many polyps are in part 3?", "3") for n in range(1, 10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, dataset = tiny.load_world(tmp_path)
+    assert len(set(data.grids.values())) == 10
     model = tiny.lora_model(world, dropout)
     model.base.model.visual.config._attn_implementation = "onelook_cudnn_flash_vision"  # as on a Hopper GPU
     model_file.compile_layers(model.model, 1.0, backend="eager")
     group = max(group_samples(data.samples), key=len)
     others = [grow_tree(data.samples, g) for g in group_samples(data.samples)]
-    graphs = []
+    graphs, branches = [], set()
     for step in range(50):
         tree = grow_tree(data.samples, group[: 1 + 7 * step % 18])
+        branches.add(len(tree.samples))
         batch = build_batch(data, Work((tree, others[step % len(others)])), dataset.settings)
         losses, _ = model(batch, model.encode_images(batch))
         losses.sum().backward()
@@ -254,7 +266,7 @@ def test_lengths_and_image_sizes_do_not_recompile(world, dropout):
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     breaks = list(torch._dynamo.utils.counters["graph_break"])
     torch._dynamo.reset()
-    assert graphs[2] == graphs[-1] > 0 and not breaks
+    assert graphs[2] == graphs[-1] > 0 and not breaks and branches == set(range(1, 19))
 
 
 def test_training_mode_is_on_from_the_start_and_never_for_the_vision_tower(world):
