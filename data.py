@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import InputError
 from torch.utils.data import Dataset
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
@@ -22,10 +23,10 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from images import ImageSettings, check_images, load_patches
-from rows import BadRow, InputError, Row, read_rows
+from inputs.images import ImageSettings, check_images, load_patches
+from inputs.rows import BadRow, Row, read_rows
+from inputs.vision_cache import VisionCache
 from trees import Work
-from vision_cache import VisionCache
 
 MAX_LISTED = 50  # bad rows told on the console; the file has all
 IMAGE_ENDS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out

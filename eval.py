@@ -19,23 +19,24 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
+from common import InputError, write_whole
 from transformers import AutoTokenizer
 
 import dist_utils
-from answers import Run, answer_all, answer_batch, score_all, score_samples
-from checkpoints import VERSIONS, pick_checkpoint, read_state, write_whole
 from data import Sample, TreeDataset, VQAData, join, load_data, load_files, stop_or_skip_bad
 from dist_utils import Ranks, Stop, print0
+from evaluation.answers import Run, answer_all, answer_batch, score_all, score_samples
+from evaluation.report import write_report
+from evaluation.scores import closed_sets, compare, normalize, question_type, summarize, summary_table
 from feed import make_loader, my_share, next_batches, padding
-from holdout import split, trained_rows
-from images import ImageSettings, check_image, image_settings
-from lora import merge_lora
-from metrics import read_metrics
+from inputs.holdout import split, trained_rows
+from inputs.images import ImageSettings, check_image, image_settings
+from inputs.rows import parse_row, read_rows
 from model import TreeModel, autocast, fingerprint, load_adapter, load_base, pick_dtype, resolve_model
-from report import write_report
-from rows import InputError, parse_row, read_rows
-from scores import closed_sets, compare, normalize, question_type, summarize, summary_table
-from settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
+from modeling.lora import merge_lora
+from training.checkpoints import VERSIONS, pick_checkpoint, read_state
+from training.metrics import read_metrics
+from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
 from trees import MicroBatch, Work, whole_trees
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing

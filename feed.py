@@ -6,9 +6,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import dist_utils
-from attention import FLEX_BLOCK
 from data import TreeDataset
 from dist_utils import Ranks
+from modeling.attention import FLEX_BLOCK
 from trees import MicroBatch, Work, share_out
 
 STALLED_AFTER = 300  # seconds without a batch after which a data worker counts as stalled

@@ -1,6 +1,6 @@
 """Merge a checkpoint's LoRA into its base model: a model folder that needs no PEFT.
 
-    python model.py merge --ckpt runs/mine --out merged
+    python merge.py --ckpt runs/mine --out merged
 
 Weights are added in float32 and rounded once to the base model's type. Before the folder gets its name, it is loaded
 again and its logits on rows of the run are compared with the adapter's.
@@ -9,21 +9,24 @@ again and its logits on rows of the run are compared with the adapter's.
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
+from common import InputError
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from checkpoints import pick_checkpoint, read_state
+import dist_utils
 from data import VQAData, build_batch, load_data
 from dist_utils import print0
 from feed import padding
-from images import ImageSettings
-from lora import merge_lora
+from inputs.images import ImageSettings
+from inputs.rows import read_rows
 from model import TreeModel, autocast, load_adapter, load_base, resolve_model
-from rows import InputError, read_rows
-from settings import Parser, choice, parse_words, refuse
+from modeling.lora import merge_lora
+from training.checkpoints import pick_checkpoint, read_state
+from training.settings import Parser, choice, parse_words, refuse
 from trees import Work, whole_trees
 
 ROWS = 16  # that logits are compared on
@@ -75,8 +78,7 @@ def main(argv: list[str], _stop=None) -> int:
 
 
 def build_parser() -> Parser:
-    parser = Parser("model.py merge", description="Add a checkpoint's LoRA to its base model's weights.")
-    parser.add_argument("action", choices=["merge"])
+    parser = Parser("merge.py", description="Add a checkpoint's LoRA to its base model's weights.")
     parser.add_argument("--ckpt", required=True, help="checkpoint, or a run's folder for its best one")
     parser.add_argument("--out", required=True, help="new folder of the merged model")
     parser.add_argument("--model", default="", help="base model; empty: the checkpoint's")
@@ -112,3 +114,7 @@ def write_merged(folder: str, ckpt: Path, dtype: torch.dtype, device: torch.devi
     for path in Path(folder).iterdir():
         if path.is_file() and ".safetensors" not in path.name and not (out / path.name).exists():
             shutil.copy(path, out)
+
+
+if __name__ == "__main__":
+    dist_utils.run_and_exit(main, sys.argv[1:])

@@ -1,7 +1,5 @@
 """Model: Qwen2-VL, Qwen2.5-VL or Qwen3-VL with LoRA, run on trees.
 
-python model.py merge --ckpt runs/kvasir --out merged       # a model folder that needs no PEFT (merge.py)
-
 The base model is transformers' own, unedited. It is given three things: a tree attention through
 `AttentionInterface.register`, rotary positions, and image features that the vision tower makes once a tree.
 """
@@ -9,7 +7,6 @@ The base model is transformers' own, unedited. It is given three things: a tree 
 import hashlib
 import json
 import re
-import sys
 import types
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,13 +24,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
-from attention import tree_mask
+from common import InputError
 from data import Batch
-from images import ImageSettings
-from lora import draw_dropout_seeds, enable_hashed_dropout, use_lean_lora
-from rows import InputError
-from settings import DEFAULT_TARGETS
-from vision_cache import FeatureWriter, VisionCache
+from inputs.images import ImageSettings
+from inputs.vision_cache import FeatureWriter, VisionCache
+from modeling.attention import tree_mask
+from modeling.lora import draw_dropout_seeds, enable_hashed_dropout, use_lean_lora
+from training.settings import DEFAULT_TARGETS
 
 MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 # parts of --lora-targets that are not the language model's
@@ -426,10 +423,3 @@ class TreeModel(nn.Module):
         if self.trains_vision and features is None:  # DDP waits for a gradient of every trained weight, here 0
             losses = losses + 0 * sum(p.sum() for p in self.base.model.visual.parameters() if p.requires_grad)
         return losses, logits.argmax(-1) == batch.targets
-
-
-if __name__ == "__main__":
-    import dist_utils
-    import merge
-
-    dist_utils.run_and_exit(merge.main, sys.argv[1:])

@@ -17,31 +17,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from common import PARTIAL, InputError, write_whole
 from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-import demo
 import dist_utils
-from checkpoints import (
-    PARTIAL,
-    checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    mark_best,
-    open_output,
-    save_checkpoint,
-    write_checkpoint,
-    write_whole,
-)
 from data import TreeDataset, VQAData
+from demo import endoscopy
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
 from eval import accuracy_table, evaluate
 from feed import make_loader, next_batches, padding
-from holdout import image_names
-from images import image_settings
-from metrics import Metrics
+from inputs.holdout import image_names
+from inputs.images import image_settings
+from inputs.vision_cache import open_cache
 from model import (
     MEMORY_BUDGETS,
     TreeModel,
@@ -54,7 +44,17 @@ from model import (
     pick_dtype,
     resolve_model,
 )
-from plan import (
+from training.checkpoints import (
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    mark_best,
+    open_output,
+    save_checkpoint,
+    write_checkpoint,
+)
+from training.metrics import Metrics
+from training.plan import (
     count_epochs,
     count_steps,
     estimate,
@@ -66,12 +66,10 @@ from plan import (
     tree_counter,
     uncounted,
 )
-from prepare import check_cache, check_lora, describe_data, describe_lora, identify, load_all, print_plan
-from rows import InputError
-from settings import parse_settings, to_toml
+from training.preparation import check_cache, check_lora, describe_data, describe_lora, identify, load_all, print_plan
+from training.settings import parse_settings, to_toml
+from training.trackers import open_trackers
 from trees import StepSampler, Work, heaviest, make_plan, whole_trees
-from vision_cache import open_cache
-from watch import open_trackers
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
@@ -88,8 +86,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     is_demo = not args.train
     if is_demo:
         print0("No --train given: training the embedded demo, generated pictures and a tiny Qwen3-VL.")
-        dist_utils.from_rank0(lambda: demo.make_demo(DEMO_FOLDER))
-        args = parse_settings(argv, demo.SETTINGS | demo.files(DEMO_FOLDER))
+        dist_utils.from_rank0(lambda: endoscopy.make_demo(DEMO_FOLDER))
+        args = parse_settings(argv, endoscopy.SETTINGS | endoscopy.files(DEMO_FOLDER))
     if args.plan:
         dist_utils.from_rank0(lambda: print_plan(args))
         dist_utils.leave()

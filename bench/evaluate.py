@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from step import device_name, model_inputs, random_model, synchronize, write_json
 
-import demo
-from answers import Run, answer_all, score_all
 from data import build_batch, load_data
+from demo import endoscopy
 from dist_utils import Ranks, Stop
-from images import image_settings
+from evaluation.answers import Run, answer_all, score_all
+from inputs.images import image_settings
 from model import TreeModel, prepare_base
 from trees import Work, grow_tree
 
@@ -109,8 +109,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not args.rows:
-            demo.make_demo(folder / "demo")
-            files = demo.files(folder / "demo")
+            endoscopy.make_demo(folder / "demo")
+            files = endoscopy.files(folder / "demo")
             args.model, args.images, args.rows = files["model"], files["images"], files["val"]
         rows = measure(args, folder)
     print(f"{device_name(device)}, answers of {args.max_new_tokens} tokens")

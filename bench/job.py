@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from step import PRESETS, device_name, random_model, recipe_step, synchronize, write_json
 
 import dist_utils
-from demo import make_picture
+from demo.endoscopy import make_picture
 from dist_utils import no_sync, wrap
-from metrics import read_metrics
+from training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 IMAGES, QUESTIONS, EPOCHS, VAL_IMAGES = 4550, 41079, 3, 20

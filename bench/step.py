@@ -26,13 +26,13 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import VERSIONS
 from data import Sample, VQAData, build_batch
 from feed import padding
-from images import ImageSettings
+from inputs.images import ImageSettings
 from model import TreeModel, add_lora, autocast, compile_layers, pick_dtype, prepare_base, target_pattern
-from plan import step_flops
-from settings import DEFAULT_TARGETS
+from training.checkpoints import VERSIONS
+from training.plan import step_flops
+from training.settings import DEFAULT_TARGETS
 from trees import StepFacts, Work, grow_tree
 
 QWEN3_VL_8B = {

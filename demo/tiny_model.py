@@ -1,4 +1,4 @@
-"""The demo's tiny Qwen3-VL, its tokenizer and its chat template: the base on which `demo.py`'s questions are learnt."""
+"""The demo's tiny Qwen3-VL, its tokenizer and its chat template: the base on which the demo's questions are learnt."""
 
 import math
 

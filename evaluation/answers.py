@@ -18,11 +18,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import dist_utils
-from attention import tree_mask, visible
 from data import Sample, TreeDataset, VQAData
 from dist_utils import Ranks, Stop
 from feed import make_loader, my_share, next_batches, padding
 from model import TreeModel, autocast
+from modeling.attention import tree_mask, visible
 from trees import whole_trees
 
 MAX_TREES = 8  # run at once: a new token is compared with the tokens of all of them, though it sees those of one

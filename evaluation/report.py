@@ -10,10 +10,11 @@ from html import escape
 from pathlib import Path
 from urllib.parse import urlencode
 
-from checkpoints import write_whole
-from images import open_picture
-from report_page import LETTERS, along, bars, document, grid, legend, percent, plot, table, text, ticks
-from scores import calibration_bins, calibration_error
+from common import write_whole
+
+from evaluation.page import LETTERS, along, bars, document, grid, legend, percent, plot, table, text, ticks
+from evaluation.scores import calibration_bins, calibration_error
+from inputs.images import open_picture
 
 CARDS = 300  # questions in the gallery at most
 SIDE = 256  # pixels of a picture's longer side

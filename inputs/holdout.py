@@ -4,8 +4,10 @@ import os
 from dataclasses import replace
 from hashlib import sha256
 
+from common import InputError
+
 from data import IMAGE_ENDS, VQAData
-from rows import InputError, Row
+from inputs.rows import Row
 
 
 def hold_out(data: VQAData, folder: str, fraction: float, seed: int) -> tuple[VQAData, VQAData]:

@@ -11,12 +11,11 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+from common import InputError
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
-
-from rows import InputError
 
 MAX_IMAGE_PIXELS = 100_000_000
 HIGH_BIT_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I;16N")

@@ -10,14 +10,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import InputError
+
 IMAGE_KEYS = ("image", "images")
 FLAT_IMAGE_KEYS = (*IMAGE_KEYS, "image_filename", "image_id")
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 REST_UNREAD = "the rest of the file was not read"
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message names all of it and the remedy and is shown without a traceback."""
 
 
 @dataclass

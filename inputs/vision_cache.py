@@ -21,7 +21,7 @@ import PIL
 import torch
 import transformers
 
-from images import ImageSettings
+from inputs.images import ImageSettings
 
 HEADER = 16  # bytes
 WRITES_BEHIND = 8  # micro-batches that may wait to be written

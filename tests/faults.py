@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import checkpoints
 import data
 import dist_utils
 import feed
 import train
+from training import checkpoints
 
 HERE = Path(__file__).parent
 SETTINGS = {"batch-size": 8, "max-steps": 6, "max-tokens": 700, "lr": 0.02, "eval-every": 2, "save-every": 2}
@@ -162,7 +162,7 @@ def fail() -> None:
 
 def kill_in_save(place: str, step: int = 4) -> None:
     """SIGKILL at a place of the save of a step."""
-    real_write, real_rename, real_sync = checkpoints.write_checkpoint, os.rename, checkpoints._to_disk
+    real_write, real_rename, real_sync = checkpoints.write_checkpoint, os.rename, checkpoints.flush_to_disk
 
     def write(folder, model, state):
         if state["step"] != step:
@@ -182,7 +182,7 @@ def kill_in_save(place: str, step: int = 4) -> None:
         if place == "before old ones are dropped":
             checkpoints.shutil.rmtree = lambda *_, **__: kill_me()
         real_write(folder, model, state)
-        checkpoints._to_disk = real_sync
+        checkpoints.flush_to_disk = real_sync
 
     checkpoints.write_checkpoint = write
 

@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 from test_bench import bench
 from test_exact import whole
 
-from attention import tree_attention, tree_mask, visible
 from data import build_batch
-from lora import enable_hashed_dropout
 from model import TreeModel, add_lora, autocast, compile_layers, prepare_base, target_pattern
-from settings import DEFAULT_TARGETS
+from modeling.attention import tree_attention, tree_mask, visible
+from modeling.lora import enable_hashed_dropout
+from training.settings import DEFAULT_TARGETS
 from trees import Work, grow_tree
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from common import InputError
 from PIL import Image, ImageFile
 from test_rows import BAD, FORMATS, flat, parts
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data as data_file
-import images as images_file
 from data import MAX_LISTED, TreeDataset, load_data, load_files, stop_or_skip_bad
-from images import check_images, image_settings, load_patches
-from prepare import describe_sample
-from rows import InputError
-from settings import parse_settings
+from inputs import images as images_file
+from inputs.images import check_images, image_settings, load_patches
+from training.preparation import describe_sample
+from training.settings import parse_settings
 from trees import PlanSettings, Work, make_plan, rank_efficiency
 
 SHARED = Path(__file__).parents[2] / "shared"

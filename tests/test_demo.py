@@ -5,7 +5,7 @@ import random
 
 from test_ranks import HERE, torchrun
 
-import demo
+from demo import endoscopy
 
 TRAIN = HERE.parent / "train.py"
 
@@ -33,7 +33,7 @@ def test_shuffled_answers_are_not_learnt(tmp_path):
     """Answers dealt anew among the rows of each question: what the words tell stays, what the picture tells goes. In as
     many epochs the true answers are learnt to 0.88."""
     folder = tmp_path / "data"
-    demo.make_demo(folder)
+    endoscopy.make_demo(folder)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     by_question = {}
     for row in rows:
@@ -44,7 +44,7 @@ def test_shuffled_answers_are_not_learnt(tmp_path):
         for row, answer in zip(same, answers):
             row["answer"] = answer
     (folder / "shuffled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = demo.SETTINGS | {"epochs": 4, "train": folder / "shuffled.jsonl", "val": folder / "val.jsonl"}
+    given = endoscopy.SETTINGS | {"epochs": 4, "train": folder / "shuffled.jsonl", "val": folder / "val.jsonl"}
     given |= {"images": folder, "model": folder / "model", "output": tmp_path / "out"}
     done = torchrun(2, TRAIN, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), timeout=900)
     assert done.returncode == 0, done.stderr

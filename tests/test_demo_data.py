@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import demo
+from demo import endoscopy
 
 
 @pytest.fixture(scope="module")
@@ -16,9 +16,9 @@ def folder(tmp_path_factory):
     """A demo of a few pictures."""
     folder = tmp_path_factory.mktemp("demo") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "TRAIN_PICTURES", 20)
-        patch.setattr(demo, "VAL_PICTURES", 8)
-        demo.make_demo(folder)
+        patch.setattr(endoscopy, "TRAIN_PICTURES", 20)
+        patch.setattr(endoscopy, "VAL_PICTURES", 8)
+        endoscopy.make_demo(folder)
     return folder
 
 
@@ -26,15 +26,15 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def answers_by_question(number: int) -> list[tuple[dict[str, str], demo.Scene]]:
-    scenes = [demo.make_scene(seed) for seed in range(number)]
-    return [({question: answer(scene) for _, question, answer in demo.QUESTIONS}, scene) for scene in scenes]
+def answers_by_question(number: int) -> list[tuple[dict[str, str], endoscopy.Scene]]:
+    scenes = [endoscopy.make_scene(seed) for seed in range(number)]
+    return [({question: answer(scene) for _, question, answer in endoscopy.QUESTIONS}, scene) for scene in scenes]
 
 
 def test_the_demo_is_the_same_every_time(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "TRAIN_PICTURES", 20)
-    monkeypatch.setattr(demo, "VAL_PICTURES", 8)
-    demo.make_demo(tmp_path / "again")
+    monkeypatch.setattr(endoscopy, "TRAIN_PICTURES", 20)
+    monkeypatch.setattr(endoscopy, "VAL_PICTURES", 8)
+    endoscopy.make_demo(tmp_path / "again")
     files, again = (
         sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
         for root in (folder, tmp_path / "again")
@@ -45,11 +45,11 @@ def test_the_demo_is_the_same_every_time(folder, tmp_path, monkeypatch):
 
 def test_a_made_demo_is_kept_and_nothing_else_is_replaced(folder, tmp_path):
     before = (folder / "train.jsonl").stat().st_mtime_ns
-    demo.make_demo(folder)
+    endoscopy.make_demo(folder)
     assert (folder / "train.jsonl").stat().st_mtime_ns == before
     (tmp_path / "mine.txt").write_text("not the demo's")
     with pytest.raises(ValueError, match="not empty"):
-        demo.make_demo(tmp_path)
+        endoscopy.make_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -86,25 +86,25 @@ def test_what_the_answers_name_is_in_the_pixels():
     """The colour at a polyp's place is the polyp's, whatever was drawn later."""
     seen = 0
     for _, scene in answers_by_question(60):
-        picture = np.asarray(demo.draw(scene, 384, 384)).astype(int)
+        picture = np.asarray(endoscopy.draw(scene, 384, 384)).astype(int)
         for polyp in scene.polyps:
             x, y = (round(384 * share) for share in polyp.at)
             near = picture[y - 6 : y + 7, x - 6 : x + 7].reshape(-1, 3)
-            distance = np.abs(near - np.array(demo.POLYP_COLOURS[polyp.name])).sum(axis=1)
+            distance = np.abs(near - np.array(endoscopy.POLYP_COLOURS[polyp.name])).sum(axis=1)
             seen += 1
             assert distance.min() < 30, (scene, polyp)
     assert seen > 40
 
 
 def test_no_question_has_one_answer_that_wins():
-    rows = [row for row, _ in demo.make_rows("train", 400, 0)]
-    for _, question, _ in demo.QUESTIONS:
+    rows = [row for row, _ in endoscopy.make_rows("train", 400, 0)]
+    for _, question, _ in endoscopy.QUESTIONS:
         answers = [row["answer"] for row in rows if row["question"] == question]
         assert max(map(answers.count, set(answers))) < 0.8 * len(answers), question
 
 
 def test_pictures_have_one_to_seventeen_questions():
-    rows = [row for row, _ in demo.make_rows("train", 400, 0)]
+    rows = [row for row, _ in endoscopy.make_rows("train", 400, 0)]
     counts = np.unique([row["image"] for row in rows], return_counts=True)[1]
     assert counts.min() == 1 and counts.max() == 17 and 8 < counts.mean() < 10 and 0.3 < np.mean(counts == 1) < 0.5
 
@@ -129,15 +129,17 @@ def test_tokenizer_renders_chatml_and_round_trips(folder):
 def test_demo_pictures_are_not_resized(folder):
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "model")
     picture = Image.open(sorted((folder / "images").iterdir())[0])
-    assert processor(picture, return_tensors="pt")["image_grid_thw"].tolist() == [[1, *(2 * [demo.SIDE // demo.PATCH])]]
+    assert processor(picture, return_tensors="pt")["image_grid_thw"].tolist() == [
+        [1, *(2 * [endoscopy.SIDE // endoscopy.PATCH])]
+    ]
 
 
 @pytest.mark.parametrize("size", [(320, 200), None])
 def test_a_picture_is_made_once_for_its_name(tmp_path, size):
     for name in ("a.jpg", "sub/b.jpg"):
-        demo.make_picture(name, tmp_path, size)
+        endoscopy.make_picture(name, tmp_path, size)
         before = (tmp_path / name).stat().st_mtime_ns
-        demo.make_picture(name, tmp_path, size)
+        endoscopy.make_picture(name, tmp_path, size)
         assert (tmp_path / name).stat().st_mtime_ns == before
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "JPEG"

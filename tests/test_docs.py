@@ -13,14 +13,14 @@ import pytest
 
 import eval as evaluation
 import merge
-import settings
 import train
-from rows import read_rows
-from settings import FREE_SETTINGS, Wrong
+from inputs.rows import read_rows
+from training import settings
+from training.settings import FREE_SETTINGS, Wrong
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PARSERS = {"train.py": settings.build_parser, "eval.py": evaluation.build_parser, "model.py merge": merge.build_parser}
+PARSERS = {"train.py": settings.build_parser, "eval.py": evaluation.build_parser, "merge.py": merge.build_parser}
 OF_OTHERS = {"--nproc_per_node", "--max-restarts", "--help"}
 
 
@@ -103,9 +103,9 @@ def run_command(words: list[str], model: Path) -> None:
     """A command of the docs in this process, training cut short and on a tiny model."""
     while words[0] in ("python", "torchrun") or words[0].startswith("--nproc"):
         words = words[1:]
-    programs = {"train.py": train.main, "eval.py": evaluation.main, "model.py": merge.main}
+    programs = {"train.py": train.main, "eval.py": evaluation.main, "merge.py": merge.main}
     short = {"train.py": [f"--model={model}", "--max-steps=2", "--batch-size=4", "--workers=0", "--lr=0.02"]}
-    short |= {"eval.py": ["--max-new-tokens=4", "--workers=0"], "model.py": []}
+    short |= {"eval.py": ["--max-new-tokens=4", "--workers=0"], "merge.py": []}
     assert programs[words[0]]([*words[1:], *short[words[0]]]) == 0, words
 
 
@@ -130,7 +130,7 @@ def test_the_first_hour_runs_from_a_csv_file_to_a_merged_model(world, tmp_path, 
     commands = [line for block in blocks(page, "bash") for line in block.splitlines()]
     commands = [line for line in commands if not line.startswith("pip ")]
     assert [line.split()[1] for line in commands] == ["train.py"] * 2 + ["--nproc_per_node=4"] + ["train.py"] + [
-        "eval.py", "eval.py", "model.py"]  # fmt: skip
+        "eval.py", "eval.py", "merge.py"]  # fmt: skip
     for line in commands:
         if line.startswith("torchrun"):  # the line above on more GPUs
             assert line.split(" train.py ")[1] == commands[1].split(" train.py ")[1]

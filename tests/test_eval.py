@@ -9,22 +9,21 @@ from argparse import Namespace
 import pytest
 import tiny
 import torch
+from common import InputError
 from faults import arguments
 from peft import PeftModel
 from tiny import single
 from transformers import AutoTokenizer
 
-import answers
 import eval as evaluation
-import scores
 import train
-from answers import Run, generate, score_all, with_answer
-from checkpoints import checkpoints
 from data import build_batch
 from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
-from lora import merge_lora
-from rows import InputError
+from evaluation import answers, scores
+from evaluation.answers import Run, generate, score_all, with_answer
+from modeling.lora import merge_lora
+from training.checkpoints import checkpoints
 from trees import Work, whole_trees
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

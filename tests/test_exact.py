@@ -9,12 +9,12 @@ import tiny
 import torch
 from PIL import Image
 
-import attention as attention_file
 import model as model_file
 from data import build_batch, rotary_positions
 from dist_utils import Ranks, Stop
-from images import load_patches
-from lora import enable_hashed_dropout, hashed_dropout
+from inputs.images import load_patches
+from modeling import attention as attention_file
+from modeling.lora import enable_hashed_dropout, hashed_dropout
 from train import train_step
 from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree, make_plan, pack
 

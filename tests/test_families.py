@@ -9,6 +9,7 @@ import test_cuda
 import test_eval
 import tiny
 import torch
+from common import InputError
 from faults import arguments
 from huggingface_hub import constants
 from peft import PeftModel
@@ -22,14 +23,13 @@ from test_exact import (  # noqa: F401 (these run here with each family)
 )
 from transformers import AutoModelForImageTextToText
 
-import attention
 import eval as evaluation
 import model as model_file
 import train
-from images import ImageSettings, image_settings
+from inputs.images import ImageSettings, image_settings
 from model import MODEL_TYPES, compile_layers, load_base, lora_table, resolve_model, save_adapter
-from rows import InputError
-from settings import DEFAULT_TARGETS
+from modeling import attention
+from training.settings import DEFAULT_TARGETS
 from trees import Work, grow_tree
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

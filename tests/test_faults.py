@@ -18,13 +18,13 @@ import faults
 import pytest
 import tiny
 import torch
+from common import InputError
 from faults import Run, arguments, at_step, losses, result, same
 
-import checkpoints
 import dist_utils
 import train
 from dist_utils import SIGNALS, STOPPED, Stop
-from rows import InputError
+from training import checkpoints
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import tiny
+from common import InputError
 from test_train import arguments, lines
 
 import eval as evaluation
 import train
 from data import VQAData
-from holdout import hold_out, trained_rows
-from rows import InputError, read_rows
+from inputs.holdout import hold_out, trained_rows
+from inputs.rows import read_rows
 
 
 def made(data: VQAData, images: list[tuple[str, ...]]) -> VQAData:

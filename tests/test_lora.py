@@ -7,6 +7,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from common import InputError
 from faults import Run
 from safetensors.torch import save_file
 from test_exact import assert_exact, run_step, whole
@@ -15,10 +16,9 @@ from test_train import adapter, arguments, lines
 import eval as evaluation
 import merge
 import train
-from checkpoints import read_state
 from model import add_lora, load_base, lora_table
-from rows import InputError
-from settings import DEFAULT_TARGETS
+from training.checkpoints import read_state
+from training.settings import DEFAULT_TARGETS
 from trees import Work
 
 ALL = "q_proj,vision,merger"
@@ -153,7 +153,7 @@ def test_a_run_is_resumed_merged_and_handed_over_whatever_is_trained(world, tmp_
     shutil.rmtree(output / "checkpoint-000004")
     train.main([*argv, "--resume=auto"])
     assert all(torch.equal(adapter(output, 4)[name], weight) for name, weight in undisturbed.items())
-    assert merge.main(["merge", f"--ckpt={output / 'checkpoint-000004'}", f"--out={tmp_path / 'merged'}"]) == 0
+    assert merge.main([f"--ckpt={output / 'checkpoint-000004'}", f"--out={tmp_path / 'merged'}"]) == 0
     share = float(re.search(r"are ([\d.e-]+)% as far apart", capsys.readouterr().out)[1])
     assert share < 0.1
     scores = {}

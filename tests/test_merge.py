@@ -6,6 +6,7 @@ import re
 import pytest
 import tiny
 import torch
+from common import InputError
 from faults import arguments
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
@@ -13,8 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 import merge
 import train
-from card import model_card
-from rows import InputError
+from training.model_card import model_card
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def run(world, tmp_path_factory):
 
 
 def test_merged_weights_answer_like_the_adapter_in_plain_transformers(world, run, tmp_path, capsys):
-    assert merge.main(["merge", f"--ckpt={run}", f"--out={tmp_path / 'merged'}"]) == 0
+    assert merge.main([f"--ckpt={run}", f"--out={tmp_path / 'merged'}"]) == 0
     assert "logits of merged weights" in capsys.readouterr().out
     base = AutoModelForImageTextToText.from_pretrained(world / "model")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
@@ -49,7 +49,7 @@ def test_merged_weights_answer_like_the_adapter_in_plain_transformers(world, run
 def test_a_merge_that_changes_the_answers_is_refused_and_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "merge_lora", lambda model: None)
     with pytest.raises(InputError, match="not merged, logits of merged weights and of the adapter are 1e\\+02% as far"):
-        merge.main(["merge", f"--ckpt={run}", f"--out={tmp_path / 'merged'}"])
+        merge.main([f"--ckpt={run}", f"--out={tmp_path / 'merged'}"])
     assert not list(tmp_path.iterdir())
 
 
@@ -64,8 +64,8 @@ def test_an_adapter_that_rounding_would_swallow_is_refused(world, tmp_path):
     words = arguments(world, tmp_path / "run", model=folder, max_steps=1, lr=1e-6, eval_every=0)
     assert train.main(words) == 0
     with pytest.raises(InputError, match="once rounded to torch.bfloat16"):
-        merge.main(["merge", f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}"])
-    assert merge.main(["merge", f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}", "--dtype=float32"]) == 0
+        merge.main([f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}"])
+    assert merge.main([f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}", "--dtype=float32"]) == 0
 
 
 def test_rows_on_which_the_adapter_changes_nothing_are_told(world, run, tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_rows_on_which_the_adapter_changes_nothing_are_told(world, run, tmp_path
         merge, "load_adapter", lambda base, _ckpt: PeftModel(base, LoraConfig(target_modules=["q_proj"]))
     )
     with pytest.raises(InputError, match="the adapter changes no logits on these rows, name others"):
-        merge.main(["merge", f"--ckpt={run}", f"--out={tmp_path / 'merged'}"])
+        merge.main([f"--ckpt={run}", f"--out={tmp_path / 'merged'}"])
     assert not list(tmp_path.iterdir())
 
 
@@ -81,12 +81,12 @@ def test_a_folder_that_can_t_be_made_is_told_before_the_model_is_loaded(run, tmp
     monkeypatch.setattr(merge, "load_base", lambda *_: pytest.fail("loaded"))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--out: can't write to .*file"):
-        merge.main(["merge", f"--ckpt={run}", f"--out={tmp_path / 'file' / 'merged'}"])
+        merge.main([f"--ckpt={run}", f"--out={tmp_path / 'file' / 'merged'}"])
 
 
 def test_an_existing_folder_is_not_overwritten(run, tmp_path):
     with pytest.raises(InputError, match="exists already"):
-        merge.main(["merge", f"--ckpt={run}", f"--out={tmp_path}"])
+        merge.main([f"--ckpt={run}", f"--out={tmp_path}"])
 
 
 def test_a_checkpoint_has_the_names_and_the_configuration_that_vllm_reads(run):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from common import InputError
 from PIL import ImageFile
 from test_bench import bench
 from test_data import VALID_IMAGES, cut_short, noise, turned
@@ -17,15 +18,14 @@ from test_train import arguments, lines
 from transformers import AutoConfig, AutoTokenizer
 
 import model as model_file
-import plan
-import prepare
 import train
 from data import VQAData, at_limit, load_data
-from images import check_images, image_settings
+from inputs.images import check_images, image_settings
 from model import MEMORY_BUDGETS, MEMORY_MARGIN, choose_memory_budget, compile_layers
-from plan import GIB, GPUS, Gpu, budgets, choose, data_warnings, hours, make_job, pace, plan_settings, timeline
-from rows import InputError
-from settings import DEFAULT_TARGETS, parse_settings
+from training import plan
+from training import preparation as prepare
+from training.plan import GIB, GPUS, Gpu, budgets, choose, data_warnings, hours, make_job, pace, plan_settings, timeline
+from training.settings import DEFAULT_TARGETS, parse_settings
 from trees import heaviest, make_plan
 
 MEASURED = json.loads((Path(bench.__file__).parent / "results" / "step-h100.json").read_text())

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import report
-import scores
-from report_page import sheet, ticks
+from evaluation import report, scores
+from evaluation.page import sheet, ticks
 
 HOSTILE = (
     "</script></style><img src=x onerror=\"document.title='broken'\"> ' \" & <script>document.title='broken'</script>"

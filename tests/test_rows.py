@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from common import InputError
 
-from rows import InputError, read_rows
+from inputs.rows import read_rows
 
 ASKED = ["user: ▣How many polyps?", "assistant: two"]
 TWICE = ["user: ▣▣Same polyp?", "assistant: no"]

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import scores
+from evaluation import scores
 
 
 @pytest.mark.parametrize(

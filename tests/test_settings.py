@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from common import InputError
 
-from rows import InputError
-from settings import build_parser, parse_settings, to_toml
+from training.settings import build_parser, parse_settings, to_toml
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from common import InputError
 from safetensors.torch import load_file
 from test_ranks import HERE, torchrun
 
-import checkpoints
 import eval as evaluation
 import model as model_file
-import prepare
 import train
 from model import TreeModel, add_lora
-from rows import InputError
+from training import checkpoints
+from training import preparation as prepare
 
 
 def arguments(world: Path, output: Path, **settings) -> list[str]:
@@ -77,7 +77,7 @@ def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, t
     from transformers import AutoTokenizer
 
     from data import build_batch
-    from images import image_settings
+    from inputs.images import image_settings
     from model import load_adapter, load_base
     from trees import Work, grow_tree
 

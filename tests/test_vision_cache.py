@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from common import InputError
 from test_exact import whole
 from test_train import arguments, lines
 from transformers import AutoConfig
 
 import train
-import vision_cache
 from data import TreeDataset
+from inputs import vision_cache
 from model import TreeModel
-from rows import InputError
 from trees import Work
 
 

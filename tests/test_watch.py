@@ -13,25 +13,23 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from common import InputError
 from test_exact import whole
 from test_train import arguments, lines
 from tqdm import tqdm
 from transformers import AutoConfig
 
-import checkpoints
-import metrics
-import settings
 import train
-import watch
 from data import build_batch
 from dist_utils import Ranks
-from metrics import Metrics, read_metrics
+from evaluation.page import sheet
+from evaluation.report import curves
 from model import load_base
-from plan import Gpu, tree_counter, tree_load
-from report import curves
-from report_page import sheet
-from rows import InputError
-from settings import parse_settings
+from training import checkpoints, metrics, settings
+from training import trackers as watch
+from training.metrics import Metrics, read_metrics
+from training.plan import Gpu, tree_counter, tree_load
+from training.settings import parse_settings
 from trees import PlanSettings, StepFacts, StepSampler, Work
 
 FIELDS = {"event", "step", "loss", "grad_norm", "lr", "questions", "images", "questions_per_s", "tokens_per_s"}

@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import demo
 from data import TreeDataset, VQAData, load_data
-from images import image_settings
+from demo import endoscopy
+from inputs.images import image_settings
 from model import TreeModel, add_lora, load_base
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -96,8 +96,8 @@ def family_model(family: str, tokenizer):
 
 def write_model(folder: Path, rows: list[dict], family: str = "") -> None:
     """The demo's Qwen3-VL, or a random model of a family, with a tokenizer and an image processor."""
-    tokenizer = demo.make_tokenizer(["user\nassistant\nsystem\n" + json.dumps(row) for row in rows])
-    model = family_model(family, tokenizer) if family else demo.make_model(tokenizer)
+    tokenizer = endoscopy.make_tokenizer(["user\nassistant\nsystem\n" + json.dumps(row) for row in rows])
+    model = family_model(family, tokenizer) if family else endoscopy.make_model(tokenizer)
     model.save_pretrained(folder)
     normal = {} if family in ("qwen2_vl", "qwen2_5_vl") else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     if not normal:

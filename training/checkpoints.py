@@ -16,15 +16,14 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from common import PARTIAL, InputError, flush_to_disk, write_whole
 from safetensors import SafetensorError
 
-from card import model_card
 from dist_utils import print0, restarted, unwrap
 from model import load_lora, save_adapter
-from rows import InputError
+from training.model_card import model_card
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-PARTIAL = ".onelook-"  # begins the name of what is being written or replaced; a start clears what is left of it
 _locks = []  # open files: a lock lasts as long as its file is open
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -41,7 +40,7 @@ def write_checkpoint(folder: Path, model, state: dict) -> None:
     manifest["files"] = files
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*folder.iterdir(), folder]:
-        _to_disk(path)
+        flush_to_disk(path)
 
 
 def save_checkpoint(output: Path, model, state: dict, keep: int) -> bool:
@@ -56,7 +55,7 @@ def save_checkpoint(output: Path, model, state: dict, keep: int) -> bool:
         if (output / name).exists():  # a damaged one, or one without the evaluation that was due with it
             os.rename(output / name, output / f"{PARTIAL}old-{name}")
         os.rename(partial, output / name)
-        _to_disk(output)
+        flush_to_disk(output)
         mark_best(output, state["best"])
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -78,31 +77,12 @@ def mark_best(output: Path, best: dict) -> None:
         write_whole(output / "best.json", json.dumps({"checkpoint": name, **best}))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash, finds the old text or the new one."""
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _to_disk(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def write_or_warn(path: Path, text: str) -> None:
     """The same for a file that a run can do without: a disk that does not take it is told."""
     try:
         write_whole(path, text)
     except OSError as error:
         print0(f"warning: {path.name} not written: {error}")
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def size_and_sum(path: Path) -> dict:

@@ -8,13 +8,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from common import write_whole
 from tqdm import tqdm
 
-from checkpoints import write_or_warn, write_whole
 from dist_utils import Ranks, print0
-from plan import Gpu
-from report import curves
-from report_page import sheet
+from evaluation.page import sheet
+from evaluation.report import curves
+from training.checkpoints import write_or_warn
+from training.plan import Gpu
 
 # since the last line; of steps that were not skipped the loss, the weight of answer tokens, the last gradient norm
 SUMS = {"losses": 0.0, "weight": 0.0, "grad_norm": 0.0, "questions": 0, "images": 0}

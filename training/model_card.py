@@ -51,7 +51,7 @@ def model_card(state: dict) -> str:
         score = f"\nBest validation so far: exact match {100 * best['exact_match']:.1f}%, at step {best['step']:,}."
     vllm = VLLM.format(model=settings["model"], rank=2 ** max(3, (settings["lora_r"] - 1).bit_length()))
     if settings["dora"] or names_vision(settings["lora_targets"]):
-        vllm = "vLLM loads LoRA on the language model only, without DoRA: merge it first, `python model.py merge`."
+        vllm = "vLLM loads LoRA on the language model only, without DoRA: merge it first, `python merge.py`."
     facts = {name: value for name, value in state["identity"].items() if value != ""}
     return CARD.format(
         model=settings["model"],

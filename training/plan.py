@@ -19,9 +19,9 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 import trees
 from data import VQAData, at_limit
-from images import ImageSettings
+from evaluation.scores import normalize
+from inputs.images import ImageSettings
 from model import MEMORY_BUDGETS, add_lora, kept_bytes, lora_table, memory_margin, names_vision
-from scores import normalize
 from trees import MicroBatch, PlanSettings, Step, Tree
 
 GIB = 2**30

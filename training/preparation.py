@@ -10,19 +10,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import InputError
 from transformers import AutoConfig, AutoTokenizer
 
-from checkpoints import size_and_sum
 from data import Sample, VQAData, join, load_files, stop_or_skip_bad
 from dist_utils import print0
-from holdout import hold_out
-from images import ImageSettings, image_settings
+from inputs.holdout import hold_out
+from inputs.images import ImageSettings, image_settings
+from inputs.vision_cache import SPARE, cache_at
 from model import fingerprint, lora_differences, lora_table, names_vision, resolve_model
-from plan import GIB, GPU_COUNTS, count_epochs, data_warnings, empty_model, make_job, plan_settings, report, uncounted
-from rows import InputError
-from settings import FREE_SETTINGS
+from training.checkpoints import size_and_sum
+from training.plan import (
+    GIB,
+    GPU_COUNTS,
+    count_epochs,
+    data_warnings,
+    empty_model,
+    make_job,
+    plan_settings,
+    report,
+    uncounted,
+)
+from training.settings import FREE_SETTINGS
 from trees import group_samples, heaviest, make_plan, questions_by_file, rank_efficiency
-from vision_cache import SPARE, cache_at
 
 
 def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:

@@ -8,7 +8,7 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
-from rows import InputError
+from common import InputError
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 DEFAULT_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"

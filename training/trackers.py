@@ -5,8 +5,7 @@ import json
 import uuid
 from pathlib import Path
 
-from checkpoints import write_whole
-from rows import InputError
+from common import InputError, write_whole
 
 UPLOAD_S = 60  # that the end of a run waits for Weights & Biases: a job that is to be requeued has three minutes
 

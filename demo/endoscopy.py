@@ -2,7 +2,7 @@
 
 `train.py` without arguments calls `make_demo` and trains with `SETTINGS`; nothing is downloaded. The pictures copy what
 matters about Kvasir-VQA: tissue on a dark ground, polyps, instruments, overlaid text, a green or black box, and between
-1 and 17 questions a picture, each answerable from the picture alone. The model (`demo_model.py`) knows nothing but
+1 and 17 questions a picture, each answerable from the picture alone. The model (`tiny_model.py`) knows nothing but
 colours and places; all that training moves are its LoRA matrices.
 """
 
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from common import InputError
 from PIL import Image, ImageDraw, ImageFont
 
-from demo_model import PATCH, make_model, make_tokenizer
-from rows import InputError
+from demo.tiny_model import PATCH, make_model, make_tokenizer
 
 DEMO_VERSION = "2"  # raise it when anything below changes what is written
 SETTINGS = dict(
@@ -287,7 +287,7 @@ def make_demo(folder: Path, seed: int = 0) -> None:
     if version.exists() and version.read_text() == stamp:
         return
     if folder.exists() and not version.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and was not written by demo.py: move it away")
+        raise InputError(f"{folder} is not empty and was not written by the demo: move it away")
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     (part / "images").mkdir(parents=True)
 

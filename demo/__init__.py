@@ -1,0 +1,1 @@
+"""The embedded default: generated pictures with questions, and a tiny model."""

@@ -1,0 +1,1 @@
+"""What an evaluation makes: answers, scores, and the report."""

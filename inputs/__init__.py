@@ -1,0 +1,1 @@
+"""What goes in: rows, images, prompts, hold-out, and features kept between epochs."""
