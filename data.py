@@ -5,17 +5,16 @@
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import InputError
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -23,13 +22,15 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from inputs.images import ImageSettings, check_images, load_patches
+import dist_utils
+from inputs import prompts
+from inputs.images import ImageSettings, check_images, find_images, load_patches
 from inputs.rows import BadRow, Row, read_rows
 from inputs.vision_cache import VisionCache
 from trees import Work
 
-MAX_LISTED = 50  # bad rows told on the console; the file has all
-IMAGE_ENDS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out
+FLEX_BLOCK = 128  # on GPUs a batch is padded to whole blocks of FlexAttention's (pytorch#153799)
+STALLED_AFTER = 300  # seconds without a batch after which a data worker counts as stalled
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Sample:
     patches: tuple[int, ...]  # vision patches of each image
     fields: dict  # question, answer, question_type, options
     weight: float = 1.0  # of its answers' tokens in the loss
-    file: int = 0  # which of several files of rows it is from
+    file: int = 0  # number of the file of rows it is from
 
     @property
     def tokens(self) -> int:
@@ -64,19 +65,27 @@ class Sample:
 
 @dataclass
 class VQAData:
-    """All usable samples of a rows file, or of several, the patch grid of every image, and what was not usable."""
+    """All usable samples of one or several files of rows, the patch grid of every image, and what was not usable."""
 
-    path: str
+    files: list[str]
     samples: list[Sample]
-    grids: dict[str, tuple[int, int]]
+    grids: dict[str, tuple[int, int]]  # patches (down, across) of every image
     bad: list[BadRow] = field(default_factory=list)
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # of every image: height, width before resizing
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # (height, width) of every image before resizing
 
     def only(self, samples: list[Sample]) -> "VQAData":
         """These samples and their images."""
         used = sorted({image for sample in samples for image in sample.images})
         grids, sizes = ({image: table[image] for image in used} for table in (self.grids, self.sizes))
         return replace(self, samples=samples, grids=grids, sizes=sizes)
+
+    def of_files(self, first: int, end: int) -> "VQAData":
+        """The samples and bad rows of the files `first` to `end`, as if no other file had been read."""
+        samples, bad = (
+            [replace(row, file=row.file - first) for row in rows if first <= row.file < end]
+            for rows in (self.samples, self.bad)
+        )
+        return replace(self.only(samples), files=self.files[first:end], bad=bad)
 
     def fingerprint(self, folder: str) -> str:
         """Changes when a sample's tokens, images (by their names below `folder`), weight, file or place change."""
@@ -91,87 +100,91 @@ class VQAData:
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def load_files(paths: list[str], *how, **more) -> list[VQAData]:
-    """`load_data` of each file. Rows of files with one name are told apart by as many folders as that takes."""
-    data = []
-    for path in paths:
-        parts = Path(path).parts
-        others, depths = {Path(other).parts for other in paths} - {parts}, range(1, len(parts))
-        count = next((n for n in depths if all(other[-n:] != parts[-n:] for other in others)), len(parts))
-        data.append(load_data(path, *how, **more, shown_as="/".join(parts[-count:])))
-    return data
-
-
-def join(parts: list[VQAData]) -> VQAData:
-    """Several files of rows as one."""
-    samples = [replace(sample, file=number) for number, part in enumerate(parts) for sample in part.samples]
-    grids, sizes = ({k: v for part in parts for k, v in getattr(part, name).items()} for name in ("grids", "sizes"))
-    return VQAData(", ".join(part.path for part in parts), samples, grids, sum((p.bad for p in parts), []), sizes)
-
-
 def load_data(
-    path: str | Path,
-    images_dir: str | Path,
+    files: list[str], images_dir: str, tokenizer, settings: ImageSettings, max_tokens: int, **options
+) -> VQAData:
+    """Read files of rows and encode them (see `encode_rows`). Raises InputError when a file can't be read."""
+    rows, bad = [], []
+    for number, (path, name) in enumerate(zip(files, _distinct_names(files))):
+        usable, unusable = read_rows(Path(path), name)
+        for row in (*usable, *unusable):
+            row.file = number
+        rows += usable
+        bad += unusable
+    return encode_rows(rows, images_dir, tokenizer, settings, max_tokens, files=files, bad=bad, **options)
+
+
+def encode_rows(
+    rows: list[Row],
+    images_dir: str,
     tokenizer,
     settings: ImageSettings,
     max_tokens: int,
+    *,
     system: str = "",
+    prompt: str = "{question}",
     allow_outside_images: bool = False,
     headers_only: bool = False,
-    prompt: str = "{question}",
-    shown_as: str = "",
-    given: list[Row] | None = None,
+    files: Iterable[str] = (),
+    bad: Iterable[BadRow] = (),
 ) -> VQAData:
-    """Read rows, check every image, tokenize. Rows that can't be used are in `.bad`, each with file:line and reason.
+    """Check the images of rows and tokenize their texts. Rows that can't be used join `bad`, with their reasons.
 
-    `system` is the system prompt of rows that have none of their own, `prompt` what each user turn says, its own text
-    standing for {question}. `max_tokens` bounds a single sample.
-    `headers_only` reads sizes of images and decodes none. `shown_as` is the file's name in what is said of its rows.
-    `given` rows stand for those of a file, none of which is read. Raises InputError when the file can't be read, or the
-    system prompt or the template of questions holds special tokens.
+    `system` is the system prompt of rows that have none. `prompt` is the text of a user turn, the row's own text
+    standing for {question}. `max_tokens` bounds a single sample. `headers_only` reads sizes of images and decodes none.
+    Raises InputError when `system` or `prompt` holds a special token.
     """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for name, text in (("system prompt", system), ("--prompt template", prompt)):
-        if literal := [token for token in special if token in text]:
-            raise InputError(f"the {name} holds the special token {literal[0]}")
-    parsed, bad = read_rows(Path(path), shown_as) if given is None else (given, [])
-    rows = []
-    for row in parsed:
-        row.images, reason = _resolve(row.images, Path(images_dir), allow_outside_images)
-        if reason:
-            bad.append(BadRow(row.where, reason, row.fields))
-        else:
-            rows.append(row)
-    sizes = check_images(sorted({image for row in rows for image in row.images}), headers_only)
-    grids = {image: _grid(size, settings) for image, size in sizes.items()}
-
-    kept, segments = [], []
+    special, bad = prompts.special_tokens(tokenizer), list(bad)
+    prompts.refuse_special_settings(system, prompt, special)
+    located, usable, segments = [], [], []
     for row in rows:
+        try:
+            row.images = find_images(row.images, Path(images_dir), allow_outside_images)
+            located.append(row)
+        except ValueError as reason:
+            bad.append(row.refused(reason))
+    sizes = check_images(sorted({image for row in located for image in row.images}), headers_only)
+    grids = {image: _grid(size, settings) for image, size in sizes.items()}
+    for row in located:
         try:
             for image in row.images:
                 if isinstance(grids[image], str):
                     raise ValueError(f"image {image}: {grids[image]}")
-            messages = _prompted(row.messages, prompt)
-            _refuse_special_tokens(messages, row.fields.get("options", []), special)
-            segments.append(_segments(messages, tokenizer, system))
-            kept.append(row)
+            messages = prompts.fill_template(row.messages, prompt)
+            prompts.refuse_special_tokens(messages, row.fields.get("options", []), special)
+            segments.append(prompts.render_segments(messages, tokenizer, system))
+            usable.append(row)
         except ValueError as reason:
-            bad.append(BadRow(row.where, str(reason), row.fields))
+            bad.append(row.refused(reason))
 
-    texts = list({text for segment in segments for text, _ in segment})  # many rows ask the same
-    encoded = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []))
-    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    samples = []
-    for row, segment in zip(kept, segments):
-        pieces = [(encoded[text], trained) for text, trained in segment]
+    samples, image_token = [], tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for row, pieces in zip(usable, _tokenize(segments, tokenizer)):
         sample = _sample(row, pieces, image_token, grids, settings.merge_size)
-        if sample.tokens > max_tokens:
-            reason = f"{sample.tokens:,} tokens, over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
-            bad.append(BadRow(row.where, reason, row.fields))
-        else:
+        if sample.tokens <= max_tokens:
             samples.append(sample)
-    bad.sort(key=lambda one: [int(number) for number in one.where.rpartition(":")[2].split(" row ")])
-    return VQAData(str(path), [], grids, bad, sizes).only(samples)
+        else:
+            limit = f"over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
+            bad.append(row.refused(f"{sample.tokens:,} tokens, {limit}"))
+    bad.sort(key=BadRow.place)
+    return VQAData(list(map(str, files)), [], grids, bad, sizes).only(samples)
+
+
+def _distinct_names(paths: list[str]) -> list[str]:
+    """The shortest ends of paths that tell them apart: their last parts, as many of them as that takes."""
+    names = []
+    for path in paths:
+        parts = Path(path).parts
+        others, depths = {Path(other).parts for other in paths} - {parts}, range(1, len(parts))
+        depth = next((n for n in depths if all(other[-n:] != parts[-n:] for other in others)), len(parts))
+        names.append("/".join(parts[-depth:]))
+    return names
+
+
+def _tokenize(segments: list[list[tuple[str, bool]]], tokenizer) -> list[list[tuple[list[int], bool]]]:
+    """Token ids for each segment's text. Every different text is tokenized once: many rows ask the same question."""
+    texts = list({text for pieces in segments for text, _ in pieces})
+    encoded = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []))
+    return [[(encoded[text], is_trained) for text, is_trained in pieces] for pieces in segments]
 
 
 def at_limit(data: VQAData, settings: ImageSettings, max_pixels: int) -> VQAData:
@@ -188,71 +201,12 @@ def _image_sizes(images: Iterable[str], grids: dict, merge_size: int) -> dict[st
     return {"patches": patches, "image_tokens": tuple(count // merge_size**2 for count in patches)}
 
 
-def _resolve(names: list[str], folder: Path, allow_outside: bool) -> tuple[list[str], str]:
-    """Paths of a row's images and "", or [] and what is wrong. An image_id may leave its extension out."""
-    paths = []
-    for name in names:
-        named = [folder / f"{name}{end}" for end in IMAGE_ENDS]
-        path = next(filter(os.path.isfile, named), named[0])  # unlike Path.is_file it never raises, whatever a row says
-        path, whole = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
-        if not path.is_relative_to(whole) and os.path.isfile(path):  # a row may reach the folder through a link
-            real, real_whole = Path(os.path.realpath(path.parent), path.name), os.path.realpath(folder)
-            path = whole / real.relative_to(real_whole) if real.is_relative_to(real_whole) else path
-        if not allow_outside and not path.is_relative_to(whole):
-            return [], f"image {name} lies outside {folder} (--allow-outside-images permits that)"
-        if not os.path.isfile(path):
-            return [], f"image {str(path)[:300]} is {'a folder' if os.path.isdir(path) else 'missing'}"
-        paths.append(str(path))
-    return paths, ""
-
-
 def _grid(size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int] | str:
     """The patch grid of a picture of this size, or what is wrong with the picture."""
     try:
         return size if isinstance(size, str) else settings.grid(*size)
     except ValueError as error:
         return str(error)
-
-
-def _refuse_special_tokens(messages: list[dict], options: list[str], special: list[str]) -> None:
-    texts = [(f"{m['role']} text", "".join(part.get("text", " ") for part in m["content"])) for m in messages]
-    for name, text in [*texts, *(("option", option) for option in options)]:
-        for token in special:
-            if token in text:
-                raise ValueError(f"the {name} holds the special token {token}")
-
-
-def _prompted(messages: list[dict], template: str) -> list[dict]:
-    """The messages with what the template has around {question} before the first and after the last text of each user
-    turn; images in front of the text stay there."""
-    before, after = template.split("{question}")
-    prompted = []
-    for message in messages:
-        parts = [dict(part) for part in message["content"]]
-        texts = [part for part in parts if part["type"] == "text"]
-        if message["role"] == "user":
-            texts[0]["text"] = before + texts[0]["text"]
-            texts[-1]["text"] += after
-        prompted.append({"role": message["role"], "content": parts})
-    return prompted
-
-
-def _segments(messages: list[dict], tokenizer, system: str) -> list[tuple[str, bool]]:
-    """Cut the chat template's rendering into (text, trained): each answer with its end-of-turn, and what is between."""
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
-    segments, done = [], ""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        full = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        end = full.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
-        if not prompt.startswith(done) or not full.startswith(prompt) or end <= len(prompt):
-            raise ValueError("the chat template does not render a conversation as its prompt followed by its answer")
-        segments += [(prompt[len(done) :], False), (full[len(prompt) : end], True)]
-        done = full[:end]
-    return segments
 
 
 def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge_size: int) -> Sample:
@@ -268,33 +222,8 @@ def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge_size: i
         **_image_sizes(row.images, grids, merge_size),
         fields=row.fields,
         weight=row.weight,
+        file=row.file,
     )
-
-
-def stop_or_skip_bad(data: list[VQAData], skip_bad: bool, output: Path | None) -> None:
-    """Write every bad row to output/bad_rows.jsonl. Raises InputError that lists them, unless they may be skipped."""
-    bad = [(one.path, row) for one in data for row in one.bad]
-    file = output / "bad_rows.jsonl" if output else None
-    if file:
-        _write_bad(file, bad)
-    if not bad:
-        return
-    listed = "".join(f"\n  {row.where}: {row.reason}" for _, row in bad[:MAX_LISTED])
-    if len(bad) > MAX_LISTED:
-        listed += f"\n  and {len(bad) - MAX_LISTED:,} more" + (f", see {file}" if file else "")
-    empty = [one.path for one in data if not one.samples]
-    if empty:
-        raise InputError(f"{', '.join(empty)}: no usable row{listed}")
-    if not skip_bad:
-        raise InputError(f"{len(bad):,} rows can't be used (--skip-bad goes on without them):{listed}")
-
-
-def _write_bad(file: Path, bad: list[tuple[str, BadRow]]) -> None:
-    if not bad:
-        file.unlink(missing_ok=True)  # of a start before the rows were mended
-        return
-    with open(file, "w", encoding="utf-8", errors="backslashreplace") as out:
-        out.writelines(json.dumps({"file": path, **vars(row)}, ensure_ascii=False) + "\n" for path, row in bad)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -458,3 +387,45 @@ class TreeDataset(Dataset):
         except OSError as error:  # checked before training, so it has changed since
             first = self.data.samples[work.trees[0].samples[0]].where
             raise RuntimeError(f"an image of {first} or what follows can't be read any more: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- loader
+
+
+def make_loader(
+    dataset: TreeDataset, sampler, workers: int, device: torch.device, persistent: bool = False
+) -> DataLoader:
+    """One item is one micro-batch: `batch_size` is the plan's business."""
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=persistent and workers > 0,
+        worker_init_fn=dist_utils.ignore_signals,
+        timeout=STALLED_AFTER if workers else 0,
+    )
+
+
+def next_batches(loader: DataLoader):
+    """Yield a loader's batches. When one fails to come, the error says which samples' images it waited for."""
+    batches, number = iter(loader), 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            work = next(islice(iter(loader.sampler), number, None))
+            samples = [loader.dataset.data.samples[i] for tree in work.trees for i in tree.samples]
+            images = dict.fromkeys(image for sample in samples for image in sample.images)
+            worker = f"data worker {number % loader.num_workers}" if loader.num_workers else "this process"
+            error.add_note(f"{worker} was to read {', '.join(images)} for {samples[0].where} and what follows")
+            raise
+        if batch is None:
+            return
+        yield batch
+        number += 1
+
+
+def padding(device: torch.device) -> int:
+    return FLEX_BLOCK if device.type == "cuda" else 1

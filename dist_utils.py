@@ -22,9 +22,10 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from common import InputError
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
+
+from common import InputError
 
 TIMEOUT = timedelta(minutes=60)  # the first start may download a model while the other ranks wait
 TIMEOUT_IN_STEPS = timedelta(minutes=10)  # longer than any step, evaluation or save

@@ -19,25 +19,24 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from common import InputError, write_whole
 from transformers import AutoTokenizer
 
 import dist_utils
-from data import Sample, TreeDataset, VQAData, join, load_data, load_files, stop_or_skip_bad
+from common import InputError, write_whole
+from data import Sample, TreeDataset, VQAData, encode_rows, load_data, make_loader, next_batches, padding
 from dist_utils import Ranks, Stop, print0
 from evaluation.answers import Run, answer_all, answer_batch, score_all, score_samples
 from evaluation.report import write_report
 from evaluation.scores import closed_sets, compare, normalize, question_type, summarize, summary_table
-from feed import make_loader, my_share, next_batches, padding
-from inputs.holdout import split, trained_rows
+from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, check_image, image_settings
-from inputs.rows import parse_row, read_rows
+from inputs.rows import parse_row, read_rows, stop_or_skip_bad
 from model import TreeModel, autocast, fingerprint, load_adapter, load_base, pick_dtype, resolve_model
 from modeling.lora import merge_lora
 from training.checkpoints import VERSIONS, pick_checkpoint, read_state
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
-from trees import MicroBatch, Work, whole_trees
+from trees import MicroBatch, Work, evaluation_share, whole_trees
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
 
@@ -54,7 +53,9 @@ def evaluate(
     model.eval()
     dataset = TreeDataset(data, model.settings, padding(ranks.device), cache=model.cache)
     mine = {}
-    for batch in next_batches(make_loader(dataset, my_share(batches, ranks), workers, ranks.device)):
+    for batch in next_batches(
+        make_loader(dataset, evaluation_share(batches, ranks.rank, ranks.world_size), workers, ranks.device)
+    ):
         if stop.reason:
             break
         with autocast(ranks.device, dtype):
@@ -178,17 +179,18 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         return 0
 
     def load() -> tuple[VQAData, list[list[str]]]:
-        how = (args.max_tokens, system, args.allow_outside_images)
-        parts = load_files(files, pictures, tokenizer, settings, *how, prompt=prompt)
+        options = {"system": system, "prompt": prompt, "allow_outside_images": args.allow_outside_images}
+        data = load_data(files, pictures, tokenizer, settings, args.max_tokens, **options)
         make_output(output)
-        stop_or_skip_bad(parts, args.skip_bad, output)
-        data = join(parts)
+        stop_or_skip_bad(data.bad, files, {sample.file for sample in data.samples}, args.skip_bad, output)
         if held_out and not args.data:
-            data = split(data, pictures, held_out)[1]
+            names = [relative_names(sample.images, pictures) for sample in data.samples]
+            data = data.only([data.samples[i] for i in split(names, held_out)[1]])
         if not data.samples:
             raise InputError(f"{', '.join(files)}: none of the held-out rows can be used")
         train_rows = [row for file in trained["train"] for row in read_rows(Path(file))[0]] if args.closed_set else []
-        train_rows = trained_rows(train_rows, trained.get("images", ""), held_out)
+        names = [possible_names(row.images, trained.get("images", "")) for row in train_rows]
+        train_rows = [train_rows[i] for i in split(names, held_out)[0]]
         closed = closed_sets([row.fields for row in train_rows], args.closed_set)
         own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
         return data, [mine or closed.get(s.fields["question"], []) for mine, s in zip(own, data.samples)]
@@ -263,8 +265,8 @@ def question_data(args: argparse.Namespace, tokenizer, settings: ImageSettings, 
         rows = [parse_row("--question:1", fields)]
     except ValueError as error:
         raise InputError(f"--question: {error}") from None
-    how = {"headers_only": True, "given": rows, "system": system, "prompt": prompt}
-    data = load_data("", "", tokenizer, settings, args.max_tokens, allow_outside_images=True, **how)
+    options = {"system": system, "prompt": prompt, "allow_outside_images": True, "headers_only": True}
+    data = encode_rows(rows, "", tokenizer, settings, args.max_tokens, **options)
     if data.bad:
         raise InputError(f"--question: {data.bad[0].reason}")
     return data

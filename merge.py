@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
-from common import InputError
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import dist_utils
-from data import VQAData, build_batch, load_data
+from common import InputError
+from data import VQAData, build_batch, encode_rows, padding
 from dist_utils import print0
-from feed import padding
 from inputs.images import ImageSettings
 from inputs.rows import read_rows
 from model import TreeModel, autocast, load_adapter, load_base, resolve_model
@@ -53,8 +52,9 @@ def main(argv: list[str], _stop=None) -> int:
     own = config.dtype or config.get_text_config().dtype or torch.float32
     dtype = torch.float32 if args.dtype == "float32" else own
     settings, tokenizer = ImageSettings(**run["image_settings"]), AutoTokenizer.from_pretrained(folder)
-    how = {"given": read_rows(Path(rows))[0][:ROWS], "system": run["system"], "prompt": run["prompt"]}
-    data = load_data(rows, images, tokenizer, settings, run["max_tokens"], allow_outside_images=True, **how)
+    options = {"system": run["system"], "prompt": run["prompt"], "allow_outside_images": True}
+    compared = read_rows(Path(rows))[0][:ROWS]
+    data = encode_rows(compared, images, tokenizer, settings, run["max_tokens"], **options)
     if not data.samples:
         raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
 

@@ -17,19 +17,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from common import PARTIAL, InputError, write_whole
 from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 import dist_utils
-from data import TreeDataset, VQAData
+from common import PARTIAL, InputError, write_whole
+from data import TreeDataset, VQAData, make_loader, next_batches, padding
 from demo import endoscopy
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
 from eval import accuracy_table, evaluate
-from feed import make_loader, next_batches, padding
-from inputs.holdout import image_names
+from inputs.holdout import relative_names
 from inputs.images import image_settings
 from inputs.vision_cache import open_cache
 from model import (
@@ -144,7 +143,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         planned = estimate(make_job(args, config, train_data, val_data, plan, heavy.trees), gpu, ranks.world_size)
 
     def state() -> dict:
-        held_out = image_names(val_data, args.images) if args.val_fraction else []
+        held_out = list(relative_names(val_data.grids, args.images)) if args.val_fraction else []
         settings = vars(args) | {"image_settings": asdict(images)}
         now = {"step": done, "best": best, "evaluation_due": evaluation_due, "sums": metrics.sums, "skipped": skipped}
         now |= {"optimizer": optimizer.state_dict(), "held_out": held_out, "stale": stale}

@@ -246,6 +246,11 @@ def share_out(batches: list[MicroBatch], ranks: int) -> list[list[int]]:
     return shares
 
 
+def evaluation_share(batches: list[MicroBatch], rank: int, world_size: int) -> list[Work]:
+    """A rank's part of an evaluation: every micro-batch goes to exactly one rank."""
+    return [Work(batches[i], number=i) for i in share_out(batches, world_size)[rank]]
+
+
 def rank_efficiency(plan: list[Step], ranks: int) -> float:
     """Mean cost over greatest cost of the ranks in a step, over the plan: the share of GPU time that is not waiting."""
     busy = sum(cost_of(batch) for step in plan for batch in step)

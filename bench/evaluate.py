@@ -65,7 +65,7 @@ def measure(args, folder: Path) -> list[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer, settings = AutoTokenizer.from_pretrained(args.model), image_settings(args.model)
-    data = load_data(args.rows, args.images, tokenizer, settings, args.max_tokens)
+    data = load_data([args.rows], args.images, tokenizer, settings, args.max_tokens)
     config = AutoConfig.from_pretrained(args.model)
     chosen = list(range(0, len(data.samples), -(-len(data.samples) // args.alone)))
 

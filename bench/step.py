@@ -26,8 +26,7 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import Sample, VQAData, build_batch
-from feed import padding
+from data import Sample, VQAData, build_batch, padding
 from inputs.images import ImageSettings
 from model import TreeModel, add_lora, autocast, compile_layers, pick_dtype, prepare_base, target_pattern
 from training.checkpoints import VERSIONS

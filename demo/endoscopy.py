@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from common import InputError
 from PIL import Image, ImageDraw, ImageFont
 
+from common import InputError
 from demo.tiny_model import PATCH, make_model, make_tokenizer
 
 DEMO_VERSION = "2"  # raise it when anything below changes what is written

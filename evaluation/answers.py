@@ -18,12 +18,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import dist_utils
-from data import Sample, TreeDataset, VQAData
+from data import Sample, TreeDataset, VQAData, make_loader, next_batches, padding
 from dist_utils import Ranks, Stop
-from feed import make_loader, my_share, next_batches, padding
 from model import TreeModel, autocast
 from modeling.attention import tree_mask, visible
-from trees import whole_trees
+from trees import evaluation_share, whole_trees
 
 MAX_TREES = 8  # run at once: a new token is compared with the tokens of all of them, though it sees those of one
 
@@ -45,7 +44,8 @@ class Run:
         samples, ranks = dataset.data.samples, self.ranks
         done = dist_utils.from_rank0(lambda: self._stored(name))
         batches = whole_trees(samples, self.args.max_tokens, MAX_TREES)
-        work = my_share([b for b in batches if not all(i in done for tree in b for i in tree.samples)], ranks)
+        left = [batch for batch in batches if not all(i in done for tree in batch for i in tree.samples)]
+        work = evaluation_share(left, ranks.rank, ranks.world_size)
         bar = tqdm(total=len(samples), initial=len(done), desc=name, unit="q", disable=not ranks.is_main)
         with open(self.store / f"{name}-{time.time_ns()}-{ranks.rank}.jsonl", "w", encoding="utf-8") as file:
             for batch in next_batches(make_loader(dataset, work, self.args.workers, ranks.device)):

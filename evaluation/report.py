@@ -11,7 +11,6 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from common import write_whole
-
 from evaluation.page import LETTERS, along, bars, document, grid, legend, percent, plot, table, text, ticks
 from evaluation.scores import calibration_bins, calibration_error
 from inputs.images import open_picture

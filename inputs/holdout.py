@@ -1,63 +1,64 @@
-"""Holding out: a share of the images, with all their questions, is kept from training and evaluated on."""
+"""Hold-out: a share of the images, with all rows that show them, is kept from training and evaluated on.
+
+A row is known here by the names of its images below `--images`.
+"""
 
 import os
-from dataclasses import replace
+from collections.abc import Collection
 from hashlib import sha256
 
 from common import InputError
-
-from data import IMAGE_ENDS, VQAData
-from inputs.rows import Row
+from inputs.images import IMAGE_EXTENSIONS
 
 
-def hold_out(data: VQAData, folder: str, fraction: float, seed: int) -> tuple[VQAData, VQAData]:
-    """(what is trained, what is held out): `fraction` of the images, or up to that where rows show several of them.
+def hold_out(rows: list[tuple[str, ...]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the rows to train on, and of those to hold out with `fraction` of all images.
 
-    Rows that share an image stay together. Which images are held out follows from their names below `folder` and the
-    seed, whatever the order of rows. Rows without an image are trained. Raises InputError when a part would be empty.
+    Images that a row shows together stay together, so fewer images may be held out than `fraction` asks for. Which ones
+    follows from their names and the seed, whatever the order of rows. Rows without an image are trained. Raises
+    InputError when no image, or every image, would be held out.
     """
 
-    def lot(images: set[str]) -> bytes:
-        return sha256(f"{seed} {min(_name(image, folder) for image in images)}".encode()).digest()
+    def draw(images: set[str]) -> bytes:
+        return sha256(f"{seed} {min(images)}".encode()).digest()
 
-    held, room = set(), round(fraction * len(data.grids))
-    for images in sorted(_linked(data), key=lot):
+    linked = _linked_images(rows)
+    held, total = set(), sum(map(len, linked))
+    room = round(fraction * total)
+    for images in sorted(linked, key=draw):
         if len(held) + len(images) <= room:
             held |= images
-    if not held or len(held) == len(data.grids):
-        what, linked = "all" if held else "none", max(map(len, _linked(data)), default=0)
-        together = f"; {linked:,} of them stay together, as rows show several" if linked > 1 else ""
-        what = f"--val-fraction {fraction} of {len(data.grids):,} images holds out {what}{together}"
-        raise InputError(f"{what}: choose another, or --val")
-    return split(data, folder, [_name(image, folder) for image in held])
+    if not held or len(held) == total:
+        largest = max(map(len, linked), default=0)
+        together = f"; {largest:,} of them stay together, as rows show several" if largest > 1 else ""
+        share = f"--val-fraction {fraction} of {total:,} images holds out {'all' if held else 'none'}{together}"
+        raise InputError(f"{share}: choose another, or --val")
+    return split(rows, held)
 
 
-def split(data: VQAData, folder: str, names: list[str]) -> tuple[VQAData, VQAData]:
-    """(the samples without, the samples with) one of the images of these names below `folder`."""
-    held, parts = set(names), ([], [])
-    for sample in data.samples:
-        parts[any(_name(image, folder) in held for image in sample.images)].append(sample)
-    return data.only(parts[0]), replace(data.only(parts[1]), bad=[])
+def split(rows: list[tuple[str, ...]], held: Collection[str]) -> tuple[list[int], list[int]]:
+    """Indices of the rows without, and of the rows with, one of the images `held`."""
+    parts = [], []
+    for index, images in enumerate(rows):
+        parts[any(image in held for image in images)].append(index)
+    return parts
 
 
-def image_names(data: VQAData, folder: str) -> list[str]:
-    return [_name(image, folder) for image in data.grids]
+def relative_names(images: Collection[str], folder: str) -> tuple[str, ...]:
+    """Names of images below `folder`. `images` are paths, or names from that folder."""
+    return tuple(os.path.relpath(os.path.join(folder, image), folder) for image in images)
 
 
-def trained_rows(rows: list[Row], folder: str, names: list[str]) -> list[Row]:
-    """The rows that show no image of these names."""
-    held = set(names)
-    return [row for row in rows if not any(_name(i, folder) + end in held for i in row.images for end in IMAGE_ENDS)]
+def possible_names(images: Collection[str], folder: str) -> tuple[str, ...]:
+    """Every name below `folder` that the images of an unchecked row may have: the row may leave out an extension."""
+    names = relative_names(images, folder)
+    return tuple(name + extension for name in names for extension in IMAGE_EXTENSIONS)
 
 
-def _name(image: str, folder: str) -> str:
-    return os.path.relpath(os.path.join(folder, image), folder)
-
-
-def _linked(data: VQAData) -> list[set[str]]:
-    """The images in sets: two that a row shows together are in one."""
+def _linked_images(rows: list[tuple[str, ...]]) -> list[set[str]]:
+    """All images in sets: images that a row shows together are in the same one."""
     sets = {}
-    for sample in data.samples:
-        together = set().union(*(sets.get(image, {image}) for image in sample.images))
+    for images in rows:
+        together = set().union(*(sets.get(image, {image}) for image in images))
         sets |= dict.fromkeys(together, together)
     return list({id(images): images for images in sets.values()}.values())

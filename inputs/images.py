@@ -11,13 +11,15 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-from common import InputError
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from common import InputError
+
 MAX_IMAGE_PIXELS = 100_000_000
+IMAGE_EXTENSIONS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out
 HIGH_BIT_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -63,6 +65,27 @@ def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) 
             f"at least {low:,} and at most {high:,} pixels an image: set both --min-pixels and --max-pixels"
         )
     return settings
+
+
+def find_images(names: list[str], folder: Path, allow_outside: bool) -> list[str]:
+    """Paths of the images that a row names, from `folder`. A name may leave out its extension (see IMAGE_EXTENSIONS).
+
+    Raises ValueError for an image that is missing, or that lies outside the folder where that is not allowed.
+    """
+    paths, whole = [], Path(os.path.abspath(folder))
+    for name in names:
+        candidates = [folder / f"{name}{extension}" for extension in IMAGE_EXTENSIONS]
+        # os.path.isfile, unlike Path.is_file, never raises, whatever a row says
+        path = Path(os.path.abspath(next(filter(os.path.isfile, candidates), candidates[0])))
+        if not path.is_relative_to(whole) and os.path.isfile(path):  # a row may reach the folder through a link
+            real, real_whole = Path(os.path.realpath(path.parent), path.name), os.path.realpath(folder)
+            path = whole / real.relative_to(real_whole) if real.is_relative_to(real_whole) else path
+        if not allow_outside and not path.is_relative_to(whole):
+            raise ValueError(f"image {name} lies outside {folder} (--allow-outside-images permits that)")
+        if not os.path.isfile(path):
+            raise ValueError(f"image {str(path)[:300]} is {'a folder' if os.path.isdir(path) else 'missing'}")
+        paths.append(str(path))
+    return paths
 
 
 def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tuple[int, int] | str]:

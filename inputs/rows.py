@@ -15,6 +15,7 @@ from common import InputError
 IMAGE_KEYS = ("image", "images")
 FLAT_IMAGE_KEYS = (*IMAGE_KEYS, "image_filename", "image_id")
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MAX_LISTED = 50  # bad rows listed on the console; bad_rows.jsonl has all of them
 REST_UNREAD = "the rest of the file was not read"
 
 
@@ -27,6 +28,10 @@ class Row:
     images: list[str]
     fields: dict  # question, answer, and id, question_type, options where the row has them
     weight: float = 1.0  # of its answers' tokens in the loss
+    file: int = 0  # number of its file, where several are read
+
+    def refused(self, reason: ValueError | str) -> "BadRow":
+        return BadRow(self.where, str(reason), self.fields, self.file)
 
 
 @dataclass
@@ -34,6 +39,11 @@ class BadRow:
     where: str
     reason: str
     row: object = None  # the parsed row, or its text where it is not JSON
+    file: int = 0
+
+    def place(self) -> tuple[int, list[int]]:
+        """Sorts bad rows as they stand in their files."""
+        return self.file, [int(number) for number in self.where.rpartition(":")[2].split(" row ")]
 
 
 def read_rows(path: Path, shown_as: str = "") -> tuple[list[Row], list[BadRow]]:
@@ -55,6 +65,37 @@ def read_rows(path: Path, shown_as: str = "") -> tuple[list[Row], list[BadRow]]:
     if not good and not bad:
         bad.append(BadRow(f"{name}:1", "no rows in the file"))
     return good, bad
+
+
+def stop_or_skip_bad(
+    bad: list[BadRow], files: list[str], usable: set[int], skip_bad: bool, output: Path | None
+) -> None:
+    """Write every bad row to output/bad_rows.jsonl. `usable` are the numbers of the files that have a usable row.
+
+    Raises InputError that lists the bad rows, unless `skip_bad` allows the run to go on without them.
+    """
+    file = output / "bad_rows.jsonl" if output else None
+    if file:
+        _write_bad_rows(file, bad, files)
+    if not bad:
+        return
+    listed = "".join(f"\n  {row.where}: {row.reason}" for row in bad[:MAX_LISTED])
+    if len(bad) > MAX_LISTED:
+        listed += f"\n  and {len(bad) - MAX_LISTED:,} more" + (f", see {file}" if file else "")
+    if empty := [path for number, path in enumerate(files) if number not in usable]:
+        raise InputError(f"{', '.join(empty)}: no usable row{listed}")
+    if not skip_bad:
+        raise InputError(f"{len(bad):,} rows can't be used (--skip-bad goes on without them):{listed}")
+
+
+def _write_bad_rows(file: Path, bad: list[BadRow], files: list[str]) -> None:
+    if not bad:
+        file.unlink(missing_ok=True)  # of a start before the rows were mended
+        return
+    with open(file, "w", encoding="utf-8", errors="backslashreplace") as out:
+        for row in bad:
+            line = {"file": files[row.file], "where": row.where, "reason": row.reason, "row": row.row}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _json_values(raw: bytes):

@@ -14,10 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from data import Batch
-
-FLEX_BLOCK = 128  # FlexAttention wants lengths that are multiples of its block (pytorch#153799)
-
+from data import FLEX_BLOCK, Batch
 
 # Batches are padded to whole blocks, which a compiler that is told of no length can't know: no checks for the end.
 OPTIONS = {"IS_DIVISIBLE": True}

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 import data
 import dist_utils
-import feed
 import train
 from training import checkpoints
 
@@ -195,7 +194,7 @@ def short_timeouts(seconds: int, then) -> None:
 
 def stall_in_worker() -> None:
     """A data worker never comes back from its third picture on."""
-    feed.STALLED_AFTER, real, count = 3, data.load_patches, iter(range(1000))
+    data.STALLED_AFTER, real, count = 3, data.load_patches, iter(range(1000))
 
     def load_patches(*args):
         if os.environ.get("ONELOOK_TEST_MAIN") != str(os.getpid()) and next(count) > 2:

@@ -7,8 +7,7 @@ import tiny
 import torch
 
 import dist_utils
-from data import TreeDataset
-from feed import make_loader
+from data import TreeDataset, make_loader
 from train import by_step, train_step
 from trees import PlanSettings, StepSampler
 

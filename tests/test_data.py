@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from common import InputError
 from PIL import Image, ImageFile
 from test_rows import BAD, FORMATS, flat, parts
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data as data_file
-from data import MAX_LISTED, TreeDataset, load_data, load_files, stop_or_skip_bad
+from common import InputError
+from data import TreeDataset, VQAData, load_data
 from inputs import images as images_file
 from inputs.images import check_images, image_settings, load_patches
+from inputs.rows import MAX_LISTED, stop_or_skip_bad
 from training.preparation import describe_sample
 from training.settings import parse_settings
 from trees import PlanSettings, Work, make_plan, rank_efficiency
@@ -45,7 +46,7 @@ def load(world, tmp_path, tokenizer, settings):
     def load(rows, images=world / "images", max_tokens=100_000, **options):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         (tmp_path / "rows.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return load_data(tmp_path / "rows.jsonl", images, tokenizer, settings, max_tokens, **options)
+        return load_data([tmp_path / "rows.jsonl"], images, tokenizer, settings, max_tokens, **options)
 
     return load
 
@@ -198,8 +199,8 @@ def test_files_of_one_name_are_told_apart_by_as_many_folders_as_that_takes(token
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(flat()) + "\n")
-    parts = load_files([str(tmp_path / name) for name in names], tmp_path, tokenizer, settings, 1000)
-    shown = [part.samples[0].where for part in parts]
+    data = load_data([str(tmp_path / name) for name in names], tmp_path, tokenizer, settings, 1000)
+    shown = [sample.where for sample in data.samples]
     assert shown[1:] == ["a/x/t.jsonl:1", "b/x/t.jsonl:1", "other.jsonl:1", "b/x/t.jsonl:1"]
     assert shown[0] == f"{tmp_path.name}/t.jsonl:1"
 
@@ -225,6 +226,10 @@ def test_pixel_limits_that_cross_are_an_error(world):
 # ------------------------------------------------------------------------------------------------------------ bad rows
 
 
+def stop(data: VQAData, skip_bad: bool, output: Path) -> None:
+    stop_or_skip_bad(data.bad, data.files, {sample.file for sample in data.samples}, skip_bad, output)
+
+
 def bad_lines() -> list[str]:
     return [line for line, _ in BAD.values() if isinstance(line, str)]
 
@@ -243,7 +248,7 @@ def test_bad_rows_and_images_are_told_together_in_the_order_of_the_file(load, tm
     assert [one.where for one in data.bad] == [f"rows.jsonl:{n}" for n in range(2, len(lines))]
     assert [sample.where for sample in data.samples] == ["rows.jsonl:1", f"rows.jsonl:{len(lines)}"]
     with pytest.raises(InputError) as caught:
-        stop_or_skip_bad([data], False, tmp_path)
+        stop(data, False, tmp_path)
     told = str(caught.value).split("\n  ")
     assert f"{len(data.bad)} rows can't be used" in told[0] and "--skip-bad" in told[0]
     assert told[1:51] == [f"{one.where}: {one.reason}" for one in data.bad[:MAX_LISTED]]
@@ -252,28 +257,29 @@ def test_bad_rows_and_images_are_told_together_in_the_order_of_the_file(load, tm
 
 def test_bad_rows_jsonl_holds_all_of_them_and_good_ones_survive_skip_bad(load, tmp_path):
     data = load([json.dumps(flat(image="a.png")), *bad_lines()])
-    other = replace(data, path="val.jsonl", bad=data.bad[:1])
-    stop_or_skip_bad([data, other], True, tmp_path)
+    (path,) = data.files
+    data.files, data.bad = [path, "val.jsonl"], [*data.bad, replace(data.bad[0], file=1)]
+    data.samples = [*data.samples, replace(data.samples[0], file=1)]
+    stop(data, True, tmp_path)
     written = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
-    expected = [(data.path, one) for one in data.bad] + [("val.jsonl", data.bad[0])]
     assert [(row["file"], row["where"], row["reason"]) for row in written] == [
-        (p, b.where, b.reason) for p, b in expected
+        (data.files[row.file], row.where, row.reason) for row in data.bad
     ]
     assert written[0]["row"] == BAD["truncated"][0]
-    assert [sample.where for sample in data.samples] == ["rows.jsonl:1"]
+    assert [sample.where for sample in data.samples] == ["rows.jsonl:1"] * 2
 
 
 def test_a_row_of_a_one_line_array_takes_no_other_with_it(world, tmp_path, tokenizer, settings):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([flat(image="gone.png"), flat(image="a.png"), flat(image="lost.png"), flat()]))
-    data = load_data(path, world / "images", tokenizer, settings, 1000)
+    data = load_data([path], world / "images", tokenizer, settings, 1000)
     assert [sample.where for sample in data.samples] == ["rows.json:1 row 2", "rows.json:1 row 4"]
     assert [one.where for one in data.bad] == ["rows.json:1", "rows.json:1 row 3"]
 
 
 def test_without_bad_rows_nothing_is_written_and_an_old_list_goes(load, tmp_path):
     (tmp_path / "bad_rows.jsonl").write_text("of the run before")
-    stop_or_skip_bad([load([flat()])], False, tmp_path)
+    stop(load([flat()]), False, tmp_path)
     assert not (tmp_path / "bad_rows.jsonl").exists()
 
 
@@ -281,7 +287,7 @@ def test_without_bad_rows_nothing_is_written_and_an_old_list_goes(load, tmp_path
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_a_file_without_a_usable_row_stops_even_with_skip_bad(load, tmp_path, rows, skip_bad):
     with pytest.raises(InputError, match=r"rows.jsonl: no usable row\n  rows.jsonl:1: "):
-        stop_or_skip_bad([load([flat()]), load(rows)], skip_bad, tmp_path)
+        stop(load(rows), skip_bad, tmp_path)
 
 
 def test_only_images_of_used_rows_count(load):
@@ -535,7 +541,7 @@ def kvasir(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(QWEN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_file, "check_images", lambda paths, *_: {path: size(path) for path in paths})
-        return rows, load_data(KVASIR, folder, tokenizer, image_settings(QWEN), 8192), tokenizer
+        return rows, load_data([KVASIR], folder, tokenizer, image_settings(QWEN), 8192), tokenizer
 
 
 def test_all_rows_of_kvasir_vqa_are_used_and_trained_on_exactly_their_answers(kvasir):

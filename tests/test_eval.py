@@ -9,7 +9,6 @@ from argparse import Namespace
 import pytest
 import tiny
 import torch
-from common import InputError
 from faults import arguments
 from peft import PeftModel
 from tiny import single
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer
 
 import eval as evaluation
 import train
+from common import InputError
 from data import build_batch
 from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate

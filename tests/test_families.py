@@ -9,7 +9,6 @@ import test_cuda
 import test_eval
 import tiny
 import torch
-from common import InputError
 from faults import arguments
 from huggingface_hub import constants
 from peft import PeftModel
@@ -26,6 +25,7 @@ from transformers import AutoModelForImageTextToText
 import eval as evaluation
 import model as model_file
 import train
+from common import InputError
 from inputs.images import ImageSettings, image_settings
 from model import MODEL_TYPES, compile_layers, load_base, lora_table, resolve_model, save_adapter
 from modeling import attention

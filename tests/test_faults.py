@@ -18,11 +18,11 @@ import faults
 import pytest
 import tiny
 import torch
-from common import InputError
 from faults import Run, arguments, at_step, losses, result, same
 
 import dist_utils
 import train
+from common import InputError
 from dist_utils import SIGNALS, STOPPED, Stop
 from training import checkpoints
 

@@ -3,80 +3,73 @@
 import json
 import random
 import shutil
-from dataclasses import replace
 
 import pytest
-import tiny
-from common import InputError
 from test_train import arguments, lines
 
 import eval as evaluation
 import train
-from data import VQAData
-from inputs.holdout import hold_out, trained_rows
+from common import InputError
+from inputs.holdout import hold_out, possible_names, relative_names, split
 from inputs.rows import read_rows
 
 
-def made(data: VQAData, images: list[tuple[str, ...]]) -> VQAData:
-    """Samples that show these images, in folder /x."""
-    paths = [tuple(f"/x/{image}" for image in one) for one in images]
-    samples = [replace(data.samples[0], where=f"r:{n}", images=one) for n, one in enumerate(paths)]
-    return VQAData(
-        "r", samples, dict.fromkeys((i for one in paths for i in one), (2, 2)), [], dict.fromkeys(sum(paths, ()))
-    )
-
-
 @pytest.fixture(scope="module")
-def many(world):
-    images = [(f"{n}.png",) for n in range(40) for _ in range(1 + n % 3)] + [("1.png", "2.png"), ("2.png", "3.png"), ()]
-    return made(tiny.load_world(world)[0], images)
+def many():
+    """Image names of rows: one to three rows on each of 40 images, two that link three of them, one without."""
+    rows = [(f"{n}.png",) for n in range(40) for _ in range(1 + n % 3)]
+    return [*rows, ("1.png", "2.png"), ("2.png", "3.png"), ()]
+
+
+def images_of(rows: list[tuple[str, ...]], indices: list[int]) -> set[str]:
+    return {image for index in indices for image in rows[index]}
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
 def test_images_are_held_out_whole_and_in_the_share_asked_for(many, fraction):
-    trained, held = hold_out(many, "/x", fraction, 0)
-    assert len(held.grids) == round(fraction * 40) and not set(held.grids) & set(trained.grids)
-    assert len(trained.samples) + len(held.samples) == len(many.samples)
-    for part in (trained, held):
-        assert set(part.grids) == set(part.sizes) == {image for sample in part.samples for image in sample.images}
-    assert many.samples[-1] in trained.samples  # it has no image
+    trained, held = hold_out(many, fraction, 0)
+    assert len(images_of(many, held)) == round(fraction * 40)
+    assert not images_of(many, held) & images_of(many, trained)
+    assert sorted(trained + held) == list(range(len(many)))
+    assert len(many) - 1 in trained  # it has no image
 
 
 def test_images_that_rows_show_together_stay_together(many):
-    linked, sides = {f"/x/{n}.png" for n in (1, 2, 3)}, set()
-    for seed in range(20):
-        _, held = hold_out(many, "/x", 0.25, seed)
-        sides.add(len(linked & set(held.grids)))
+    sides = {len({"1.png", "2.png", "3.png"} & images_of(many, hold_out(many, 0.25, seed)[1])) for seed in range(20)}
     assert sides == {0, 3}
 
 
-def test_the_order_of_rows_and_the_place_of_the_folder_change_nothing_and_the_seed_does(many):
-    held = {sample.where for sample in hold_out(many, "/x", 0.25, 0)[1].samples}
+def test_the_order_of_rows_changes_nothing_and_the_seed_does(many):
+    held = images_of(many, hold_out(many, 0.25, 0)[1])
     for seed in range(5):
-        mixed = many.samples[:]
-        random.Random(seed).shuffle(mixed)
-        assert {sample.where for sample in hold_out(many.only(mixed), "/x", 0.25, 0)[1].samples} == held
-    moved = made(many, [tuple("y/z/" + image[3:] for image in sample.images) for sample in many.samples])
-    assert {sample.where for sample in hold_out(moved, "/x/y/z", 0.25, 0)[1].samples} == held
-    assert {sample.where for sample in hold_out(many, "/x", 0.25, 1)[1].samples} != held
+        mixed = random.Random(seed).sample(many, len(many))
+        assert images_of(mixed, hold_out(mixed, 0.25, 0)[1]) == held
+    assert images_of(many, hold_out(many, 0.25, 1)[1]) != held
+
+
+def test_names_are_those_below_the_folder_wherever_it_is():
+    for folder in ("/x", "/x/y/z"):
+        assert relative_names((f"{folder}/a.png", "b/../c.png"), folder) == ("a.png", "c.png")
 
 
 @pytest.mark.parametrize(("fraction", "told"), [(0.01, "holds out none"), (1, "holds out all")])
-def test_a_share_that_leaves_a_part_empty_is_refused(many, fraction, told):
+def test_a_share_that_leaves_a_part_empty_is_refused(fraction, told):
     with pytest.raises(InputError, match=told):
-        hold_out(made(many, [("a",), ("b",), ("c",)]), "/x", fraction, 0)
+        hold_out([("a",), ("b",), ("c",)], fraction, 0)
 
 
-def test_images_that_rows_link_are_told_where_no_share_can_work(many):
+def test_images_that_rows_link_are_told_where_no_share_can_work():
     with pytest.raises(InputError, match="4 images holds out none; 4 of them stay together"):
-        hold_out(made(many, [("a", "b"), ("a", "c"), ("a", "d")]), "/x", 0.5, 0)
+        hold_out([("a", "b"), ("a", "c"), ("a", "d")], 0.5, 0)
 
 
 def test_rows_that_leave_an_image_s_extension_out_are_held_out_too(world):
     rows, _ = read_rows(world / "rows.jsonl")
     rows[0].images, rows[1].images = ["a"], ["./a.png"]
-    kept = trained_rows(rows, str(world / "images"), ["a.png"])
-    assert [row.where for row in kept] == [row.where for row in rows[17:] if "a.png" not in row.images]
+    names = [possible_names(row.images, str(world / "images")) for row in rows]
+    assert [rows[i].where for i in split(names, ["a.png"])[0]] == [
+        row.where for row in rows[17:] if "a.png" not in row.images
+    ]
 
 
 def test_a_run_evaluates_what_it_holds_out_and_eval_answers_the_same(world, tmp_path, capsys):

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import tiny
 import torch
-from common import InputError
 from faults import Run
 from safetensors.torch import save_file
 from test_exact import assert_exact, run_step, whole
@@ -16,6 +15,7 @@ from test_train import adapter, arguments, lines
 import eval as evaluation
 import merge
 import train
+from common import InputError
 from model import add_lora, load_base, lora_table
 from training.checkpoints import read_state
 from training.settings import DEFAULT_TARGETS

@@ -6,7 +6,6 @@ import re
 import pytest
 import tiny
 import torch
-from common import InputError
 from faults import arguments
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
@@ -14,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 import merge
 import train
+from common import InputError
 from training.model_card import model_card
 
 

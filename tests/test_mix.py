@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import tiny
-from common import InputError
 from test_train import adapter, arguments, lines
 
 import eval as evaluation
 import train
+from common import InputError
 from trees import PlanSettings, StepSampler, epoch_passes, group_samples, make_plan
 
 

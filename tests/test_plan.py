@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from common import InputError
 from PIL import ImageFile
 from test_bench import bench
 from test_data import VALID_IMAGES, cut_short, noise, turned
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import model as model_file
 import train
+from common import InputError
 from data import VQAData, at_limit, load_data
 from inputs.images import check_images, image_settings
 from model import MEMORY_BUDGETS, MEMORY_MARGIN, choose_memory_budget, compile_layers
@@ -204,7 +204,7 @@ def test_an_image_is_counted_once_a_tree_and_every_token_once(world):
 def test_smaller_pictures_are_planned_as_they_would_be_loaded(world, limit):
     data, dataset = tiny.load_world(world)
     tokenizer, settings = AutoTokenizer.from_pretrained(world / "model"), image_settings(world / "model", 0, limit)
-    loaded = load_data(world / "rows.jsonl", world / "images", tokenizer, settings, 100_000)
+    loaded = load_data([world / "rows.jsonl"], world / "images", tokenizer, settings, 100_000)
     planned = at_limit(data, dataset.settings, limit)
     assert planned.grids == loaded.grids
     for ours, theirs in zip(planned.samples, loaded.samples, strict=True):
@@ -351,7 +351,7 @@ def test_suspicious_rows_are_counted_and_the_first_is_named(world, tmp_path):
     data = []
     for name, chosen in (("train", rows), ("val", [tiny.single("d.png", "Why?", "so"), rows[2]])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-        data.append(load_data(tmp_path / f"{name}.jsonl", world / "images", tokenizer, settings, 100_000))
+        data.append(load_data([tmp_path / f"{name}.jsonl"], world / "images", tokenizer, settings, 100_000))
     trained = int(data[0].samples[8].trained.sum())
     assert data_warnings(*data) == [
         "validation images that are also trained on: 1, val.jsonl:2 b.png",

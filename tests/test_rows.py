@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from common import InputError
 
+from common import InputError
 from inputs.rows import read_rows
 
 ASKED = ["user: ▣How many polyps?", "assistant: two"]

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from common import InputError
 
+from common import InputError
 from training.settings import build_parser, parse_settings, to_toml
 
 

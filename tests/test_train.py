@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from common import InputError
 from safetensors.torch import load_file
 from test_ranks import HERE, torchrun
 
 import eval as evaluation
 import model as model_file
 import train
+from common import InputError
 from model import TreeModel, add_lora
 from training import checkpoints
 from training import preparation as prepare

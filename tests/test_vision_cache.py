@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from common import InputError
 from test_exact import whole
 from test_train import arguments, lines
 from transformers import AutoConfig
 
 import train
+from common import InputError
 from data import TreeDataset
 from inputs import vision_cache
 from model import TreeModel

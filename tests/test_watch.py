@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from common import InputError
 from test_exact import whole
 from test_train import arguments, lines
 from tqdm import tqdm
 from transformers import AutoConfig
 
 import train
+from common import InputError
 from data import build_batch
 from dist_utils import Ranks
 from evaluation.page import sheet

@@ -123,7 +123,7 @@ def write_world(folder: Path, rows: list[dict] | None = None, family: str = "") 
 
 def load_world(folder: Path) -> tuple[VQAData, TreeDataset]:
     tokenizer, settings = AutoTokenizer.from_pretrained(folder / "model"), image_settings(folder / "model")
-    data = load_data(folder / "rows.jsonl", folder / "images", tokenizer, settings, 100_000)
+    data = load_data([folder / "rows.jsonl"], folder / "images", tokenizer, settings, 100_000)
     assert not data.bad, data.bad
     return data, TreeDataset(data, settings)
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from common import PARTIAL, InputError, flush_to_disk, write_whole
 from safetensors import SafetensorError
 
+from common import PARTIAL, InputError, flush_to_disk, write_whole
 from dist_utils import print0, restarted, unwrap
 from model import load_lora, save_adapter
 from training.model_card import model_card

@@ -8,9 +8,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from common import write_whole
 from tqdm import tqdm
 
+from common import write_whole
 from dist_utils import Ranks, print0
 from evaluation.page import sheet
 from evaluation.report import curves

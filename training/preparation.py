@@ -5,18 +5,19 @@ import math
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import InputError
 from transformers import AutoConfig, AutoTokenizer
 
-from data import Sample, VQAData, join, load_files, stop_or_skip_bad
+from common import InputError
+from data import Sample, VQAData, load_data
 from dist_utils import print0
-from inputs.holdout import hold_out
+from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
+from inputs.rows import stop_or_skip_bad
 from inputs.vision_cache import SPARE, cache_at
 from model import fingerprint, lora_differences, lora_table, names_vision, resolve_model
 from training.checkpoints import size_and_sum
@@ -37,14 +38,17 @@ from trees import group_samples, heaviest, make_plan, questions_by_file, rank_ef
 
 def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
     files = [*args.train, args.val] if args.val else args.train
-    how = (args.max_tokens, args.system, args.allow_outside_images)
-    data = load_files(files, args.images, tokenizer, images, *how, headers_only=args.plan, prompt=args.prompt)
-    stop_or_skip_bad(data, args.skip_bad, output)
-    train, val = join(data[: len(args.train)]), data[-1] if args.val else None
+    options = {"system": args.system, "prompt": args.prompt, "allow_outside_images": args.allow_outside_images}
+    data = load_data(files, args.images, tokenizer, images, args.max_tokens, headers_only=args.plan, **options)
+    stop_or_skip_bad(data.bad, files, {sample.file for sample in data.samples}, args.skip_bad, output)
+    count = len(args.train)
+    train, val = data.of_files(0, count), data.of_files(count, count + 1) if args.val else None
     if args.val_fraction:
-        count = len(train.grids)
-        train, val = hold_out(train, args.images, args.val_fraction, args.seed)
-        print0(f"held out {len(val.samples):,} questions on {len(val.grids):,} of {count:,} images")
+        names = [relative_names(sample.images, args.images) for sample in train.samples]
+        trained, held_out = hold_out(names, args.val_fraction, args.seed)
+        val = replace(train.only([train.samples[i] for i in held_out]), bad=[])
+        print0(f"held out {len(val.samples):,} questions on {len(val.grids):,} of {len(train.grids):,} images")
+        train = train.only([train.samples[i] for i in trained])
     if len(args.train) > 1 or args.train_weights:
         for own, asked in questions_by_file(train.samples, plan_settings(args)):
             print0(f"{args.train[train.samples[own[0]].file]}: {len(own):,} questions, {asked:,} an epoch")
