@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import re
 from collections import Counter
 from html import escape
@@ -11,7 +10,8 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from common import write_whole
-from evaluation.page import LETTERS, along, bars, document, grid, legend, percent, plot, table, text, ticks
+from evaluation import charts
+from evaluation.page import MAX_LETTERS, document, grid, legend, percent, table, text
 from evaluation.scores import calibration_bins, calibration_error
 from inputs.images import open_picture
 
@@ -78,8 +78,8 @@ def score_table(told: str, scores: dict[str, dict], field: str, names: list[str]
     rows, parameter = [], {"by_type": "type", "by_question": "q"}[field]
     for name in names:
         found = [score[field][name]["exact_match"] for score in scores.values()]
-        link = f'<a href="#{escape(urlencode({parameter: name[:LETTERS]}))}">{text(name)}</a>'
-        row = [link, f"{found[0]['questions']:,}", bars(found), *map(percent, found)]
+        link = f'<a href="#{escape(urlencode({parameter: name[:MAX_LETTERS]}))}">{text(name)}</a>'
+        row = [link, f"{found[0]['questions']:,}", charts.bars(found), *map(percent, found)]
         rows.append(row + [f"{100 * (found[0]['mean'] - base['mean']):+.1f}" for base in found[1:]])
     head = [field.removeprefix("by_"), "questions", "0 to 100%", *map(text, scores), "difference"]
     return f"<p>{told}: {legend(scores, '●■')}</p>" + table(head[: 3 + 2 * len(scores) - 1], rows)
@@ -149,57 +149,21 @@ def confusions(scores: dict[str, dict]) -> str:
     return grid(told, figures)
 
 
-def reliability(kind: str, answers: list[dict]) -> tuple[str, str]:
-    """In each tenth of confidence the share right as a bar, the mean confidence as a dot, the answers as a number."""
-    confidences, right = [one["confidence"] for one in answers], [one["right"] for one in answers]
-    axis, drawn, said = [k / 10 for k in range(11)], '<path class="dashed" d="M50 190L390 24"/>', "share right: "
-    for one in calibration_bins(confidences, right):
-        x, y, dot = along(axis, one["low"], 50, 390), along(axis, one["accuracy"], 190, 24), one["confidence"]
-        drawn += f'<path class="span k0" d="M{x + 1} 190V{y}h32V190z"/>'
-        drawn += f'<circle class="k0" cx="{along(axis, dot, 50, 390)}" cy="{y}" r="3.5"/>'
-        drawn += f'<text class="count" x="{x + 17}" y="14" text-anchor="middle">{one["questions"]}</text>'
-        said += f"{one['accuracy']:.2f} of {one['questions']} at confidence {dot:.2f}; "
-    caption = f"<b>{text(kind)}</b> Expected calibration error {calibration_error(confidences, right):.3f}"
-    return caption, plot(axis, axis[::2], "confidence", said, drawn)
-
-
 def calibration(predictions: dict[str, list[dict]]) -> str:
     told = """Confidence is the probability that the model gave to its whole answer. Bars are shares of right answers,
     numbers on top count answers, dots stand at the mean confidence: those under the dashed line are too sure."""
-    return grid(told, [reliability(kind, answers) for kind, answers in predictions.items()])
-
-
-def chart(lines: dict[str, list[tuple[float, float]]], mark: int) -> list[tuple[list[str], str]]:
-    """One or two lines' names and their plot against steps, the second with dots; none where there is no point."""
-    points = [point for line in lines.values() for point in line]
-    if not points:
-        return []
-    xs, ys = ticks(0, max(x for x, _ in points)), ticks(min(y for _, y in points), max(y for _, y in points))
-    drawn = f'<path class="dashed" d="M{along(xs, mark, 50, 390)} 24V190"/>' if 0 < mark <= xs[-1] else ""
-    for i, line in enumerate(lines.values()):
-        places = [(along(xs, x, 50, 390), along(ys, y, 190, 24)) for x, y in line]
-        drawn += f'<polyline class="k{i}" points="{" ".join(f"{x},{y}" for x, y in places)}"/>'
-        drawn += "".join(f'<circle class="k{i}" cx="{x}" cy="{y}" r="3"/>' for x, y in places if i or len(places) < 60)
-    said = "; ".join(f"{name} from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in lines.items() if line)
-    return [(list(lines), plot(xs, ys, "step", said, drawn))]
-
-
-def curves(metrics: list[dict], mark: int = 0) -> list[tuple[list[str], str]]:
-    """Charts of losses, exact match and learning rate from the lines of metrics.jsonl, with step `mark` dashed."""
-
-    def line(event: str, field: str, scale: float = 1) -> list[tuple[float, float]]:
-        points = [(one["step"], scale * one[field]) for one in metrics if one["event"] == event]
-        return [point for point in points if math.isfinite(point[1])]
-
-    figures = chart({"training loss": line("train", "loss"), "validation loss": line("eval", "loss")}, mark)
-    figures += chart({"validation exact match, %": line("eval", "exact_match", 100)}, mark)
-    return figures + chart({"learning rate": line("train", "lr")}, mark)
+    figures = []
+    for kind, answers in predictions.items():
+        confidences, right = [answer["confidence"] for answer in answers], [answer["right"] for answer in answers]
+        caption = f"<b>{text(kind)}</b> Expected calibration error {calibration_error(confidences, right):.3f}"
+        figures.append((caption, charts.reliability(calibration_bins(confidences, right))))
+    return grid(told, figures)
 
 
 def training(metrics: list[dict], name: str) -> str:
     found = re.fullmatch(r"checkpoint-(\d+)", name)
     step = int(found[1]) if found else 0
-    figures = [(legend(names, "—●"), drawn) for names, drawn in curves(metrics, step)]
+    figures = [(legend(names, charts.CURVE_MARKS), drawn) for names, drawn in charts.curves(metrics, step)]
     return grid(f"The dashed line marks this checkpoint, step {step:,}." if step else "", figures)
 
 

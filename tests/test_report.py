@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import report, scores
-from evaluation.page import sheet, ticks
+from evaluation import charts, report, scores
 
 HOSTILE = (
     "</script></style><img src=x onerror=\"document.title='broken'\"> ' \" & <script>document.title='broken'</script>"
@@ -196,7 +195,7 @@ def test_training_curves_have_numbered_axes_and_the_checkpoint(write):
 
 def test_lines_that_do_not_move_can_be_drawn(write):
     for value in (0, 1.0, 5e-6, 0.3):
-        axis = ticks(value, value)
+        axis = charts.ticks(value, value)
         assert len(axis) > 1 and axis[0] <= value * (1 + 1e-9) and axis[-1] >= value * (1 - 1e-9)
     flat = [{"event": "eval", "step": 1, "loss": math.nan, "exact_match": 0.0}]
     part = section(write(pair(), flat), "training")
@@ -383,7 +382,7 @@ def test_an_injected_script_does_not_run(write, tmp_path, chromium):
 
 def test_page_and_curves_are_light_or_dark_as_the_reader_wants(write, tmp_path, chromium):
     write(pair())
-    (tmp_path / "curves.svg").write_text(sheet(report.curves(METRICS)), encoding="utf-8")
+    (tmp_path / "curves.svg").write_text(charts.sheet(charts.curves(METRICS)), encoding="utf-8")
     dark, light = ((16, 20, 24), (86, 180, 233), (230, 159, 0)), ((255, 255, 255), (0, 114, 178), (179, 89, 0))
     for scheme, (paper, blue, orange) in enumerate((dark, light)):
         options = (f"--screenshot={tmp_path}/page.png", f"--blink-settings=preferredColorScheme={scheme}")

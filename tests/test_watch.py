@@ -22,8 +22,7 @@ import train
 from common import InputError
 from data import build_batch
 from dist_utils import Ranks
-from evaluation.page import sheet
-from evaluation.report import curves
+from evaluation.charts import curves, sheet
 from model import load_base
 from training import checkpoints, metrics, settings
 from training import trackers as watch

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from common import write_whole
 from dist_utils import Ranks, print0
-from evaluation.page import sheet
-from evaluation.report import curves
+from evaluation import charts
 from training.checkpoints import write_or_warn
 from training.plan import Gpu
 
@@ -128,8 +127,8 @@ class Metrics:
 
     def draw(self) -> None:
         """Refresh curves.svg."""
-        if self.ranks.is_main and (figures := curves(read_metrics(self.output / "metrics.jsonl"))):
-            write_or_warn(self.output / "curves.svg", sheet(figures))
+        if self.ranks.is_main and (figures := charts.curves(read_metrics(self.output / "metrics.jsonl"))):
+            write_or_warn(self.output / "curves.svg", charts.sheet(figures))
 
     def status(self, state: str, done: int) -> None:
         """Two lines: for scripts the state (running, stopped, done, failed) and the step, for people how it stands."""

@@ -1,0 +1,148 @@
+"""Drawings as SVG text: curves of a run, reliability diagrams, and bars with intervals.
+
+Shapes carry classes. STYLE gives these their colours, in the page of a report as in a lone curves.svg. Series 0 and 1
+differ in their marks too, not in colour alone. Text that comes from elsewhere passes through html.escape.
+"""
+
+import math
+import re
+from html import escape
+
+COLOURS = {  # on light paper, on dark paper
+    "fg": ("#1b1f24", "#e6edf3"),
+    "dim": ("#59636e", "#9aa5b1"),
+    "bg": ("#fff", "#101418"),
+    "card": ("#f5f7f9", "#191f26"),
+    "line": ("#d4dae0", "#343d48"),
+    "a": ("#0072b2", "#56b4e9"),  # series 0 and 1: Okabe and Ito's blue and orange, which colour-blind readers tell
+    "b": ("#b35900", "#e69f00"),  # apart; the orange is darker on light paper, for contrast
+}
+LIGHT, DARK = ({name: pair[paper] for name, pair in COLOURS.items()} for paper in (0, 1))
+STYLE = """\
+.k0{color:var(--a);stroke:var(--a);fill:var(--a)}
+.k1{color:var(--b);stroke:var(--b);fill:var(--b)}
+.k0,.k1{stroke-width:1.4}
+polyline{fill:none!important}
+svg text{fill:var(--dim);font-size:13px}
+.rule{stroke:var(--line);fill:none}
+.dashed{stroke:var(--dim);stroke-dasharray:4 4;fill:none}
+"""
+LONE_STYLE = ".paper{fill:var(--bg)}svg{font-family:system-ui,sans-serif}tspan{stroke:none!important}"
+CURVE_MARKS = "—●"  # of a curve, of a curve with dots
+
+Figure = tuple[list[str], str]  # the names of one or two series, and their plot
+
+# A plot is 412 x 236 units; its axes span these x, and these y from bottom to top.
+X, Y = (50, 390), (190, 24)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that enclose a range."""
+    rough = (high - low or abs(high) or 1) / 4
+    size = 10 ** math.floor(math.log10(rough))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= 0.999 * rough)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, max(first + 1, last) + 1)]
+
+
+def along(axis: list[float], value: float, span: tuple[int, int]) -> float:
+    """The coordinate of a value on an axis that is drawn over `span`."""
+    start, end = span
+    return round(start + (end - start) * (value - axis[0]) / (axis[-1] - axis[0]), 1)
+
+
+def plot(xs: list[float], ys: list[float], x_name: str, description: str, shapes: str) -> str:
+    """Shapes in axes with the ticks `xs` and `ys`. `description` is the alternative text."""
+    axes = ""
+    for y in ys:
+        place = along(ys, y, Y)
+        axes += f'<path class="rule" d="M{X[0]} {place}H{X[1]}"/>'
+        axes += f'<text x="44" y="{place + 4}" text-anchor="end">{y:,g}</text>'
+    for x in xs:
+        axes += f'<text x="{along(xs, x, X)}" y="208" text-anchor="middle">{x:,g}</text>'
+    axes += f'<text x="220" y="230" text-anchor="middle">{x_name}</text>'
+    return f'<svg viewBox="0 0 412 236" role="img" aria-label="{escape(description)}">{axes}{shapes}</svg>'
+
+
+def line_chart(series: dict[str, list[tuple[float, float]]], mark: int) -> list[Figure]:
+    """A figure of one or two series against steps, the second one with dots, and a dashed line at step `mark`. Empty
+    where there are no points."""
+    points = [point for line in series.values() for point in line]
+    if not points:
+        return []
+    xs, ys = ticks(0, max(x for x, _ in points)), ticks(min(y for _, y in points), max(y for _, y in points))
+    shapes = f'<path class="dashed" d="M{along(xs, mark, X)} {Y[1]}V{Y[0]}"/>' if 0 < mark <= xs[-1] else ""
+    for number, line in enumerate(series.values()):
+        places = [(along(xs, x, X), along(ys, y, Y)) for x, y in line]
+        shapes += f'<polyline class="k{number}" points="{" ".join(f"{x},{y}" for x, y in places)}"/>'
+        if number or len(places) < 60:
+            shapes += "".join(f'<circle class="k{number}" cx="{x}" cy="{y}" r="3"/>' for x, y in places)
+    description = "; ".join(f"{k} from {line[0][1]:.3g} to {line[-1][1]:.3g}" for k, line in series.items() if line)
+    return [(list(series), plot(xs, ys, "step", description, shapes))]
+
+
+def curves(metrics: list[dict], mark: int = 0) -> list[Figure]:
+    """Losses, exact match and learning rate from the lines of metrics.jsonl, with a dashed line at step `mark`."""
+
+    def series(event: str, field: str, scale: float = 1) -> list[tuple[float, float]]:
+        points = [(line["step"], scale * line[field]) for line in metrics if line["event"] == event]
+        return [point for point in points if math.isfinite(point[1])]
+
+    losses = {"training loss": series("train", "loss"), "validation loss": series("eval", "loss")}
+    exact_match = {"validation exact match, %": series("eval", "exact_match", 100)}
+    learning_rate = {"learning rate": series("train", "lr")}
+    return [figure for lines in (losses, exact_match, learning_rate) for figure in line_chart(lines, mark)]
+
+
+def sheet(figures: list[Figure]) -> str:
+    """Figures side by side, each under the names of its series, as one SVG file that needs no page around it."""
+    body = ""
+    for number, (names, plotted) in enumerate(figures):
+        labels = "".join(
+            f'<tspan class="k{i}" dx="{8 * i}">{CURVE_MARKS[i]} {escape(name)}</tspan>' for i, name in enumerate(names)
+        )
+        body += f'<svg x="{420 * number}" width="412" height="260"><text x="50" y="20">{labels}</text>'
+        body += f'<svg y="24" width="412" height="236">{plotted}</svg></svg>'
+    width = 420 * len(figures)
+    style = f"{_without_variables(LIGHT)}@media (prefers-color-scheme:dark){{{_without_variables(DARK)}}}"
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 264" width="{width}" height="264">
+<style>{style}</style><rect class="paper" width="100%" height="100%"/>
+{body}</svg>
+"""
+
+
+def _without_variables(colours: dict[str, str]) -> str:
+    """A lone drawing's style with its colours written out: not every viewer of SVG files knows CSS variables."""
+    return re.sub(r"var\(--(\w+)\)", lambda match: colours[match[1]], STYLE + LONE_STYLE)
+
+
+def reliability(bins: list[dict]) -> str:
+    """Bins of `scores.calibration_bins`: the share right as a bar with the number of answers on top, and a dot at the
+    mean confidence."""
+    axis, shapes, description = (
+        [k / 10 for k in range(11)],
+        f'<path class="dashed" d="M{X[0]} {Y[0]}L{X[1]} {Y[1]}"/>',
+        "",
+    )
+    for b in bins:
+        x, top, confidence = along(axis, b["low"], X), along(axis, b["accuracy"], Y), b["confidence"]
+        shapes += f'<path class="span k0" d="M{x + 1} {Y[0]}V{top}h32V{Y[0]}z"/>'
+        shapes += f'<circle class="k0" cx="{along(axis, confidence, X)}" cy="{top}" r="3.5"/>'
+        shapes += f'<text class="count" x="{x + 17}" y="14" text-anchor="middle">{b["questions"]}</text>'
+        description += f"{b['accuracy']:.2f} of {b['questions']} at confidence {confidence:.2f}; "
+    return plot(axis, axis[::2], "confidence", f"share right: {description}", shapes)
+
+
+def bars(means: list[dict]) -> str:
+    """Means with their intervals from 0 to 100%, one line for each model. The numbers stand beside it, so it is hidden
+    from screen readers."""
+    height = 12 * len(means)
+    shapes = f'<path class="rule" d="M0 0V{height}m80 0V0m80 0V{height}"/>'
+    for number, mean in enumerate(means):
+        low, middle, high = (round(160 * mean[end], 1) for end in ("low", "mean", "high"))
+        y = 12 * number
+        shapes += f'<g class="k{number}"><path class="span" d="M{low} {y + 1}H{high}v10H{low}z"/>'
+        shapes += f'<path d="M{middle - 2} {y + 4}h4v4h-4z"/>' if number else f'<circle cx="{middle}" cy="6" r="2"/>'
+        shapes += "</g>"
+    box = f'viewBox="-4 0 168 {height}" width="168" height="{height}"'
+    return f'<svg class="bars" {box} aria-hidden="true">{shapes}</svg>'
