@@ -1,4 +1,4 @@
-"""Run under torchrun by test_ranks.py: the optimizer steps of two epochs; rank 0 writes losses, gradients, samples."""
+"""Run under torchrun: the optimizer steps of two epochs. Rank 0 writes losses, gradients and samples."""
 
 import sys
 from pathlib import Path

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from examples import BAD, FORMATS, flat, parts
 from PIL import Image, ImageFile
-from test_rows import BAD, FORMATS, flat, parts
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -198,7 +198,7 @@ def test_rows_that_are_not_read_are_refused_and_the_conversion_makes_them_the_sa
 
 
 def test_every_test_that_is_named_exists():
-    named = set(re.findall(r"tests/(test_\w+\.py)::(test_\w+)", "".join(page.read_text() for page in PAGES)))
+    named = set(re.findall(r"tests/([\w/]+\.py)::(test_\w+)", "".join(page.read_text() for page in PAGES)))
     assert len(named) > 30
     for file, name in named:
         assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M), (file, name)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from faults import arguments, losses, result, wait_for
-from test_ranks import torchrun
+from test_dist_utils import torchrun
 
 ROOT = Path(__file__).parents[1]
 SLOW_FIRST_JOB = """import os

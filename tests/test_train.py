@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_ranks import HERE, torchrun
+from test_dist_utils import HERE, torchrun
 
 import eval as evaluation
 import model as model_file

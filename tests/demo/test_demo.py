@@ -3,7 +3,7 @@
 import json
 import random
 
-from test_ranks import HERE, torchrun
+from test_dist_utils import HERE, torchrun
 
 from demo import endoscopy
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from test_bench import bench
-from test_exact import whole
+from test_model import whole
 
 from data import build_batch
 from model import TreeModel, add_lora, autocast, compile_layers, prepare_base, target_pattern

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, each with random weights: the promises of test_exact.py and test_eval.py, and what
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, each with random weights: the promises of test_model.py and test_eval.py, and what
 differs between them."""
 
 import json
@@ -12,7 +12,7 @@ import torch
 from faults import arguments
 from huggingface_hub import constants
 from peft import PeftModel
-from test_exact import (  # noqa: F401 (these run here with each family)
+from test_model import (  # noqa: F401 (these run here with each family)
     test_a_step_equals_its_samples_one_by_one_in_any_number_of_micro_batches,
     test_patch_projection_equals_the_conv3d,
     test_patches_equal_the_image_processor_s,

@@ -9,7 +9,7 @@ import tiny
 import torch
 from faults import Run
 from safetensors.torch import save_file
-from test_exact import assert_exact, run_step, whole
+from test_model import assert_exact, run_step, whole
 from test_train import adapter, arguments, lines
 
 import eval as evaluation

@@ -320,7 +320,7 @@ def main(*_):
     raise RuntimeError("/gloom/a.jpg")
 dist_utils.run_and_exit(main, [])
 """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # a terminal that knows fewer characters
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -380,7 +380,7 @@ def text_of(path: Path) -> str:
 
 def slurm_flags() -> tuple:
     """What run.slurm tells torchrun about signals."""
-    text = (Path(__file__).parents[1] / "run.slurm").read_text()
+    text = (Path(__file__).parents[2] / "run.slurm").read_text()
     return tuple(word for word in text.split() if word.startswith("--signals-to-handle="))
 
 
@@ -425,7 +425,7 @@ def test_torchrun_waits_for_a_step_of_four_seconds_as_long_as_it_is_told(world, 
 
 
 def test_a_slurm_job_has_most_of_the_time_between_signal_and_end_for_a_step_and_a_save():
-    text = (Path(__file__).parents[1] / "run.slurm").read_text()
+    text = (Path(__file__).parents[2] / "run.slurm").read_text()
     wait, ahead = (int(re.search(rf"{name}(\d+)", text)[1]) for name in ("SHUTDOWN_TIMEOUT:-", "--signal=USR1@"))
     assert 0.8 * ahead <= wait < ahead
 

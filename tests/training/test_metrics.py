@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from test_exact import whole
+from test_model import whole
 from test_train import arguments, lines
 from tqdm import tqdm
 from transformers import AutoConfig
