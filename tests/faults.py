@@ -1,139 +1,59 @@
-"""Runs of train.py in processes of their own, with faults injected from outside: the product has no hooks for them.
+"""Faults that tests inject into runs from outside, since the product has no hooks for them.
 
-A server process that has imported the product is forked for each rank: a moment where an import takes seconds.
+python tests/faults.py --trials N                            # kill a run at random moments, N times; compare the ends
+python tests/faults.py EXPRESSION --train=...                # under torchrun: train.py with a fault in every rank
 """
 
-import json
-import multiprocessing
 import os
 import random
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
+import runs
+import tiny
+from runs import wait_for
 
 import data
 import dist_utils
 import train
+from model import TreeModel
 from training import checkpoints
-
-HERE = Path(__file__).parent
-SETTINGS = {"batch-size": 8, "max-steps": 6, "max-tokens": 700, "lr": 0.02, "eval-every": 2, "save-every": 2}
-SETTINGS |= {"log-every": 1, "workers": 0, "keep": 9, "lora-dropout": 0.1, "resume": "auto"}
 
 
 def arguments(world: Path, output: Path, **settings) -> list[str]:
-    """A run of 6 steps of 8 questions, evaluated and saved every 2, that goes on where it was interrupted."""
-    given = {"train": world / "rows.jsonl", "val": world / "rows.jsonl", "images": world / "images"}
-    given |= {"model": world / "model", "output": output} | SETTINGS
-    return [f"--{n}={v}" for n, v in (given | {n.replace("_", "-"): v for n, v in settings.items()}).items()]
+    """A run that keeps every checkpoint and goes on where it was interrupted."""
+    return runs.arguments(world, output, **({"keep": 9, "resume": "auto"} | settings))
 
 
-def result(output: Path, step: int = 6) -> dict[str, torch.Tensor]:
-    return load_file(output / f"checkpoint-{step:06d}" / "adapter_model.safetensors")
+def torchrun(argv: list[str], log: Path, fault: str = "", options: tuple = ()) -> subprocess.Popen:
+    """train.py on two ranks under torchrun; `fault`, an expression of this module, is evaluated in each rank first."""
+    command = [runs.ROOT / "tests" / "faults.py", fault] if fault else [runs.ROOT / "train.py"]
+    return runs.torchrun(*command, *argv, log=log, options=options)
 
 
-def same(left: Path, right: Path) -> bool:
-    """Whether two runs ended with the same adapter, bit by bit, and wrote the same losses and accuracies."""
-    a, b = result(left), result(right)
-    return all(torch.equal(a[name], b[name]) for name in b) and losses(left) == losses(right)
+def copy_until(finished: Path, step: int, output: Path) -> Path:
+    """A copy of a finished run as it was after `step` steps."""
+    shutil.copytree(finished, output)
+    for folder in checkpoints.checkpoints(output):
+        if int(folder.name[-6:]) > step:
+            shutil.rmtree(folder)
+    return output
 
 
-def losses(output: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [(line["event"], line["step"], line.get("loss"), line.get("exact_match")) for line in lines]
+def clean(output: Path) -> bool:
+    """Whether a run's folder holds no partial files and no damaged checkpoints."""
+    partial_files = list(output.glob(f"{checkpoints.PARTIAL}*"))
+    return not partial_files and not any(map(checkpoints.damage, checkpoints.checkpoints(output)))
 
 
-# ------------------------------------------------------------------------------------------------------------ starting
-
-
-class Run:
-    """train.py on `ranks` ranks without torchrun; `fault` is called in each before it starts."""
-
-    def __init__(self, argv: list[str], log: Path, ranks: int = 1, fault=None):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["faults"])
-        self.log, environment = log, {}
-        if ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-            environment |= {"WORLD_SIZE": str(ranks)}
-        self.processes = []
-        for rank in range(ranks):
-            mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
-            self.processes.append(context.Process(target=_rank, args=(argv, log, mine, fault)))
-            self.processes[-1].start()
-
-    def wait(self, timeout: float = 60) -> list[int]:
-        """Exit codes, negative for signals. Kills what has not ended in time."""
-        end = time.monotonic() + timeout
-        for process in self.processes:
-            process.join(max(0.1, end - time.monotonic()))
-        late = [process for process in self.processes if process.is_alive()]
-        for process in late:
-            process.kill()
-            process.join()
-        assert not late, f"still running after {timeout} s:\n{self.text()}"
-        return [process.exitcode for process in self.processes]
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def signal(self, number: int, rank: int | None = None) -> None:
-        for process in self.processes if rank is None else [self.processes[rank]]:
-            os.kill(process.pid, number)
-
-    def reached(self, text: str, timeout: float = 60) -> None:
-        wait_for(lambda: text in self.text(), timeout, self.text)
-
-
-def _rank(argv, log, environment, fault) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ |= environment
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a program started by itself
-    torch.set_num_threads(1)
-    if fault:
-        fault()
-    dist_utils.run_and_exit(train.main, argv)
-
-
-def wait_for(condition, timeout: float, explain=lambda: "") -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, explain()
-        time.sleep(0.02)
-
-
-def torchrun(argv: list[str], log: Path, ranks: int = 2, launcher: tuple = (), fault: str = "") -> subprocess.Popen:
-    """train.py under torchrun, `fault` (an expression of this module) called in each rank first."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher]
-    command += [str(HERE / "faults.py"), fault] if fault else [str(HERE.parent / "train.py")]
-    with open(log, "a") as file:
-        return subprocess.Popen([*command, *argv], env=environment, stdout=file, stderr=file)
-
-
-def workers_of(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of torchrun's ranks, in their order."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-    return children + [below for child in children for below in descendants(child)]
+def truncate(path: Path, share: float) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -157,6 +77,18 @@ def kill_me(number: int = signal.SIGKILL) -> None:
 
 def fail() -> None:
     raise ValueError("injected")
+
+
+def nan_loss(steps: range, rank: int = 0) -> None:
+    """Make the loss of these steps (counted from 0) NaN on one rank."""
+    forward = TreeModel.forward
+
+    def poisoned(self, batch, features):
+        losses, right = forward(self, batch, features)
+        spoiled = self.training and batch.work.step is not None and batch.work.step.number in steps
+        return (losses * float("nan") if spoiled and rank == int(os.environ.get("RANK", 0)) else losses), right
+
+    TreeModel.forward = poisoned
 
 
 def kill_in_save(place: str, step: int = 4) -> None:
@@ -234,7 +166,7 @@ TARGETS = ["a rank", "all ranks", "torchrun"]
 
 
 def kill_until_done(argv: list[str], log: Path, generator: random.Random, targets: list[str]) -> list[str]:
-    """Start a run over and over, each time killing the next of `targets` at a random moment, until it is done.
+    """Start a run once for each of `targets`, kill that target at a random moment, and then let the run finish.
 
     Returns what was killed and when.
     """
@@ -247,35 +179,32 @@ def kill_until_done(argv: list[str], log: Path, generator: random.Random, target
             break
         except subprocess.TimeoutExpired:
             story.append(f"{target} after {delay:.1f} s")
-        pids, everything = workers_of(launcher), descendants(launcher.pid)
-        targets = {"a rank": pids[-1:], "all ranks": pids, "torchrun": [launcher.pid]}[target]
-        for pid in targets:
-            os.kill(pid, signal.SIGKILL)
+        ranks, everything = runs.workers_of(launcher), runs.descendants(launcher.pid)
+        runs.kill({"a rank": ranks[-1:], "all ranks": ranks, "torchrun": [launcher.pid]}[target])
         launcher.wait(timeout=60)
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in everything), 60, log.read_text)  # noqa: B023
+        wait_for(partial(runs.gone, everything), 60, log.read_text)
     return story
 
 
-def main() -> None:
-    """python tests/faults.py --trials N: kill runs at random, N times; not part of the tests. Else: under torchrun."""
-    if sys.argv[1] == "--trials":
-        import tempfile
+def random_trials(count: int) -> None:
+    folder = Path(tempfile.mkdtemp())
+    world = tiny.write_world(folder)
+    torchrun(arguments(world, folder / "undisturbed"), folder / "log").wait()
+    for trial in range(count):
+        generator = random.Random(trial)
+        argv = arguments(world, folder / str(trial))
+        story = kill_until_done(argv, folder / "log", generator, generator.choices(TARGETS, k=3))
+        equal = runs.same(folder / str(trial), folder / "undisturbed")
+        print(f"trial {trial}: {'same' if equal else 'DIFFERENT'} after {story}", flush=True)
 
-        import tiny
 
-        folder = Path(tempfile.mkdtemp())
-        world = tiny.write_world(folder)
-        torchrun(arguments(world, folder / "undisturbed"), folder / "log").wait()
-        for trial in range(int(sys.argv[2])):
-            generator = random.Random(trial)
-            argv = arguments(world, folder / str(trial))
-            story = kill_until_done(argv, folder / "log", generator, generator.choices(TARGETS, k=3))
-            equal = same(folder / str(trial), folder / "undisturbed")
-            print(f"trial {trial}: {'same' if equal else 'DIFFERENT'} after {story}", flush=True)
+def main(argv: list[str]) -> None:
+    if argv[0] == "--trials":
+        random_trials(int(argv[1]))
     else:
-        eval(sys.argv[1], globals() | {"partial": partial})
-        dist_utils.run_and_exit(train.main, sys.argv[2:])
+        eval(argv[0])
+        dist_utils.run_and_exit(train.main, argv[1:])
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

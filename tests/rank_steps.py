@@ -1,6 +1,5 @@
-"""Run under torchrun: the optimizer steps of two epochs. Rank 0 writes losses, gradients and samples."""
+"""A program for runs.Run: the optimizer steps of two epochs. Rank 0 writes losses, gradients and samples to a file."""
 
-import sys
 from pathlib import Path
 
 import tiny
@@ -11,32 +10,33 @@ from data import TreeDataset, make_loader
 from train import by_step, train_step
 from trees import PlanSettings, StepSampler
 
-world, out, batch_size, per_image, dropout = sys.argv[1:]
-ranks = dist_utils.start()
-data, dataset = tiny.load_world(Path(world))
-settings = PlanSettings(int(batch_size), int(per_image), 600, seed=1)
-sampler = StepSampler(data.samples, settings, ranks.rank, ranks.world_size)
-model = dist_utils.wrap(tiny.lora_model(Path(world), float(dropout)), ranks)
-trained = [p for p in model.parameters() if p.requires_grad]
-optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
-result = {"losses": [], "norms": [], "samples": [], "counts": [], "gradients": None}
-for epoch in range(2):
-    sampler.set_epoch(epoch)
-    for micro_batches, _ in by_step(make_loader(TreeDataset(data, dataset.settings), sampler, 0, ranks.device)):
-        loss, norm, *_ = train_step(
-            model, optimizer, micro_batches, 1e-3, 1.0, ranks, torch.float32, 0, dist_utils.Stop()
-        )
-        result["losses"].append(loss)
-        result["norms"].append(norm)
-        mine = [i for batch in micro_batches if batch.work.live for i in batch.samples]
-        shards = dist_utils.gather_to_all(mine)
-        result["samples"].append(sorted(i for shard in shards for i in shard))
-        result["counts"].append([len(shard) for shard in shards])
-        if result["gradients"] is None:  # after the first step, clipped alike everywhere
-            named = dist_utils.unwrap(model).named_parameters()
-            result["gradients"] = {name: p.grad.clone() for name, p in named if p.requires_grad}
-result["weights"] = torch.cat([p.detach().flatten() for p in trained])
-if ranks.is_main:
-    torch.save(result, out)
-del model, optimizer, trained
-dist_utils.leave()
+
+def main(argv: list[str], stop: dist_utils.Stop) -> int:
+    world, out, batch_size, per_image, dropout = argv
+    ranks = dist_utils.start()
+    data, dataset = tiny.load_world(Path(world))
+    settings = PlanSettings(int(batch_size), int(per_image), 600, seed=1)
+    sampler = StepSampler(data.samples, settings, ranks.rank, ranks.world_size)
+    model = dist_utils.wrap(tiny.lora_model(Path(world), float(dropout)), ranks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    result = {"losses": [], "norms": [], "samples": [], "counts": [], "gradients": None}
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for micro_batches, _ in by_step(make_loader(TreeDataset(data, dataset.settings), sampler, 0, ranks.device)):
+            loss, norm, *_ = train_step(model, optimizer, micro_batches, 1e-3, 1.0, ranks, torch.float32, 0, stop)
+            result["losses"].append(loss)
+            result["norms"].append(norm)
+            own = [i for batch in micro_batches if batch.work.live for i in batch.samples]
+            shards = dist_utils.gather_to_all(own)
+            result["samples"].append(sorted(i for shard in shards for i in shard))
+            result["counts"].append([len(shard) for shard in shards])
+            if result["gradients"] is None:  # after the first step, clipped alike everywhere
+                named = dist_utils.unwrap(model).named_parameters()
+                result["gradients"] = {name: p.grad.clone() for name, p in named if p.requires_grad}
+    result["weights"] = torch.cat([p.detach().flatten() for p in trained])
+    if ranks.is_main:
+        torch.save(result, out)
+    del model, optimizer, trained  # before the process group is left
+    dist_utils.leave()
+    return 0

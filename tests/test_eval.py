@@ -9,8 +9,8 @@ from argparse import Namespace
 import pytest
 import tiny
 import torch
-from faults import arguments
 from peft import PeftModel
+from runs import arguments
 from tiny import single
 from transformers import AutoTokenizer
 

@@ -6,8 +6,8 @@ import re
 import pytest
 import tiny
 import torch
-from faults import arguments
 from peft import LoraConfig, PeftModel
+from runs import arguments
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 

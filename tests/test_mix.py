@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
-from test_train import adapter, arguments, lines
+from runs import adapter, arguments, lines
 
 import eval as evaluation
 import train

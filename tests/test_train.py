@@ -4,14 +4,15 @@ import copy
 import json
 import shutil
 import tomllib
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
+import faults
 import pytest
 import tiny
 import torch
+from runs import Run, adapter, arguments, lines
 from safetensors.torch import load_file
-from test_dist_utils import HERE, torchrun
 
 import eval as evaluation
 import model as model_file
@@ -20,31 +21,6 @@ from common import InputError
 from model import TreeModel, add_lora
 from training import checkpoints
 from training import preparation as prepare
-
-
-def arguments(world: Path, output: Path, **settings) -> list[str]:
-    """A run of 6 steps of 8 questions with evaluation and checkpoints every 2."""
-    given = {"train": world / "rows.jsonl", "val": world / "rows.jsonl", "images": world / "images"}
-    given |= {"model": world / "model", "output": output, "batch-size": 8, "max-steps": 6, "max-tokens": 700}
-    given |= {
-        "lr": 0.02,
-        "eval-every": 2,
-        "save-every": 2,
-        "log-every": 1,
-        "workers": 0,
-        "keep": 2,
-        "lora-dropout": 0.1,
-    }
-    return [f"--{name.replace('_', '-')}={value}" for name, value in (given | settings).items()]
-
-
-def lines(output: Path, event: str) -> list[dict]:
-    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["event"] == event]
-
-
-def adapter(output: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(output / f"checkpoint-{step:06d}" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +97,9 @@ def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_
     output = tmp_path / "out"
     settings = {"max-steps": 80, "epochs": 16, "lr": 0.005, "lora-dropout": 0.0, "eval-every": 0, "save-every": 0}
     tracked = ["--tensorboard"] if find_spec("tensorboard") else []
-    done = torchrun(2, HERE.parent / "train.py", *arguments(world, output, **settings), *tracked)
-    assert done.returncode == 0, done.stderr
+    text = Run(arguments(world, output, **settings) + tracked, tmp_path / "log", ranks=2).succeed()
     assert len(list(output.glob("tensorboard/*"))) == len(tracked)  # by rank 0 alone
-    assert "⟦" in done.stdout and "rehearsed the heaviest micro-batch" in done.stdout and "q_proj" in done.stdout
+    assert "⟦" in text and "rehearsed the heaviest micro-batch" in text and "q_proj" in text
     alone = tmp_path / "alone"
     train.main(arguments(world, alone, **settings))
     losses, expected = ([line["loss"] for line in lines(folder, "train")] for folder in (output, alone))
@@ -132,8 +107,8 @@ def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_
     assert losses[-1] < losses[0] / 2
 
     teacher_forced = lines(output, "eval")[-1]
-    answered = torchrun(2, HERE.parent / "eval.py", "--ckpt", output, "--max-new-tokens", 16, "--workers", 0)
-    assert answered.returncode == 0, answered.stderr
+    words = ["--ckpt", output, "--max-new-tokens", 16, "--workers", 0]
+    Run(words, tmp_path / "log", ranks=2, main=evaluation.main).succeed()
     result = json.loads((output / "eval" / "checkpoint-000080" / "summary.json").read_text())["scores"]["tuned"]
     assert result["all"]["exact_match"]["mean"] == teacher_forced["exact_match"] > 0.1
     by_type = {kind: scores["exact_match"]["mean"] for kind, scores in result["by_type"].items()}
@@ -196,20 +171,15 @@ def test_a_run_out_of_patience_is_done_with_its_best_checkpoint_and_resumed_like
     assert json.loads((output / "best.json").read_text())["step"] == 7
 
 
-def poison(monkeypatch, steps: range):
-    """Make the loss of these steps NaN."""
-    forward = TreeModel.forward
-
-    def poisoned(self, batch, features):
-        losses, right = forward(self, batch, features)
-        spoiled = self.training and batch.work.step is not None and batch.work.step.number in steps
-        return (losses * float("nan") if spoiled else losses), right
-
-    monkeypatch.setattr(TreeModel, "forward", poisoned)
+@pytest.fixture
+def spoil(monkeypatch):
+    """Make the loss of some steps NaN."""
+    monkeypatch.setattr(TreeModel, "forward", TreeModel.forward)  # put back at the end
+    return faults.nan_loss
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_its_samples_named(world, tmp_path, monkeypatch):
-    poison(monkeypatch, range(2, 3))
+def test_a_step_that_is_not_finite_is_skipped_and_its_samples_named(world, tmp_path, spoil):
+    spoil(range(2, 3))
     output = tmp_path / "out"
     train.main(arguments(world, output))
     (skipped,) = lines(output, "skipped")
@@ -219,8 +189,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_samples_named(world, tmp_p
 
 def test_one_rank_s_nan_skips_the_step_on_all_ranks(world, tmp_path):
     output = tmp_path / "out"
-    done = torchrun(2, HERE / "nan_on_one_rank.py", *arguments(world, output))
-    assert done.returncode == 0, done.stderr
+    fault = partial(faults.nan_loss, range(2, 3), rank=1)
+    Run(arguments(world, output), tmp_path / "log", 2, fault).succeed()
     (skipped,) = lines(output, "skipped")
     assert skipped["step"] == 3 and 0 < len(skipped["samples"]) < 8  # those of rank 1 only
     assert [line["step"] for line in lines(output, "train")][-1] == 6
@@ -240,8 +210,8 @@ def test_a_trained_weight_without_a_gradient_is_named_before_step_1(world, tmp_p
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(world, tmp_path, monkeypatch):
-    poison(monkeypatch, range(1, 100))
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(world, tmp_path, spoil):
+    spoil(range(1, 100))
     with pytest.raises(RuntimeError, match="10 steps in a row"):
         train.main(arguments(world, tmp_path / "out", **{"max-steps": 40, "epochs": 9}))
     assert len(lines(tmp_path / "out", "skipped")) == 10

@@ -5,7 +5,7 @@ import random
 import shutil
 
 import pytest
-from test_train import arguments, lines
+from runs import arguments, lines
 
 import eval as evaluation
 import train

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from runs import arguments, lines
 from test_model import whole
-from test_train import arguments, lines
 from transformers import AutoConfig
 
 import train

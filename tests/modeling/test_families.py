@@ -9,9 +9,9 @@ import test_cuda
 import test_eval
 import tiny
 import torch
-from faults import arguments
 from huggingface_hub import constants
 from peft import PeftModel
+from runs import arguments
 from test_model import (  # noqa: F401 (these run here with each family)
     test_a_step_equals_its_samples_one_by_one_in_any_number_of_micro_batches,
     test_patch_projection_equals_the_conv3d,

@@ -7,10 +7,9 @@ import shutil
 import pytest
 import tiny
 import torch
-from faults import Run
+from runs import Run, adapter, arguments, lines
 from safetensors.torch import save_file
 from test_model import assert_exact, run_step, whole
-from test_train import adapter, arguments, lines
 
 import eval as evaluation
 import merge

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from runs import arguments, lines
 from test_model import whole
-from test_train import arguments, lines
 from tqdm import tqdm
 from transformers import AutoConfig
 

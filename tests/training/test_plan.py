@@ -11,9 +11,9 @@ import pytest
 import tiny
 import torch
 from PIL import ImageFile
+from runs import arguments, lines
 from test_bench import bench
 from test_data import VALID_IMAGES, cut_short, noise, turned
-from test_train import arguments, lines
 from transformers import AutoConfig, AutoTokenizer
 
 import model as model_file
