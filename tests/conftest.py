@@ -2,20 +2,13 @@ import json
 import os
 from pathlib import Path
 
+import faults
 import pytest
 import tiny
+import torch
+from runs import Run
 
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    return tiny.write_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def reference(world, tmp_path_factory):
-    """Loss and gradients of the world's rows, one by one."""
-    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
-    return tiny.Reference(world, tiny.lora_model(world), tmp_path_factory.mktemp("adapter")).loss_and_gradients(rows)
+import train
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,3 +19,38 @@ def own_cache(tmp_path_factory):
         here = Path(__file__).parent
         patch.setenv("PYTHONPATH", os.pathsep.join([str(here.parent), str(here)]))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """As in the ranks: another number of threads sums in another order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A tiny model, images and rows of every kind. Tests only read it."""
+    return tiny.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    """Loss and gradients of the world's rows, one by one."""
+    rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    return tiny.Reference(world, tiny.lora_model(world), tmp_path_factory.mktemp("adapter")).loss_and_gradients(rows)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(world, tmp_path_factory):
+    """The folder of a run of 6 steps that nothing disturbed. Tests only read it, or copy it with `copy_until`."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert train.main(faults.arguments(world, output)) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(world, tmp_path_factory):
+    """The folder of the same run on two ranks."""
+    folder = tmp_path_factory.mktemp("two")
+    Run(faults.arguments(world, folder / "out"), folder / "log", ranks=2).succeed()
+    return folder / "out"

@@ -118,6 +118,20 @@ def kill_in_save(place: str, step: int = 4) -> None:
     checkpoints.write_checkpoint = write
 
 
+def rank_0_comes_late() -> None:
+    time.sleep(0 if int(os.environ["RANK"]) else 3)
+
+
+def ascii_terminal() -> None:
+    """A terminal that knows fewer characters than rows have."""
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+
+
+def fail_over_a_strange_name(_argv, _stop) -> int:
+    print("█")
+    raise RuntimeError("/gloom/a.jpg")
+
+
 def short_timeouts(seconds: int, then) -> None:
     dist_utils.TIMEOUT_IN_STEPS = dist_utils.timedelta(seconds=seconds)
     dist_utils.STACKS_AFTER = 2

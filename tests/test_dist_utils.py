@@ -1,10 +1,27 @@
-"""Promise 2: the plan doesn't know the machine. 1, 2 and 4 ranks give the same losses, gradients and weights."""
+"""Ranks, failures and signals: the plan doesn't know the machine, no failure hangs, a signal saves and stops.
 
+Runs that are stopped and go on must end like one that nothing disturbed, to the last bit of adapter and metrics.
+"""
+
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import faults
 import pytest
 import rank_steps
+import runs
 import tiny
 import torch
-from runs import Run
+from faults import arguments, at_step, clean
+from runs import Run, adapter, losses, same
+
+import dist_utils
+from common import InputError
+from dist_utils import SIGNALS, STOPPED, Stop
+from training import checkpoints
 
 
 def steps_on(ranks: int, world, folder, *settings) -> dict:
@@ -30,3 +47,169 @@ def test_ranks_do_not_change_losses_gradients_or_weights(world, tmp_path, batch_
         assert sorted(i for step in epoch for i in step) == list(range(samples))
     if batch_size == 3:
         assert any(0 in counts for counts in four["counts"])  # an idle rank took part in the all-reduce
+
+
+def test_one_two_and_three_ranks_resume_each_other(world, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    for ranks, step in ((2, 1), (3, 3), (1, 4), (2, None)):
+        fault = partial(at_step, step, partial(faults.kill_me, signal.SIGTERM)) if step else None
+        run = Run(arguments(world, output), tmp_path / f"log{ranks}", ranks, fault)
+        assert run.wait() == [STOPPED if step else 0] * ranks, run.text()
+    for resumed, expected in zip(losses(output), losses(undisturbed), strict=True):
+        assert resumed[:2] == expected[:2] and resumed[2] == pytest.approx(expected[2], rel=1e-5)
+    assert tiny.relative_error(adapter(output), adapter(undisturbed)) < 1e-2
+
+
+# ------------------------------------------------------------------------------------------------------ ranks that fail
+
+
+def test_more_processes_than_gpus_are_refused_on_each_of_them(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"4 processes on a node where 2 GPU\(s\) are seen: --nproc_per_node=2"):
+        dist_utils.start()
+
+
+def test_one_rank_that_raises_ends_the_job_with_its_traceback_once_and_its_samples(world, on_two_ranks, tmp_path):
+    output, started = tmp_path / "out", time.monotonic()
+    run = Run(arguments(world, output), tmp_path / "log", 2, partial(at_step, 3, faults.fail, rank=1))
+    assert run.wait(60) == [1, 1] and time.monotonic() - started < 60
+    assert run.text().count("Traceback") == 1 and run.text().count("ValueError: injected") == 1
+    assert "rank 1, step 3, samples rows.jsonl:" in run.text() and "rank 0 lost the others" in run.text()
+    assert Run(arguments(world, output), tmp_path / "log", ranks=2).wait() == [0, 0]
+    assert same(output, on_two_ranks)
+
+
+def test_wrong_settings_are_told_once_though_rank_0_comes_last(world, tmp_path):
+    """torchrun ends all ranks with the first that leaves: the others leave rank 0 the time to speak."""
+    argv = arguments(world, tmp_path / "out", train=tmp_path / "nothing.jsonl")
+    run = Run(argv, tmp_path / "log", 2, faults.rank_0_comes_late)
+    run.processes[0].join(30)
+    assert run.processes[1].is_alive()
+    run.signal(signal.SIGTERM, rank=1)  # as torchrun does
+    assert run.wait(5) == [2, 2] and run.text().count("nothing.jsonl does not exist") == 1
+
+
+def test_a_failure_is_told_with_its_traceback_whatever_its_text(tmp_path):
+    run = Run([], tmp_path / "log", fault=faults.ascii_terminal, main=faults.fail_over_a_strange_name)
+    assert run.wait() == [1]
+    assert run.text().startswith("\\u2588\n") and "RuntimeError: /gloom/a.jpg" in run.text()
+    assert "Traceback" in run.text()
+
+
+def test_one_rank_that_hangs_is_noticed_and_shows_where(world, tmp_path):
+    fault = partial(faults.short_timeouts, 5, partial(at_step, 3, partial(time.sleep, 1000), 1))
+    started, run = time.monotonic(), Run(arguments(world, tmp_path / "out"), tmp_path / "log", 2, fault)
+    run.processes[0].join(60)
+    assert run.processes[0].exitcode == 1 and time.monotonic() - started < 60, run.text()
+    assert "rank 0 lost the others (rank 0, step 3, samples" in run.text() and "Timed out" in run.text()
+    run.signal(signal.SIGTERM, rank=1)  # as torchrun does when it sees that a rank has left
+    run.reached("Timeout (0:00:02)!")
+    run.reached("faults.py")  # the stack of the rank that hung
+    run.signal(signal.SIGKILL, rank=1)
+    assert run.wait() == [1, -signal.SIGKILL]
+    assert [folder.name for folder in checkpoints.checkpoints(tmp_path / "out")] == ["checkpoint-000002"]
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(world, on_two_ranks, tmp_path):
+    """In a folder that train.py chose itself."""
+    fault = f"at_step(4, partial(first_time, Path({str(tmp_path / 'killed')!r}), kill_me), 1)"
+    argv = [word for word in arguments(world, tmp_path) if not word.startswith(("--output", "--resume"))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert faults.torchrun(argv, tmp_path / "log", fault, ("--max-restarts=1",)).wait(timeout=120) == 0
+    assert "checkpoint-000002 at step 2" in (tmp_path / "log").read_text()
+    assert same(tmp_path / "runs" / "rows-1", on_two_ranks) and not (tmp_path / "runs" / "rows-2").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", faults.TARGETS)
+def test_killed_at_a_random_moment(world, on_two_ranks, tmp_path, target):
+    output = tmp_path / "out"
+    story = faults.kill_until_done(arguments(world, output), tmp_path / "log", random.Random(), [target])
+    assert same(output, on_two_ranks) and clean(output), story
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+# Three cases of each kind. All signals are handled alike, but for Ctrl-C and a terminal that closes, and a rank that is
+# asked alone must take the others along. torchrun hands on what it is told to handle: SLURM's warning, a shutdown that
+# reaches every process, and a terminal that closes.
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, None), (signal.SIGHUP, None)])
+def test_a_signal_to_a_rank_or_to_all_saves_and_tells_stopped_from_done(world, on_two_ranks, tmp_path, number, rank):
+    output = tmp_path / "out"
+    fault = partial(at_step, 3, partial(faults.kill_me, number), rank)
+    run = Run(arguments(world, output), tmp_path / "log", 2, fault)
+    assert run.wait() == [STOPPED, STOPPED], run.text()
+    assert f"stopped by {number.name} at step 3 of 6" in run.text() and "Traceback" not in run.text()
+    assert (output / "status").read_text().startswith("stopped 3\nstep 3 of 6, epoch 0.60, ")
+    Run(arguments(world, output), tmp_path / "log", 2).succeed()
+    assert (output / "status").read_text().startswith("done 6\nstep 6 of 6, epoch 1.20, loss ")
+    assert same(output, on_two_ranks) and clean(output)
+
+
+def slurm_flags() -> tuple:
+    """What run.slurm tells torchrun about signals."""
+    text = (runs.ROOT / "run.slurm").read_text()
+    return tuple(word for word in text.split() if word.startswith("--signals-to-handle="))
+
+
+def start_slowly(argv: list[str], log: Path, seconds: float):
+    """A run under torchrun as run.slurm starts it, whose steps take so many seconds; returned after step 1."""
+    launcher = faults.torchrun(argv, log, f"slowly({seconds})", slurm_flags())
+    (output,) = (Path(word.removeprefix("--output=")) for word in argv if word.startswith("--output="))
+    metrics = output / "metrics.jsonl"
+    runs.wait_for(lambda: metrics.exists() and '"step": 1' in metrics.read_text(), 90, log.read_text)
+    return launcher
+
+
+@pytest.mark.parametrize(
+    ("number", "receiver"),
+    [(signal.SIGUSR1, "torchrun"), (signal.SIGTERM, "everything"), (signal.SIGHUP, "torchrun")],
+)
+def test_a_signal_to_torchrun_or_to_every_process_of_the_job(world, on_two_ranks, tmp_path, number, receiver):
+    output, log = tmp_path / "out", tmp_path / "log"
+    launcher = start_slowly(arguments(world, output, workers=1), log, 0.5)
+    everything = runs.descendants(launcher.pid)
+    runs.kill([launcher.pid, *(everything if receiver == "everything" else [])], number)
+    launcher.wait(timeout=30)
+    runs.wait_for(partial(runs.gone, everything), 10)
+    assert "exited unexpectedly" not in log.read_text() and "Traceback" not in log.read_text().split("stopped by")[0]
+    assert (output / "status").read_text().startswith("stopped")
+    Run(arguments(world, output), log, 2).succeed()
+    assert same(output, on_two_ranks) and clean(output)
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(1, "running"), (20, "stopped")])
+def test_torchrun_waits_for_a_step_of_four_seconds_as_long_as_it_is_told(world, tmp_path, monkeypatch, seconds, state):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(seconds))
+    output = tmp_path / "out"
+    launcher = start_slowly(arguments(world, output), tmp_path / "log", 4)
+    launcher.send_signal(signal.SIGUSR1)
+    launcher.wait(timeout=60)
+    assert (output / "status").read_text().startswith(state)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(monkeypatch):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        Stop().watch_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+    finally:
+        for number, handler in zip(SIGNALS, before):
+            signal.signal(number, handler)
+
+
+def test_control_c_twice_quits_at_once(world, tmp_path):
+    fault = partial(at_step, 3, partial(time.sleep, 30))
+    run = Run(arguments(world, tmp_path / "out"), tmp_path / "log", fault=fault)
+    runs.wait_for(lambda: (tmp_path / "out" / "checkpoint-000002").exists(), 60, run.text)
+    run.signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert run.processes[0].is_alive()
+    run.signal(signal.SIGINT)
+    assert run.wait(5) == [130]

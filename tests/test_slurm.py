@@ -6,15 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
-import torch
-from faults import arguments, losses, result, wait_for
-from test_dist_utils import torchrun
+from faults import arguments
+from runs import ROOT, Run, adapter, same, wait_for
 
-ROOT = Path(__file__).parents[1]
 SLOW_FIRST_JOB = """import os
 
 real_step = train_step
@@ -48,6 +47,8 @@ def program(tmp_path):
     """A folder as a user submits from."""
     for path in [*ROOT.glob("*.py"), ROOT / "run.slurm"]:
         shutil.copy(path, tmp_path)
+    for room in ROOT.glob("*/__init__.py"):
+        shutil.copytree(room.parent, tmp_path / room.parent.name)
     return tmp_path
 
 
@@ -83,8 +84,8 @@ def ended(program: Path, number: str, timeout: float) -> tuple[str, str]:
 def test_a_job_that_runs_out_of_time_is_requeued_until_it_is_done(cluster, program):
     """The demo, cut to 30 steps, of which the first job makes one in two seconds."""
     words = ["--max-steps=30", "--eval-every=0"]
-    whole = torchrun(2, program / "train.py", *words, f"--output={program / 'whole'}", cwd=program)
-    assert whole.returncode == 0, whole.stderr
+    whole = program / "whole"
+    Run([*words, f"--output={whole}"], program / "log", 2, fault=partial(os.chdir, program)).succeed()
     (program / "train.py").write_text((program / "train.py").read_text().replace("if __name__", SLOW_FIRST_JOB))
     number = submit(program, ["--time=1", "--signal=USR1@10"], words)
     wait_for(lambda: job(number)["Restarts"] == "1", 200, lambda: job(number))
@@ -94,9 +95,7 @@ def test_a_job_that_runs_out_of_time_is_requeued_until_it_is_done(cluster, progr
     assert job(number)["Restarts"] == "1" and "stopped by SIGUSR1" in log and "start 2, on" in log
     assert "torchrun" in log and "no GPU" in log and "Filesystem" in log  # the facts on top
     output = program / "runs" / f"slurm-{number}"
-    mine, theirs = result(output, 30), result(program / "whole", 30)
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert losses(output) == losses(program / "whole")
+    assert same(output, whole, step=30)
 
 
 def test_a_cancelled_job_stops_and_is_not_requeued(cluster, program, world):
@@ -116,14 +115,12 @@ def test_a_failing_job_is_not_requeued(cluster, program, world):
     assert "nothing.jsonl does not exist" in log
 
 
-def test_two_nodes_train_like_one(cluster, program, world):
+def test_two_nodes_train_like_one(cluster, program, world, undisturbed):
     number = submit(program, ["--nodes=2"], arguments(world, program / "out"))
     state, log = ended(program, number, 180)
     assert state == "COMPLETED", log
     assert "4 rank(s)" in log and "n[1-2]" in log
-    alone = torchrun(1, ROOT / "train.py", *arguments(world, program / "alone"))
-    assert alone.returncode == 0, alone.stderr
-    assert tiny.relative_error(result(program / "out"), result(program / "alone")) < 1e-2
+    assert tiny.relative_error(adapter(program / "out"), adapter(undisturbed)) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -161,3 +158,9 @@ def without_slurm(program: Path, words: list[str], **more) -> subprocess.Complet
     environment = os.environ | given | more | {"PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", "run.slurm", *words]
     return subprocess.run(command, cwd=program, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_slurm_job_has_most_of_the_time_between_signal_and_end_for_a_step_and_a_save():
+    text = (ROOT / "run.slurm").read_text()
+    wait, ahead = (int(re.search(rf"{name}(\d+)", text)[1]) for name in ("SHUTDOWN_TIMEOUT:-", "--signal=USR1@"))
+    assert 0.8 * ahead <= wait < ahead

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import signal
 import tomllib
 from functools import partial
 from importlib.util import find_spec
@@ -11,13 +12,15 @@ import faults
 import pytest
 import tiny
 import torch
-from runs import Run, adapter, arguments, lines
+from faults import at_step, clean, copy_until, truncate
+from runs import Run, adapter, arguments, lines, losses, same
 from safetensors.torch import load_file
 
 import eval as evaluation
 import model as model_file
 import train
 from common import InputError
+from dist_utils import STOPPED, Stop
 from model import TreeModel, add_lora
 from training import checkpoints
 from training import preparation as prepare
@@ -294,3 +297,66 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
     assert rates[60] == pytest.approx(1.0 if schedule == "constant" else 0.5)
     share = train.parse_settings(["--lr=1", "--warmup=0.1", "--schedule=constant"])
     assert train.learning_rate(5, 100, share) == pytest.approx(6 / 11)
+
+
+# -------------------------------------------------------------------------------------------------- stopped and gone on
+
+
+@pytest.mark.parametrize("evaluation", [2, 3, 4])  # the third is that of the last step
+def test_a_stop_during_an_evaluation_is_made_good_on_resume(world, undisturbed, tmp_path, monkeypatch, evaluation):
+    output, stop, calls = tmp_path / "out", Stop(), []
+    real = train.evaluate
+
+    def evaluate(*args):
+        calls.append(args)
+        if len(calls) == evaluation:  # the first is the rehearsal's
+            stop.reason = "SIGTERM"
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate)
+        assert train.main(faults.arguments(world, output), stop) == STOPPED
+    assert (output / "status").read_text().startswith(f"stopped {2 * (evaluation - 1)}\n")
+    assert train.main(faults.arguments(world, output)) == 0
+    assert same(output, undisturbed) and clean(output)
+    assert (output / "best.json").read_text() == (undisturbed / "best.json").read_text()
+
+
+def test_a_log_interval_across_a_stop_averages_the_same_steps(world, tmp_path):
+    whole, parts = (faults.arguments(world, tmp_path / name, log_every=4, eval_every=0) for name in ("whole", "parts"))
+    assert train.main(whole) == 0
+    fault = partial(at_step, 3, partial(faults.kill_me, signal.SIGTERM))
+    assert Run(parts, tmp_path / "log", fault=fault).wait() == [STOPPED]
+    assert train.main(parts) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_metrics_cut_by_a_kill_and_lines_after_the_checkpoint_are_written_again(world, undisturbed, tmp_path):
+    output = copy_until(undisturbed, 2, tmp_path / "out")
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"event": "train", "st')
+    assert train.main(faults.arguments(world, output)) == 0
+    assert same(output, undisturbed)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("fault", ["deleted", "cut"])
+def test_an_image_lost_during_training_is_named_and_training_resumes_when_it_is_back(
+    world, undisturbed, tmp_path, fault, workers
+):
+    images = shutil.copytree(world / "images", tmp_path / "images")
+    lost = (images / "a.png").unlink if fault == "deleted" else partial(truncate, images / "a.png", 0.5)
+    output = tmp_path / "out"
+    argv = faults.arguments(world, output, images=images, workers=workers)
+    run = Run(argv, tmp_path / "log", fault=partial(at_step, 3, lost))
+    assert run.wait() == [1]
+    assert "rows.jsonl:" in run.text() and "a.png" in run.text() and "can't be read any more" in run.text()
+    shutil.copy(world / "images" / "a.png", images / "a.png")
+    assert train.main(faults.arguments(world, output, images=images)) == 0
+    assert same(output, undisturbed)
+
+
+def test_a_data_worker_that_stalls_is_named(world, tmp_path):
+    run = Run(faults.arguments(world, tmp_path / "out", workers=2), tmp_path / "log", fault=faults.stall_in_worker)
+    assert run.wait(60) == [1]
+    assert "timed out after 3 seconds" in run.text() and "data worker " in run.text() and ".png" in run.text()
