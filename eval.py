@@ -1,4 +1,4 @@
-"""Evaluation: loss and exact match by teacher forcing (used in training), and generated answers with their accuracy.
+"""Evaluation: loss and exact match by teacher forcing (training uses these too), generated answers and their scores.
 
 python eval.py --ckpt runs/kvasir                                  # the run's best checkpoint on its own --val rows
 torchrun --nproc_per_node=4 eval.py --ckpt runs/kvasir/checkpoint-000600 --data test.jsonl --images pictures
@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,11 +23,12 @@ from transformers import AutoTokenizer
 
 import dist_utils
 from common import InputError, write_whole
-from data import Sample, TreeDataset, VQAData, encode_rows, load_data, make_loader, next_batches, padding
+from data import TreeDataset, VQAData, encode_rows, load_data, padding
 from dist_utils import Ranks, Stop, print0
-from evaluation.answers import Run, answer_all, answer_batch, score_all, score_samples
+from evaluation import scores
+from evaluation.answers import answer_batch, predict, score_samples
 from evaluation.report import write_report
-from evaluation.scores import closed_sets, compare, normalize, question_type, summarize, summary_table
+from evaluation.runner import Runner
 from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, check_image, image_settings
 from inputs.rows import parse_row, read_rows, stop_or_skip_bad
@@ -36,39 +37,28 @@ from modeling.lora import merge_lora
 from training.checkpoints import VERSIONS, pick_checkpoint, read_state
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
-from trees import MicroBatch, Work, evaluation_share, whole_trees
+from trees import MicroBatch, Work, whole_trees
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
 
 
-@torch.no_grad()
 def evaluate(
     model: TreeModel, data: VQAData, batches: list[MicroBatch], ranks: Ranks, dtype, workers: int, stop: Stop
 ) -> dict | None:
     """Loss (mean over answer tokens) and exact match over `batches`, on all ranks, each sample once. None when stopped.
 
-    Greedy decoding yields the reference answer iff every answer token, end-of-turn included, is the most likely one
-    given the reference before it. So one forward pass a tree tells exact match without generating.
+    Greedy decoding yields the reference answer iff every answer token, including the end of turn, is the most likely
+    one after the reference before it. So exact match takes one forward pass per tree and no generation.
     """
-    model.eval()
     dataset = TreeDataset(data, model.settings, padding(ranks.device), cache=model.cache)
-    mine = {}
-    for batch in next_batches(
-        make_loader(dataset, evaluation_share(batches, ranks.rank, ranks.world_size), workers, ranks.device)
-    ):
-        if stop.reason:
-            break
-        with autocast(ranks.device, dtype):
-            mine |= dict(zip(batch.samples, score_samples(model, batch.to(ranks.device))))
+    model.eval()
+    results = Runner(ranks, dtype, workers, stop).run(lambda batch: score_samples(model, batch), dataset, batches)
     model.train()
-    shards = dist_utils.gather_to_all(mine)
-    if stop.agreed():
+    if results is None:
         return None
-    results = {index: result for shard in shards for index, result in shard.items()}
-    assert len(results) == sum(map(len, shards)) == sum(len(tree.samples) for batch in batches for tree in batch)
     by_type = {}
     for index, (_, _, correct) in sorted(results.items()):
-        by_type.setdefault(question_type(data.samples[index].fields), []).append(correct)
+        by_type.setdefault(scores.question_type(data.samples[index].fields), []).append(correct)
     losses, tokens, correct = zip(*results.values())
     return {
         "loss": sum(losses) / sum(tokens),
@@ -78,15 +68,29 @@ def evaluate(
     }
 
 
-def accuracy_table(columns: dict[str, dict]) -> str:
-    """Exact match in percent by question type, one column an evaluation."""
-    first = next(iter(columns.values()))
-    lines = [f"{'exact match %':<16}{'questions':>10}" + "".join(f"{name:>10}" for name in columns)]
-    for kind, (_, count) in first["by_type"].items():
-        values = "".join(f"{100 * column['by_type'][kind][0]:>10.1f}" for column in columns.values())
-        lines.append(f"{kind:<16}{count:>10,}{values}")
-    values = "".join(f"{100 * column['exact_match']:>10.1f}" for column in columns.values())
-    return "\n".join([*lines, f"{'all':<16}{first['questions']:>10,}{values}"])
+def accuracy_table(results: dict[str, dict]) -> str:
+    """Exact match in percent by question type and over all types, with one column for each of several results about the
+    same rows. Results of `scores.summarize` have intervals, those of `evaluate` have none."""
+    columns, lines = [_accuracy_cells(result) for result in results.values()], []
+    width = 24 if any("(" in cell for column in columns for _, _, cell in column) else 10
+    for cells in zip(*columns):  # a row of every column
+        kind, questions, _ = cells[0]
+        lines.append(f"{kind:<16}{questions:>10,}" + "".join(f"{cell:>{width}}" for _, _, cell in cells))
+    head = f"{'exact match %':<16}{'questions':>10}" + "".join(f"{name:>{width}}" for name in results)
+    return "\n".join([head, *lines])
+
+
+def _accuracy_cells(result: dict) -> list[tuple[str, int, str]]:
+    """(question type, questions, exact match in percent) of every type, and last of all of them."""
+    if "all" not in result:  # of `evaluate`
+        rows = [*result["by_type"].items(), ("all", (result["exact_match"], result["questions"]))]
+        return [(kind, questions, f"{100 * share:.1f}") for kind, (share, questions) in rows]
+    rows = [*result["by_type"].items(), ("all", result["all"])]
+    means = [(kind, score["exact_match"]) for kind, score in rows]
+    return [
+        (kind, mean["questions"], f"{100 * mean['mean']:.1f} ({100 * mean['low']:.1f} to {100 * mean['high']:.1f})")
+        for kind, mean in means
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -98,50 +102,50 @@ def build_parser() -> Parser:
     parser = Parser("eval.py", description="Answer questions with a checkpoint or a base model, and score the answers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)  # fmt: skip
     count, positive, switch = number(int, 0), number(int, 1), argparse.BooleanOptionalAction
-    own = "0: the checkpoint's, or the model's own"
+    own = "0: the checkpoint's or the model's own"
     add = parser.add_argument_group("what is answered").add_argument
     add("--ckpt", default="", help="checkpoint, or a run's folder for its best one; empty: the base model")
     add("--with-base", action=switch, default=False, help="also answer with the base model, and compare")
     add("--model", default="", help=f"base model; empty: the checkpoint's, or {DEFAULT_MODEL}")
     add("--data", default="", help="rows to answer; empty: the validation rows of the checkpoint's run")
     add("--images", default="", help="folder that image names start from; empty: the folder of --data")
-    add("--question", help="in place of --data: one question, whose answer and confidence are printed")
-    add("--image", action="append", default=[], help="picture that --question is about; may be repeated")
-    add("--min-pixels", type=count, default=0, help=f"pixels of an image at least; {own}")
-    add("--max-pixels", type=count, default=0, help=f"pixels of an image at most; {own}")
+    add("--question", help="one question instead of --data; prints its answer and confidence")
+    add("--image", action="append", default=[], help="image that --question is about; may be repeated")
+    add("--min-pixels", type=count, default=0, help=f"fewest pixels of an image after resizing; {own}")
+    add("--max-pixels", type=count, default=0, help=f"most pixels of an image after resizing; {own}")
     add("--skip-bad", action=switch, default=False, help="go on without rows that can't be used")
-    add("--allow-outside-images", action=switch, default=False, help="images outside --images")
+    add("--allow-outside-images", action=switch, default=False, help="allow images outside --images")
     add = parser.add_argument_group("how").add_argument
-    add("--max-new-tokens", type=positive, default=256, help="tokens of an answer at most")
-    add("--options", action=switch, default=False, help="also weigh by likelihood the options of rows that have some")
-    add("--closed-set", type=count, default=0,
-        help="likewise the answers that training rows give to a question, if at most so many; 0: none")  # fmt: skip
-    add("--merge", action=switch, default=True, help="add LoRA to the weights first: faster; off: as in training")
-    add("--max-tokens", type=positive, default=16384, help="tokens that are run at once, at most; bounds memory")
+    add("--max-new-tokens", type=positive, default=256, help="longest answer in tokens")
+    add("--options", action=switch, default=False, help="also score the options of rows that name some, by likelihood")
+    add("--closed-set", type=count, default=0, help="also score the answers that the training rows give to a question, "
+        "where these are at most so many; 0: off")  # fmt: skip
+    add("--merge", action=switch, default=True, help="add LoRA to the weights first, which is faster")
+    add("--max-tokens", type=positive, default=16384, help="most tokens per batch; bounds memory")
     add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on CUDA")
-    add("--workers", type=count, default=4, help="processes a rank that decode images; 0: in the process itself")
+    add("--workers", type=count, default=4, help="processes per rank that decode images; 0: none but the rank's own")
     add = parser.add_argument_group("results").add_argument
     add("--output", default="", help="folder of the results; empty: RUN/eval/checkpoint-STEP, or runs/eval-base")
-    add("--numeric-tolerance", type=number(float, 0), default=0.05, help="relative error of a right number or size")
-    add("--compare", nargs=2, metavar="FILE", help="compare two predictions files, and nothing else")
+    add("--numeric-tolerance", type=number(float, 0), default=0.05, help="relative error up to which a number is right")
+    add("--compare", nargs=2, metavar="FILE", help="only compare two predictions files")
     return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Settings from the command line. Raises InputError of all that is wrong with them."""
+    """Settings from the command line. Raises InputError that lists everything wrong with them."""
     args, problems = parse_words(build_parser(), argv)
     refuse(problems)
     if args.with_base and not args.ckpt:
         problems.append("--with-base: needs --ckpt")
     if args.closed_set and not args.ckpt:
         problems.append("--closed-set: needs --ckpt, whose run names the training rows")
-    if args.question is None and args.image:
+    if args.image and args.question is None:
         problems.append("--image: needs --question")
     if args.question is not None:
-        others = [f"--{name.replace('_', '-')}" for name in NOT_WITH_QUESTION if getattr(args, name)]
-        problems += [f"{flag}: not with --question, which answers one question and writes nothing" for flag in others]
-        checked = [(path, check_image(path)) for path in args.image]
-        problems += [f"--image: {path}: {reason}" for path, reason in checked if isinstance(reason, str)]
+        flags = [f"--{name.replace('_', '-')}" for name in NOT_WITH_QUESTION if getattr(args, name)]
+        problems += [f"{flag}: not with --question, which answers one question and writes nothing" for flag in flags]
+        checks = {path: check_image(path) for path in args.image}
+        problems += [f"--image: {path}: {reason}" for path, reason in checks.items() if isinstance(reason, str)]
     refuse(problems)
     return args
 
@@ -149,96 +153,130 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str], stop: Stop | None = None) -> int:
     """Answer and score. Returns the exit code: 0, or dist_utils.STOPPED when stopped by a signal."""
     stop = stop or Stop()
+
+    # Settings: the command line's and, of a checkpoint, those of its run.
     args = parse(argv)
     if args.compare:
         return compare_files(*map(Path, args.compare))
-    ckpt = pick_checkpoint(Path(args.ckpt).resolve()) if args.ckpt else None
-    state = read_state(ckpt) if ckpt else {}
-    trained, held_out = state.get("settings", {}), state.get("held_out", [])
-    own = trained["train"] if held_out else [trained["val"]] if trained.get("val") else []
-    name, files = args.model or trained.get("model", DEFAULT_MODEL), [args.data] if args.data else own
-    if not files and args.question is None:
-        raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
-    pictures = args.images or (str(Path(args.data).parent) if args.data else trained.get("images", ""))
-    output = Path(args.output or (ckpt.parent / "eval" / ckpt.name if ckpt else "runs/eval-base"))
-
-    # Rows: rank 0 reads and checks, every rank gets the same samples.
+    sources = find_sources(args)
     ranks = dist_utils.start()
     dtype = pick_dtype(args.dtype, ranks.device)
-    folder = dist_utils.local_rank0_first(lambda: resolve_model(name))
+    folder = dist_utils.local_rank0_first(lambda: resolve_model(sources.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if ckpt and not (args.min_pixels or args.max_pixels):
-        settings = ImageSettings(**trained["image_settings"])
-    else:
-        settings = image_settings(folder, args.min_pixels, args.max_pixels)
-    system, prompt = trained.get("system", ""), trained.get("prompt", "{question}")
+    settings = sources.image_settings(folder, args.min_pixels, args.max_pixels)
     if args.question is not None:
-        data = question_data(args, tokenizer, settings, system, prompt)
-        print_answer(load_model(folder, ckpt, settings, dtype, ranks.device), data, tokenizer, args, ranks, dtype)
-        dist_utils.leave()
-        return 0
+        return answer_question(args, sources, folder, tokenizer, settings, ranks, dtype)
 
-    def load() -> tuple[VQAData, list[list[str]]]:
-        options = {"system": system, "prompt": prompt, "allow_outside_images": args.allow_outside_images}
-        data = load_data(files, pictures, tokenizer, settings, args.max_tokens, **options)
-        make_output(output)
-        stop_or_skip_bad(data.bad, files, {sample.file for sample in data.samples}, args.skip_bad, output)
-        if held_out and not args.data:
-            names = [relative_names(sample.images, pictures) for sample in data.samples]
-            data = data.only([data.samples[i] for i in split(names, held_out)[1]])
-        if not data.samples:
-            raise InputError(f"{', '.join(files)}: none of the held-out rows can be used")
-        train_rows = [row for file in trained["train"] for row in read_rows(Path(file))[0]] if args.closed_set else []
-        names = [possible_names(row.images, trained.get("images", "")) for row in train_rows]
-        train_rows = [train_rows[i] for i in split(names, held_out)[0]]
-        closed = closed_sets([row.fields for row in train_rows], args.closed_set)
-        own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
-        return data, [mine or closed.get(s.fields["question"], []) for mine, s in zip(own, data.samples)]
+    # Rows: rank 0 reads and checks them, every rank gets the same samples.
+    data, options = dist_utils.from_rank0(lambda: load_rows(args, sources, tokenizer, settings))
+    print0(f"{len(data.samples):,} questions of {sources.rows}, {sources.title}, {ranks.world_size} rank(s)")
 
-    data, options = dist_utils.from_rank0(load)
-    rows = ", ".join(files)
-    print0(f"{len(data.samples):,} questions of {rows}, {ckpt or 'base model ' + name}, {ranks.world_size} rank(s)")
+    # Model.
+    facts, key = dist_utils.from_rank0(lambda: identify(args, sources, folder, settings, dtype, data, options))
+    model = load_model(folder, sources.ckpt, settings, dtype, ranks.device)
 
-    # Answers: of the base model, then with the adapter.
-    model = load_model(folder, ckpt, settings, dtype, ranks.device)
-    facts = {"model": name, "base": fingerprint(folder), "checkpoint": str(ckpt or ""), "rows": rows}
-    facts |= {
-        "data": data.fingerprint(pictures),
-        "pictures": str(Path(pictures).absolute()),
-        "images": asdict(settings),
-    }
-    facts |= {"system": system, "prompt": prompt}
-    facts |= {"options": sha256(json.dumps(options).encode()).hexdigest()[:16]}
-    facts |= {"manifest": sha256((ckpt / "manifest.json").read_bytes()).hexdigest() if ckpt else ""}
-    facts |= {name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")}
-    facts |= {"dtype": str(dtype), "versions": VERSIONS}
-    key = dist_utils.from_rank0(lambda: key_of(facts, [*sorted(Path(folder).glob("*.safetensors")), *data.grids]))
-    names = [[os.path.relpath(image, pictures) for image in sample.images] for sample in data.samples]
-    predictions = {}
-    for kind in ["base"] * (not ckpt or args.with_base) + ["tuned"] * bool(ckpt):
+    # Answers. The base model's come first: LoRA that was merged can't be taken off again.
+    predictions, folders = {}, {}
+    for kind in ["base"] * (args.with_base or not sources.ckpt) + ["tuned"] * bool(sources.ckpt):
         if kind == "tuned" and args.merge:
             merge_lora(model.model)
-        run = Run(args, ranks, dtype, stop, output / f"partial-{kind}-{key}")
-        with model.model.disable_adapter() if ckpt and kind == "base" else nullcontext():
-            answers = answer_all(model, data, tokenizer, run)
-            scored = answers and score_all(model, data, tokenizer, run, options)
-        if not scored:
+        folders[kind] = sources.output / f"partial-{kind}-{key}"
+        runner = Runner(ranks, dtype, args.workers, stop, folders[kind])
+        with model.model.disable_adapter() if sources.ckpt and kind == "base" else nullcontext():
+            predictions[kind] = predict(model, data, sources.images, options, tokenizer, runner, args)
+        if predictions[kind] is None:
             faulthandler.cancel_dump_traceback_later()
-            print0(f"stopped by {stop.agreed()}; the same command goes on where it was")
+            print0(f"stopped by {stop.agreed()}; the same command continues where this one stopped")
             dist_utils.leave()
             return dist_utils.STOPPED
-        predictions[kind] = [_prediction(*one) for one in zip(data.samples, names, answers, scored)]
 
+    # Results.
     if ranks.is_main:
-        write_results(output, predictions, data, facts, args)
-        for kind in predictions:
-            shutil.rmtree(output / f"partial-{kind}-{key}")
+        write_results(args, sources, facts, data, predictions)
+        for partial in folders.values():
+            shutil.rmtree(partial)
     dist_utils.leave()
     return 0
 
 
+# ----------------------------------------------------------------------------------------------------- what is answered
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is evaluated, on which rows, and where results go."""
+
+    ckpt: Path | None  # None: a base model
+    run: dict  # settings of the checkpoint's run; empty for a base model
+    held_out: list[str]  # names of images that the run held out from its training rows
+    model: str  # base model: a folder or a name on the hub
+    files: list[str]  # of rows
+    images: str  # folder that image names start from
+    output: Path
+
+    @property
+    def rows(self) -> str:
+        return ", ".join(self.files)
+
+    @property
+    def title(self) -> str:
+        return str(self.ckpt or f"base model {self.model}")
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        return {"system": self.run.get("system", ""), "prompt": self.run.get("prompt", "{question}")}
+
+    def image_settings(self, folder: str, min_pixels: int, max_pixels: int) -> ImageSettings:
+        """Those of training, unless pixel limits are given."""
+        if self.ckpt and not (min_pixels or max_pixels):
+            return ImageSettings(**self.run["image_settings"])
+        return image_settings(folder, min_pixels, max_pixels)
+
+
+def find_sources(args: argparse.Namespace) -> Sources:
+    """Fill what the command line leaves open from the checkpoint's run. Raises InputError when there are no rows."""
+    ckpt = pick_checkpoint(Path(args.ckpt).resolve()) if args.ckpt else None
+    state = read_state(ckpt) if ckpt else {}
+    run, held_out = state.get("settings", {}), state.get("held_out", [])
+    validation = run["train"] if held_out else [run["val"]] if run.get("val") else []
+    files = [args.data] if args.data else validation
+    if not files and args.question is None:
+        raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
+    images = args.images or (str(Path(args.data).parent) if args.data else run.get("images", ""))
+    output = Path(args.output or (ckpt.parent / "eval" / ckpt.name if ckpt else "runs/eval-base"))
+    model = args.model or run.get("model", DEFAULT_MODEL)
+    return Sources(ckpt, run, held_out, model, files, images, output)
+
+
+def load_rows(
+    args: argparse.Namespace, sources: Sources, tokenizer, settings: ImageSettings
+) -> tuple[VQAData, list[list[str]]]:
+    """The samples to answer, and for each of them the options to score."""
+    limits = {"max_tokens": args.max_tokens, "allow_outside_images": args.allow_outside_images}
+    data = load_data(sources.files, sources.images, tokenizer, settings, **limits, **sources.prompts)
+    make_output(sources.output)
+    usable = {sample.file for sample in data.samples}
+    stop_or_skip_bad(data.bad, sources.files, usable, args.skip_bad, sources.output)
+    if sources.held_out and not args.data:
+        names = [relative_names(sample.images, sources.images) for sample in data.samples]
+        data = data.only([data.samples[i] for i in split(names, sources.held_out)[1]])
+    if not data.samples:
+        raise InputError(f"{sources.rows}: none of the held-out rows can be used")
+    closed = closed_options(sources, args.closed_set) if args.closed_set else {}
+    own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
+    return data, [texts or closed.get(sample.fields["question"], []) for texts, sample in zip(own, data.samples)]
+
+
+def closed_options(sources: Sources, at_most: int) -> dict[str, list[str]]:
+    """Question -> the answers that the run's training rows give to it, where these are `at_most` or fewer."""
+    rows = [row for file in sources.run["train"] for row in read_rows(Path(file))[0]]
+    names = [possible_names(row.images, sources.run.get("images", "")) for row in rows]
+    trained, _ = split(names, sources.held_out)
+    return scores.closed_sets([rows[i].fields for i in trained], at_most)
+
+
 def make_output(output: Path) -> None:
-    """Raises InputError where there can be no such folder, or it is a training run's."""
+    """Raises InputError where no folder can be made, or where the folder is a training run's."""
     if (output / "settings.toml").exists():
         raise InputError(f"--output: {output} is the folder of a training run")
     try:
@@ -247,10 +285,32 @@ def make_output(output: Path) -> None:
         raise InputError(f"--output: can't make {output}: {error}") from None
 
 
-def key_of(facts: dict, files: list) -> str:
-    """Names what was answered before a stop: answers of other settings, weights or pictures are not gone on with."""
-    stamps = [[os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files]
-    return sha256(json.dumps([facts, stamps], sort_keys=True).encode()).hexdigest()[:16]
+def identify(
+    args, sources: Sources, folder: str, settings: ImageSettings, dtype, data: VQAData, options: list[list[str]]
+) -> tuple[dict, str]:
+    """The facts that answers depend on, and a key of them: only an evaluation with the same key continues this one.
+
+    The key also covers the size and time of every file of weights and every image.
+    """
+    manifest = (sources.ckpt / "manifest.json").read_bytes() if sources.ckpt else b""
+    facts = {
+        "model": sources.model,
+        "base": fingerprint(folder),
+        "checkpoint": str(sources.ckpt or ""),
+        "rows": sources.rows,
+        "data": data.fingerprint(sources.images),
+        "pictures": str(Path(sources.images).absolute()),
+        "images": asdict(settings),
+        **sources.prompts,
+        "options": sha256(json.dumps(options).encode()).hexdigest()[:16],
+        "manifest": sha256(manifest).hexdigest() if sources.ckpt else "",
+        **{name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")},
+        "dtype": str(dtype),
+        "versions": VERSIONS,
+    }
+    status = [os.stat(path) for path in [*sorted(Path(folder).glob("*.safetensors")), *data.grids]]
+    stamps = [[file.st_size, file.st_mtime_ns] for file in status]
+    return facts, sha256(json.dumps([facts, stamps], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_model(folder: str, ckpt: Path | None, settings: ImageSettings, dtype, device: torch.device) -> TreeModel:
@@ -258,72 +318,66 @@ def load_model(folder: str, ckpt: Path | None, settings: ImageSettings, dtype, d
     return TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
 
 
-def question_data(args: argparse.Namespace, tokenizer, settings: ImageSettings, system: str, prompt: str) -> VQAData:
-    """--question with its --image files as data of one row, which no file holds. Raises InputError if it can't be."""
-    fields = {"image": args.image, "question": args.question, "answer": "none"}  # cut off before it is generated
-    try:
-        rows = [parse_row("--question:1", fields)]
-    except ValueError as error:
-        raise InputError(f"--question: {error}") from None
-    options = {"system": system, "prompt": prompt, "allow_outside_images": True, "headers_only": True}
-    data = encode_rows(rows, "", tokenizer, settings, args.max_tokens, **options)
-    if data.bad:
-        raise InputError(f"--question: {data.bad[0].reason}")
-    return data
+# --------------------------------------------------------------------------------------------------------- one question
 
 
-def print_answer(model: TreeModel, data: VQAData, tokenizer, args: argparse.Namespace, ranks: Ranks, dtype) -> None:
-    """Generate and print the answer to the one question of `data`, and its confidence."""
-    if args.ckpt and args.merge:
+def answer_question(args, sources: Sources, folder: str, tokenizer, settings, ranks: Ranks, dtype) -> int:
+    """Print the answer to --question and its confidence. Writes no file, and returns the exit code."""
+    data = question_data(args, sources, tokenizer, settings)
+    model = load_model(folder, sources.ckpt, settings, dtype, ranks.device)
+    if sources.ckpt and args.merge:
         merge_lora(model.model)
     dataset = TreeDataset(data, model.settings, padding(ranks.device), prompts_only=True)
     (trees,) = whole_trees(data.samples, args.max_tokens)
     with autocast(ranks.device, dtype):
         (answer,) = answer_batch(model, dataset[Work(trees)].to(ranks.device), tokenizer, args.max_new_tokens)
     print0(f"{answer['prediction']}\nconfidence {answer['confidence']:.4f}")
+    dist_utils.leave()
+    return 0
 
 
-def write_results(output: Path, predictions: dict[str, list[dict]], data: VQAData, facts: dict, args) -> None:
-    """predictions.jsonl (and predictions-base.jsonl), summary.json and report.html, and the table on the screen."""
-    main_kind = "tuned" if "tuned" in predictions else "base"
-    for kind, answers in predictions.items():
-        name = "predictions.jsonl" if kind == main_kind else "predictions-base.jsonl"
-        write_whole(output / name, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in answers))
-    scores = {kind: summarize(answers, args.numeric_tolerance) for kind, answers in predictions.items()}
-    summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": scores}
-    print0(summary_table(scores))
+def question_data(args: argparse.Namespace, sources: Sources, tokenizer, settings: ImageSettings) -> VQAData:
+    """--question and its --image files as a data set of one row. Raises InputError if they can't be one."""
+    fields = {"image": args.image, "question": args.question, "answer": "none"}  # generation starts before the answer
+    try:
+        rows = [parse_row("--question:1", fields)]
+    except ValueError as error:
+        raise InputError(f"--question: {error}") from None
+    options = {"allow_outside_images": True, "headers_only": True}
+    data = encode_rows(rows, "", tokenizer, settings, args.max_tokens, **options, **sources.prompts)
+    if data.bad:
+        raise InputError(f"--question: {data.bad[0].reason}")
+    return data
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def write_results(
+    args: argparse.Namespace, sources: Sources, facts: dict, data: VQAData, predictions: dict[str, list[dict]]
+) -> None:
+    """Write predictions.jsonl (and predictions-base.jsonl), summary.json and report.html; print the accuracy table."""
+    output, tuned_first = sources.output, dict(reversed(predictions.items()))
+    for name, answers in zip(("predictions.jsonl", "predictions-base.jsonl"), tuned_first.values()):
+        write_whole(output / name, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    summaries = {kind: scores.summarize(answers, args.numeric_tolerance) for kind, answers in predictions.items()}
+    summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": summaries}
+    print0(accuracy_table(summaries))
     if len(predictions) == 2:
-        summary["comparison"] = compare(predictions["base"], predictions["tuned"])
-        print0(describe_comparison(summary["comparison"]))
+        summary["comparison"] = scores.compare(predictions["base"], predictions["tuned"])
+        print0(describe_comparison(summary["comparison"], "base", "tuned"))
     write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     images = [list(sample.images) for sample in data.samples]
-    ordered = {kind: predictions[kind] for kind in reversed(predictions)}  # the page is about the tuned model
-    lines = read_metrics(Path(facts["checkpoint"]).parent / "metrics.jsonl") if facts["checkpoint"] else []
-    write_report(output / "report.html", summary, ordered, images, lines)
+    metrics = read_metrics(sources.ckpt.parent / "metrics.jsonl") if sources.ckpt else []
+    write_report(output / "report.html", summary, tuned_first, images, metrics)
     print0(f"wrote predictions.jsonl, summary.json and report.html in {output}")
-
-
-def _prediction(sample: Sample, images: list[str], answer: dict, scored: dict) -> dict:
-    """A line of predictions.jsonl."""
-    fields = sample.fields
-    return {
-        "id": sample.id,
-        "where": sample.where,
-        "images": images,
-        "question": fields["question"],
-        "answer": fields["answer"],
-        "right": normalize(answer["prediction"]) == normalize(fields["answer"]),
-        "question_type": question_type(fields),
-        **answer,
-        **scored,
-    }
 
 
 def read_predictions(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # an answer may hold U+2028
         predictions = [json.loads(line) for line in lines]
-        if not all({"where", "right"} <= one.keys() for one in predictions):
+        if not all({"where", "right"} <= prediction.keys() for prediction in predictions):
             raise ValueError("a line without `where` and `right`")
         return predictions
     except (OSError, ValueError, AttributeError) as error:
@@ -331,22 +385,22 @@ def read_predictions(path: Path) -> list[dict]:
 
 
 def compare_files(a: Path, b: Path) -> int:
-    """Print how two predictions files of the same rows differ, with the questions that flipped."""
+    """Print how two predictions files of the same rows differ, and on which rows. Returns the exit code."""
     try:
-        comparison = compare(read_predictions(a), read_predictions(b))
+        comparison = scores.compare(read_predictions(a), read_predictions(b))
     except ValueError as error:
         raise InputError(f"--compare {a} {b}: {error}") from None
-    print0(describe_comparison(comparison))
+    print0(describe_comparison(comparison, str(a), str(b)))
     for name, path in (("only_a", a), ("only_b", b)):
-        print0(f"right in {path} only:", *(f"\n  {where}" for where in comparison[name]))
+        print0(f"right in {path} only:", *(f"\n  {row}" for row in comparison[name]))
     return 0
 
 
-def describe_comparison(comparison: dict) -> str:
-    low, mean, high = (100 * comparison["difference"][name] for name in ("low", "mean", "high"))
+def describe_comparison(comparison: dict, a: str, b: str) -> str:
+    low, mean, high = (100 * comparison["difference"][end] for end in ("low", "mean", "high"))
     lost, won = len(comparison["only_a"]), len(comparison["only_b"])
     return (
-        f"second less first: {mean:+.1f} points of exact match (95% interval over images {low:+.1f} to {high:+.1f}); "
+        f"{b} − {a}: {mean:+.1f} points of exact match (95% interval over images {low:+.1f} to {high:+.1f}); "
         f"{won:,} questions won, {lost:,} lost, McNemar p = {comparison['p']:.2g}"
     )
 

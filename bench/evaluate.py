@@ -23,7 +23,8 @@ from step import device_name, model_inputs, random_model, synchronize, write_jso
 from data import build_batch, load_data
 from demo import endoscopy
 from dist_utils import Ranks, Stop
-from evaluation.answers import Run, answer_all, score_all
+from evaluation.answers import answer_all, score_all
+from evaluation.runner import Runner
 from inputs.images import image_settings
 from model import TreeModel, prepare_base
 from trees import Work, grow_tree
@@ -77,13 +78,14 @@ def measure(args, folder: Path) -> list[dict]:
     model = TreeModel(prepare_base(plain), settings).eval()
     ranks, none = Ranks(0, 1, device), [[] for _ in data.samples]
     for name in ("first", "trees"):  # the first one compiles
-        run = Run(args, ranks, dtype, Stop(), folder / name)
+        runner = Runner(ranks, dtype, args.workers, Stop(), folder / name)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        together, seconds = timed(device, lambda: answer_all(model, data, Endless, run))  # noqa: B023
+        lengths = args.max_tokens, args.max_new_tokens
+        together, seconds = timed(device, lambda: answer_all(model, data, Endless, runner, *lengths))  # noqa: B023
     rows.append({"case": "trees", "questions": len(data.samples), "seconds": seconds})
     rows[-1]["same"] = sum(together[i]["prediction"] == answer for i, answer in zip(chosen, alone)) / len(chosen)
-    _, seconds = timed(device, lambda: score_all(model, data, tokenizer, run, none))
+    _, seconds = timed(device, lambda: score_all(model, data, none, tokenizer, runner, args.max_tokens))
     rows.append({"case": "trees, teacher-forced", "questions": len(data.samples), "seconds": seconds})
     for row in rows:
         row["questions_per_s"] = row["questions"] / row["seconds"]

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-from argparse import Namespace
 
 import pytest
 import tiny
@@ -21,7 +20,8 @@ from data import build_batch
 from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
 from evaluation import answers, scores
-from evaluation.answers import Run, generate, score_all, with_answer
+from evaluation.answers import generate, score_all, with_answer
+from evaluation.runner import Runner
 from modeling.lora import merge_lora
 from training.checkpoints import checkpoints
 from trees import Work, whole_trees
@@ -96,8 +96,8 @@ def test_options_are_weighed_as_if_each_were_the_answer_of_a_row_of_its_own(worl
     chosen = {0: ["0", "1", "about 2 or more"], 17: ["upper left 0", "no"], 30: ["a growth", "a polyp"]}
     options = [chosen.get(index, []) for index in range(len(rows))]
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    run = Run(Namespace(max_tokens=700, workers=0), ALONE, torch.float32, Stop(), tmp_path / "store")
-    scored = score_all(model, data, tokenizer, run, options)
+    runner = Runner(ALONE, torch.float32, 0, Stop(), tmp_path / "store")
+    scored = score_all(model, data, options, tokenizer, runner, 700)
     reference = tiny.Reference(world, model, tmp_path / "adapter")
     for index, texts in chosen.items():
         losses = []
@@ -325,7 +325,7 @@ def test_a_type_named_all_is_not_taken_for_all_rows():
     rows = [{"images": ["a"], "question": "q", "answer": "x", "prediction": "x" if kind == "all" else "y",
              "question_type": kind, "loss": 1.0, "answer_tokens": 1, "teacher_forced": True}
             for kind in ["other", "all", "other"]]  # fmt: skip
-    lines = scores.summary_table({"tuned": scores.summarize(rows, 0.05)}).splitlines()
+    lines = evaluation.accuracy_table({"tuned": scores.summarize(rows, 0.05)}).splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [
         ["all", "1", "100.0"],
         ["other", "2", "0.0"],
