@@ -110,10 +110,10 @@ def rows(part: str) -> dict[str, str]:
 
 def test_the_headline_has_the_scores_of_the_summary(write):
     head = words(re.search("<header>.*</header>", write(pair(), METRICS), re.DOTALL)[0])
-    for said in ("Evaluation of checkpoint-000020", "75.0%", "questions 40", "pictures 10", "model m/Qwen"):
+    for said in ("Evaluation of checkpoint-000020", "75.0%", "questions 40", "images 10", "model m/Qwen"):
         assert said in head
     assert "checkpoint runs/a/checkpoint-000020" in head
-    assert "against base +50.0 points +50.0 to +50.0, McNemar p = 0.0022" in head
+    assert "tuned − base +50.0 points +50.0 to +50.0, McNemar p = 0.0022" in head
 
 
 def test_types_are_compared_with_the_base_model(write):
@@ -136,12 +136,12 @@ def test_scores_are_there_where_they_apply(write):
     found = rows(section(write(pair(), extra=extra), "all-scores"))
     assert found["exact match"] == "40 75.0% 75.0 to 75.0 25.0% 25.0 to 25.0" and "token F1" in found
     assert found["exact match, teacher-forced"] == "32 62.5% 50.0 to 75.0 62.5% 50.0 to 75.0"
-    assert found["loss of an answer token"] == "32 0.457 0.457" and found["likeliest option is right"].startswith(
+    assert found["loss per answer token"] == "32 0.457 0.457" and found["likeliest option is right"].startswith(
         "32 62.5%"
     )
     assert found["calibration error of options"] == "32 0.123 0.123"
-    assert found["area under the ROC curve, yes or no"] == "9 0.910 0.910"
-    assert found["calibration error, yes or no"] == "9 0.070 0.070"
+    assert found["area under the ROC curve, yes/no"] == "9 0.910 0.910"
+    assert found["calibration error, yes/no"] == "9 0.070 0.070"
     found = rows(section(write(pair(), extra={"options": {}}), "all-scores"))
     assert not [name for name in found if "option" in name or "ROC" in name]
     numbers = {"tuned": [answered(i, "4", answer="4") for i in range(8)]}
@@ -211,9 +211,9 @@ def test_flipped_answers_are_counted_and_the_first_fifty_listed(write):
     many["tuned"][3], many["base"][3] = many["base"][3], many["tuned"][3]
     page = write(many)
     lost, won = section(page, "flipped-answers").split("</details>")[:2]
-    assert "Lost: right by base only, 1 questions" in lost
+    assert "Lost: only base is right, 1 questions" in lost
     assert rows(lost) == {"val.jsonl:4": "Question about colour? yes ✗ no ✓ yes"}
-    assert "Won: right by tuned only, 59 questions; the first 50" in won and len(rows(won)) == 50
+    assert "Won: only tuned is right, 59 questions; the first 50" in won and len(rows(won)) == 50
     assert "McNemar p &lt; 0.001" in page
 
 
