@@ -1,11 +1,11 @@
-"""The reference job: train.py, unmodified, on as many questions an image as Kvasir-VQA has, beside the usual recipe.
+"""The reference job: train.py, unmodified, with Kvasir-VQA's numbers of questions per image, and the usual recipe.
 
     python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --gpus 1,2 --max-steps 12       # DIR: config, tokenizer
     python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --gpus 4 --epochs 1             # one whole epoch
 
-The rows' images are repeated under new names until there are 4,550 of them with 41,079 questions, as in Kvasir-VQA's
-training split. Each question is lengthened to 195 tokens with its answer and template, each picture has 1920x1440
-pixels, 2,700 image tokens. --mixed leaves the questions as they are and draws pictures of mixed sizes.
+The images of the rows are repeated under new names until there are 4,550 with 41,079 questions, as in Kvasir-VQA's
+training split. Each question is lengthened to 195 tokens, including its answer and template, and each image has
+1920x1440 pixels, 2,700 image tokens. --mixed leaves the questions as they are and draws images of mixed sizes.
 """
 
 import argparse
@@ -34,19 +34,19 @@ from training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 IMAGES, QUESTIONS, EPOCHS, VAL_IMAGES = 4550, 41079, 3, 20
-RECIPE_BATCH, RECIPE_STEPS = 16, 7704  # questions an optimizer step, steps of the job
+RECIPE_BATCH, RECIPE_STEPS = 16, 7704  # questions per optimizer step, steps of the job
 
 
 # ----------------------------------------------------------------------------------------------------------- workload
 
 
 def repeat_rows(rows: list[dict], images: int) -> list[dict]:
-    """Rows of `images` images: those of `rows`, under new names each time round."""
+    """Rows about `images` images: those of `rows`, repeated with new image names each time."""
     by_image: dict[str, list[dict]] = {}
     for row in rows:
         by_image.setdefault(row["image_filename"], []).append(row)
     names, made = list(by_image), []
-    Random(0).shuffle(names)  # the file has them by their number of questions
+    Random(0).shuffle(names)  # the file sorts them by their number of questions
     for number in range(images):
         name = names[number % len(names)]
         made += [row | {"image_filename": f"{number // len(names)}-{name}"} for row in by_image[name]]
@@ -54,7 +54,7 @@ def repeat_rows(rows: list[dict], images: int) -> list[dict]:
 
 
 def leave_out(rows: list[dict], questions: int) -> list[dict]:
-    """`questions` of the rows at most: of the first images with several, the last one is left out."""
+    """At most `questions` rows: the first images with several questions lose their last one."""
     surplus, kept = max(0, len(rows) - questions), []
     for row, following in zip_longest(rows, rows[1:], fillvalue={}):
         is_last = following.get("image_filename") != row["image_filename"]
@@ -67,7 +67,7 @@ def leave_out(rows: list[dict], questions: int) -> list[dict]:
 
 
 def lengthen(row: dict, tokenizer, tokens: int) -> dict:
-    """The row with a longer question: `tokens` tokens from the image's end to the answer's end."""
+    """The row with its question lengthened to `tokens` tokens from the end of the image to the end of the answer."""
     template = f"<|vision_end|>{row['question']}<|im_end|>\n<|im_start|>assistant\n{row['answer']}<|im_end|>"
     short = tokens - len(tokenizer(template)["input_ids"])
     return row | {"question": row["question"] + " x" * short}
@@ -78,18 +78,18 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def make_pictures(folder: Path, names: list[str], size: tuple[int, int] | None, distinct: int) -> None:
-    """Draw the first `distinct` pictures, and give them the other names too."""
+    """Draw the first `distinct` images and hard-link them under the other names."""
     folder.mkdir(parents=True, exist_ok=True)
     with Pool() as pool:
         pool.starmap(make_picture, [(name, folder, size) for name in names[:distinct]])
-        pool.close()  # the workers leave by themselves: SIGTERM, which they are sent at the end, is handled here
+        pool.close()  # leaving the pool sends SIGTERM, which the workers' inherited handler catches: let them end first
         pool.join()
     for number, name in enumerate(names[distinct:]):
         os.link(folder / names[number % distinct], folder / name)
 
 
 def make_model(source: str, folder: str) -> None:
-    """A model of random weights by the configuration in `source`, with its tokenizer."""
+    """Save a model with random weights, configured as in `source`, with the tokenizer of `source`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shutil.copytree(source, folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -97,6 +97,7 @@ def make_model(source: str, folder: str) -> None:
 
 
 def make_job(args, work: Path) -> None:
+    """Write rows, images and model of the job to the folder `work`."""
     rows = [json.loads(line) for line in Path(args.rows).read_text().splitlines()]
     rows = repeat_rows(rows, args.images + VAL_IMAGES)
     names = list(dict.fromkeys(row["image_filename"] for row in rows))
@@ -111,7 +112,7 @@ def make_job(args, work: Path) -> None:
     size = None if args.mixed else tuple(map(int, args.size.split("x")))
     make_pictures(work / "pictures", names, size, args.pictures)
     process = Process(target=make_model, args=(args.model, str(work / "model")))
-    process.start()  # so that its memory is given back
+    process.start()  # a process of its own gives its memory back
     process.join()
     if process.exitcode:
         raise SystemExit("error: the model could not be made")
@@ -121,7 +122,7 @@ def make_job(args, work: Path) -> None:
 
 
 def torchrun(gpus: int, *words, log: Path) -> float:
-    """Run a script of ours on so many GPUs, its output into `log`. Returns the seconds that it took."""
+    """Run one of our scripts on `gpus` GPUs with its output in `log`. Returns the seconds it took."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     started = time.perf_counter()
     with open(log, "w") as file:
@@ -134,7 +135,7 @@ def torchrun(gpus: int, *words, log: Path) -> float:
 
 
 def train(work: Path, gpus: int, settings: list[str]) -> dict:
-    """train.py on the job; its figures are those of its metrics.jsonl, the first two steps left out."""
+    """Run train.py on the job. Figures come from its metrics.jsonl without the first two steps."""
     output, log = work / f"run-{gpus}", work / f"train-{gpus}.log"
     files = {"model": "model", "train": "train.jsonl", "val": "val.jsonl", "images": "pictures"}
     words = [word for name, file in files.items() for word in (f"--{name}", work / file)]
@@ -154,6 +155,7 @@ def train(work: Path, gpus: int, settings: list[str]) -> dict:
 
 
 def recipe(args, work: Path, gpus: int) -> dict:
+    """Run the usual recipe on `gpus` GPUs, one rank each, and return its figures."""
     words = [Path(__file__), "--recipe-steps", args.recipe_steps, "--preset", args.preset]
     torchrun(gpus, *words, "--work", work, log=work / f"recipe-{gpus}.log")
     took = json.loads((work / "recipe.json").read_text())
@@ -163,7 +165,7 @@ def recipe(args, work: Path, gpus: int) -> dict:
 
 
 def recipe_worker(args) -> int:
-    """One rank of the usual recipe under DDP: optimizer steps of RECIPE_BATCH questions, one a sequence."""
+    """One rank of the usual recipe under DDP: optimizer steps of RECIPE_BATCH questions, one per sequence."""
     ranks = dist_utils.start()
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     folder = args.work / f"recipe-{ranks.rank}"
@@ -211,19 +213,19 @@ def main(argv: list[str], _stop) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="jsonl file with image_filename, question and answer")
     parser.add_argument("--model", default="", help="folder of config.json, tokenizer and image settings")
-    parser.add_argument("--work", type=Path, default=Path("job"), help="folder for rows, pictures, model, runs; kept")
-    parser.add_argument("--gpus", default="1", help="numbers of GPUs to run on, one after the other")
+    parser.add_argument("--work", type=Path, default=Path("job"), help="folder for rows, images, model, runs; kept")
+    parser.add_argument("--gpus", default="1", help="numbers of GPUs, run one after the other")
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="at most")
     parser.add_argument("--question-tokens", type=int, default=195, help="question, answer and template")
-    parser.add_argument("--size", default="1920x1440", help="of the pictures, in pixels")
-    parser.add_argument("--mixed", action="store_true", help="questions as they are, pictures of mixed sizes")
-    parser.add_argument("--pictures", type=int, default=128, help="different pictures")
-    parser.add_argument("--recipe-steps", type=int, default=3, help="optimizer steps of the usual recipe; 0: leave out")
+    parser.add_argument("--size", default="1920x1440", help="of the images, in pixels")
+    parser.add_argument("--mixed", action="store_true", help="questions as they are, images of mixed sizes")
+    parser.add_argument("--pictures", type=int, default=128, help="different images")
+    parser.add_argument("--recipe-steps", type=int, default=3, help="optimizer steps of the usual recipe; 0: none")
     parser.add_argument("--preset", choices=PRESETS, default="8b", help="model of the usual recipe")
     parser.add_argument("--name", default="job")
     parser.add_argument("--json", default="", help="file for the results")
-    args, settings = parser.parse_known_args(argv)  # the rest are settings of train.py
+    args, settings = parser.parse_known_args(argv)  # the others are settings of train.py
     if not args.rows:
         return recipe_worker(args)
     if not args.work.exists():

@@ -1,11 +1,11 @@
 """Step time on one GPU: the usual recipe against trees, in one run on one machine.
 
     python bench/step.py                                          # Qwen3-VL-8B with random weights, full resolution
-    python bench/step.py --preset tiny                            # a minute on a CPU: that it runs, not how fast
+    python bench/step.py --preset tiny                            # a minute on a CPU: shows that it runs, not how fast
     python bench/step.py --cases tree-9 --profile                 # and where its time goes
 
-Random weights cost what real ones cost. The workload is the reference job's: 2,700 image tokens and 195 tokens a
-question. The recipe runs one question a sequence, padded to 2,900, with full logits and every layer checkpointed.
+Random weights cost what real ones cost. The workload is that of the reference job: 2,700 image tokens, and 195 tokens
+per question. The recipe runs one question per sequence, padded to 2,900, with full logits and every layer checkpointed.
 """
 
 import argparse
@@ -64,10 +64,10 @@ IMAGE_TOKEN = 5
 @dataclass
 class Preset:
     config: dict
-    size: tuple[int, int]  # picture, width and height in pixels
-    question_tokens: int  # question, answer and their template, after the image
+    size: tuple[int, int]  # width and height of the image in pixels
+    question_tokens: int  # question, answer and template, after the image
     answer_tokens: int
-    padded: int  # what the recipe pads to
+    padded: int  # length that the recipe pads to
     repeats: int
 
 
@@ -83,7 +83,7 @@ PRESETS = {
 def random_model(
     config: dict | Qwen3VLConfig, dtype: torch.dtype, device: torch.device
 ) -> Qwen3VLForConditionalGeneration:
-    """A model of random weights, made where it is needed."""
+    """A model with random weights, created on the device itself."""
     if isinstance(config, dict):
         config = Qwen3VLConfig(**config, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False)
     config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
@@ -97,7 +97,7 @@ def random_model(
                 weight.normal_(0, 0.02)
             else:
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)
-    for module in model.modules():  # rotary tables are buffers, not weights
+    for module in model.modules():  # rotary tables are buffers, which to_empty leaves undefined
         if hasattr(module, "original_inv_freq"):
             module.__init__(module.config)
             module.to(device)
@@ -105,7 +105,7 @@ def random_model(
 
 
 def make_data(preset: Preset, questions: int, folder: Path) -> tuple[VQAData, ImageSettings]:
-    """One picture with `questions` questions, which share what comes before them."""
+    """One image with `questions` questions that share everything before them."""
     side = math.isqrt(preset.config["vision_config"]["num_position_embeddings"])
     settings = ImageSettings(16, 2, 2, 1024, 2**24, (0.5,) * 3, (0.5,) * 3, side)
     width, height = preset.size
@@ -117,7 +117,7 @@ def make_data(preset: Preset, questions: int, folder: Path) -> tuple[VQAData, Im
     for number in range(questions):
         ids = random.integers(10, 1000, 5 + preset.question_tokens).astype(np.int32)
         ids[:5] = [1, 2, 3, IMAGE_TOKEN, 4]
-        ids[5] = 10 + number  # questions differ from their first token on
+        ids[5] = 10 + number  # questions differ from their first token
         trained = np.arange(len(ids)) >= len(ids) - preset.answer_tokens
         tokens = grid[0] * grid[1] // 4
         samples.append(
@@ -130,7 +130,7 @@ def make_data(preset: Preset, questions: int, folder: Path) -> tuple[VQAData, Im
 
 
 def model_inputs(batch, padded: int = 0, image_token: int = IMAGE_TOKEN) -> dict:
-    """A batch of one question as transformers' model takes it, padded on the right to `padded` tokens."""
+    """A batch of one question as arguments of transformers' model, padded on the right to `padded` tokens."""
     short = max(0, padded - len(batch.ids))
     ids = torch.nn.functional.pad(batch.ids, (0, short))[None]
     inputs = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(torch.ones_like(batch.ids), (0, short))[None]}
@@ -139,7 +139,7 @@ def model_inputs(batch, padded: int = 0, image_token: int = IMAGE_TOKEN) -> dict
 
 
 def recipe_inputs(batch, padded: int) -> tuple[dict, torch.Tensor]:
-    """Those inputs, and their labels."""
+    """The same arguments, and their labels (1, n), -100 where nothing is trained."""
     inputs = model_inputs(batch, padded)
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[0, batch.answer_at + 1] = batch.targets
@@ -147,8 +147,10 @@ def recipe_inputs(batch, padded: int) -> tuple[dict, torch.Tensor]:
 
 
 def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path, wrap=lambda model: model):
-    """transformers + PEFT: one question a sequence, padded, full logits, every layer checkpointed. The model, wrapped
-    as by DDP, and a forward and backward pass of one question."""
+    """transformers + PEFT: one question per sequence, padded, full logits, every layer checkpointed.
+
+    Returns the model, wrapped by `wrap`, and a function that runs forward and backward on one question.
+    """
     model = random_model(preset.config, dtype, device)
     model = get_peft_model(
         model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=target_pattern(DEFAULT_TARGETS))
@@ -184,8 +186,11 @@ def tree_step(
     folder: Path,
     cached=False,
 ):
-    """Our step on one tree, without the optimizer and the feed, as for the recipe: its tokens, the step, and the vision
-    tower's part of it. `cached`: vision features lie ready, as with `--vision-cache`."""
+    """Our step on one tree, without optimizer and data loading, as for the recipe.
+
+    Returns its number of tokens, the step, and the vision tower's part of it. `cached`: the step gets vision
+    features that are ready, as with `--vision-cache`.
+    """
     data, settings = make_data(preset, questions, folder)
     tree = grow_tree(data.samples, list(range(questions)))
     batch = build_batch(data, Work((tree,), 0, StepFacts(0, questions, 1, 1)), settings, padding(device)).to(device)
@@ -213,7 +218,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(step, model, device: torch.device, repeats: int) -> dict:
-    """Median milliseconds of a forward and backward pass, seconds of the first one, and peak memory in GiB."""
+    """Median milliseconds of a forward and backward pass, seconds of the first pass, and peak memory in GiB."""
     started = time.perf_counter()
     step()
     synchronize(device)
@@ -234,7 +239,7 @@ def measure(step, model, device: torch.device, repeats: int) -> dict:
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Rate of a large matrix product on random data, the ceiling that a step is compared to."""
+    """TFLOP/s of a large matrix product on random data, the ceiling that a step is compared with."""
     side = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
@@ -254,7 +259,7 @@ KINDS = {
 
 
 def kernel_times(work, device: torch.device) -> dict[str, tuple[float, int]]:
-    """Milliseconds and calls of each kernel (on a CPU: of each operator) that `work` runs."""
+    """Milliseconds and calls of each kernel that `work` runs (of each operator on a CPU)."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     with torch.profiler.profile(activities=activities) as prof:
@@ -266,6 +271,7 @@ def kernel_times(work, device: torch.device) -> dict[str, tuple[float, int]]:
 
 
 def by_kind(kernels: dict[str, tuple[float, int]]) -> dict[str, float]:
+    """Milliseconds by kind of kernel, recognized by its name."""
     totals = dict.fromkeys([*KINDS, "rest"], 0.0)
     for key, (ms, _) in kernels.items():
         kind = next((kind for kind, words in KINDS.items() if any(word in key.lower() for word in words)), "rest")
@@ -274,7 +280,7 @@ def by_kind(kernels: dict[str, tuple[float, int]]) -> dict[str, float]:
 
 
 def profile(step, vision, device: torch.device) -> str:
-    """A step's time by kind of work, the vision tower's apart, and its ten costliest kernels."""
+    """The time of a step by kind of work, the vision tower separately, and its ten most expensive kernels."""
     kernels, tower = kernel_times(step, device), by_kind(kernel_times(vision, device))
     language = {kind: ms - tower[kind] for kind, ms in by_kind(kernels).items()}
     lines = [f"  {kind:<16} {ms:8.1f} ms" for kind, ms in language.items()]
@@ -284,7 +290,7 @@ def profile(step, vision, device: torch.device) -> str:
 
 
 def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ceiling: float):
-    """Yield one row of results a case."""
+    """Yield one row of results per case."""
     ours, cases = None, args.cases.split(",")
     patches = (preset.size[0] // 16) * (preset.size[1] // 16)
     with tempfile.TemporaryDirectory() as name:
@@ -330,7 +336,7 @@ def main() -> None:
     parser.add_argument("--cases", default="recipe,tree-1,cached-9,tree-9,tree-17")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--memory-budget", type=float, default=1.0)
-    parser.add_argument("--profile", action="store_true", help="where the time of the last case goes")
+    parser.add_argument("--profile", action="store_true", help="print where the time of the last case goes")
     parser.add_argument("--name", default="step")
     parser.add_argument("--json", default="", help="file for the results")
     args = parser.parse_args()
@@ -348,11 +354,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
 
 
-def write_json(path: Path, name: str, device: torch.device, found: dict) -> None:
-    """What was found, with what it was found on."""
+def write_json(path: Path, name: str, device: torch.device, results: dict) -> None:
+    """Write results with the device, versions, commit and command that produced them."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result = {"name": name, "date": time.strftime("%Y-%m-%d"), "device": device_name(device), "versions": VERSIONS}
-    result |= {"commit": commit, "command": " ".join(sys.argv), **found}
+    result |= {"commit": commit, "command": " ".join(sys.argv), **results}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
