@@ -50,9 +50,8 @@ def evaluate(
     Greedy decoding yields the reference answer iff every answer token, including the end of turn, is the most likely
     one after the reference before it. So exact match takes one forward pass per tree and no generation.
     """
-    dataset = TreeDataset(data, model.settings, padding(ranks.device), cache=model.cache)
     model.eval()
-    results = Runner(ranks, dtype, workers, stop).run(lambda batch: score_samples(model, batch), dataset, batches)
+    results = Runner(model, ranks, dtype, workers, stop).run(score_samples, data, batches, cache=model.cache)
     model.train()
     if results is None:
         return None
@@ -169,7 +168,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
     # Rows: rank 0 reads and checks them, every rank gets the same samples.
     data, options = dist_utils.from_rank0(lambda: load_rows(args, sources, tokenizer, settings))
-    print0(f"{len(data.samples):,} questions of {sources.rows}, {sources.title}, {ranks.world_size} rank(s)")
+    subject = sources.ckpt or f"base model {sources.model}"
+    print0(f"{len(data.samples):,} questions of {sources.rows}, {subject}, {ranks.world_size} rank(s)")
 
     # Model.
     facts, key = dist_utils.from_rank0(lambda: identify(args, sources, folder, settings, dtype, data, options))
@@ -181,9 +181,9 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         if kind == "tuned" and args.merge:
             merge_lora(model.model)
         folders[kind] = sources.output / f"partial-{kind}-{key}"
-        runner = Runner(ranks, dtype, args.workers, stop, folders[kind])
+        runner = Runner(model, ranks, dtype, args.workers, stop, folders[kind])
         with model.model.disable_adapter() if sources.ckpt and kind == "base" else nullcontext():
-            predictions[kind] = predict(model, data, sources.images, options, tokenizer, runner, args)
+            predictions[kind] = predict(runner, data, sources.images, options, tokenizer, args)
         if predictions[kind] is None:
             faulthandler.cancel_dump_traceback_later()
             print0(f"stopped by {stop.agreed()}; the same command continues where this one stopped")
@@ -217,10 +217,6 @@ class Sources:
     @property
     def rows(self) -> str:
         return ", ".join(self.files)
-
-    @property
-    def title(self) -> str:
-        return str(self.ckpt or f"base model {self.model}")
 
     @property
     def prompts(self) -> dict[str, str]:

@@ -79,14 +79,14 @@ def measure(args, folder: Path) -> list[dict]:
     model = TreeModel(prepare_base(plain), settings).eval()
     ranks, none = Ranks(0, 1, device), [[] for _ in data.samples]
     for name in ("first", "trees"):  # the first one compiles
-        runner = Runner(ranks, dtype, args.workers, Stop(), folder / name)
+        runner = Runner(model, ranks, dtype, args.workers, Stop(), folder / name)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         lengths = args.max_tokens, args.max_new_tokens
-        together, seconds = timed(device, lambda: answer_all(model, data, Endless, runner, *lengths))  # noqa: B023
+        together, seconds = timed(device, lambda: answer_all(runner, data, Endless, *lengths))  # noqa: B023
     rows.append({"case": "trees", "questions": len(data.samples), "seconds": seconds})
     rows[-1]["same"] = sum(together[i]["prediction"] == answer for i, answer in zip(chosen, alone)) / len(chosen)
-    _, seconds = timed(device, lambda: score_all(model, data, none, tokenizer, runner, args.max_tokens))
+    _, seconds = timed(device, lambda: score_all(runner, data, none, tokenizer, args.max_tokens))
     rows.append({"case": "trees, teacher-forced", "questions": len(data.samples), "seconds": seconds})
     for row in rows:
         row["questions_per_s"] = row["questions"] / row["seconds"]

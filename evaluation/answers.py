@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from data import Batch, Sample, TreeDataset, VQAData, padding
+from data import Batch, Sample, VQAData
 from evaluation.runner import Runner
 from evaluation.scores import normalize, question_type
 from inputs.holdout import relative_names
@@ -19,12 +20,12 @@ MAX_TREES = 8  # of a batch: a generated token is compared with the cached token
 
 
 def predict(
-    model: TreeModel, data: VQAData, images_dir: str, options: list[list[str]], tokenizer, runner: Runner, args
+    runner: Runner, data: VQAData, images_dir: str, options: list[list[str]], tokenizer, args
 ) -> list[dict] | None:
     """The lines of predictions.jsonl: what `answer_all` and `score_all` give for each sample, and the sample's own
     fields, with images named from `images_dir`. None when stopped."""
-    answers = answer_all(model, data, tokenizer, runner, args.max_tokens, args.max_new_tokens)
-    scored = answers and score_all(model, data, options, tokenizer, runner, args.max_tokens)
+    answers = answer_all(runner, data, tokenizer, args.max_tokens, args.max_new_tokens)
+    scored = answers and score_all(runner, data, options, tokenizer, args.max_tokens)
     if not scored:
         return None
     return [
@@ -46,17 +47,11 @@ def predict(
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
-def answer_all(
-    model: TreeModel, data: VQAData, tokenizer, runner: Runner, max_tokens: int, max_new_tokens: int
-) -> list[dict] | None:
+def answer_all(runner: Runner, data: VQAData, tokenizer, max_tokens: int, max_new_tokens: int) -> list[dict] | None:
     """Answer every sample: {"prediction", "confidence"} of each, or None when stopped."""
-    dataset = TreeDataset(data, model.settings, padding(runner.ranks.device), prompts_only=True)
+    answer = partial(answer_batch, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
     batches = whole_trees(data.samples, max_tokens, MAX_TREES)
-
-    def answer(batch: Batch) -> list[dict]:
-        return answer_batch(model, batch, tokenizer, max_new_tokens)
-
-    answers = runner.run(answer, dataset, batches, "answers")
+    answers = runner.run(answer, data, batches, "answers", prompts_only=True)
     return answers and [answers[index] for index in range(len(data.samples))]
 
 
@@ -114,9 +109,7 @@ def generate(
 # ----------------------------------------------------------------------------------------------------------- likelihood
 
 
-def score_all(
-    model: TreeModel, data: VQAData, options: list[list[str]], tokenizer, runner: Runner, max_tokens: int
-) -> list[dict] | None:
+def score_all(runner: Runner, data: VQAData, options: list[list[str]], tokenizer, max_tokens: int) -> list[dict] | None:
     """Loss and teacher-forced exact match of every sample and, where it has `options`, the probability of each option.
 
     Every option is a branch of its image's tree, as the sample's own answer is. An option's probability is that of all
@@ -126,9 +119,8 @@ def score_all(
     for index, texts in enumerate(options):
         samples += [with_answer(data.samples[index], text, tokenizer) for text in texts]
         owners += [(index, text) for text in texts]
-    dataset = TreeDataset(replace(data, samples=samples), model.settings, padding(runner.ranks.device))
     batches = whole_trees(samples, max_tokens, MAX_TREES)
-    results = runner.run(lambda batch: score_samples(model, batch), dataset, batches, "scores")
+    results = runner.run(score_samples, replace(data, samples=samples), batches, "scores")
     if results is None:
         return None
     names = ("loss", "answer_tokens", "teacher_forced")

@@ -1,39 +1,29 @@
 """Drawings as SVG text: curves of a run, reliability diagrams, and bars with intervals.
 
-Shapes carry classes. STYLE gives these their colours, in the page of a report as in a lone curves.svg. Series 0 and 1
-differ in their marks too, not in colour alone. Text that comes from elsewhere passes through html.escape.
+Shapes carry classes, to which charts.css gives their colours, in the page of a report as in a lone curves.svg. Series 0
+and 1 differ in their marks too, not in colour alone. Text that comes from elsewhere passes through html.escape.
 """
 
 import math
 import re
 from html import escape
+from pathlib import Path
 
-COLOURS = {  # on light paper, on dark paper
-    "fg": ("#1b1f24", "#e6edf3"),
-    "dim": ("#59636e", "#9aa5b1"),
-    "bg": ("#fff", "#101418"),
-    "card": ("#f5f7f9", "#191f26"),
-    "line": ("#d4dae0", "#343d48"),
-    "a": ("#0072b2", "#56b4e9"),  # series 0 and 1: Okabe and Ito's blue and orange, which colour-blind readers tell
-    "b": ("#b35900", "#e69f00"),  # apart; the orange is darker on light paper, for contrast
-}
-LIGHT, DARK = ({name: pair[paper] for name, pair in COLOURS.items()} for paper in (0, 1))
-STYLE = """\
-.k0{color:var(--a);stroke:var(--a);fill:var(--a)}
-.k1{color:var(--b);stroke:var(--b);fill:var(--b)}
-.k0,.k1{stroke-width:1.4}
-polyline{fill:none!important}
-svg text{fill:var(--dim);font-size:13px}
-.rule{stroke:var(--line);fill:none}
-.dashed{stroke:var(--dim);stroke-dasharray:4 4;fill:none}
-"""
-LONE_STYLE = ".paper{fill:var(--bg)}svg{font-family:system-ui,sans-serif}tspan{stroke:none!important}"
+# a and b, of series 0 and 1: Okabe and Ito's blue and orange, which colour-blind readers can tell apart; the orange is
+# darker on light paper, for contrast
+LIGHT = dict(fg="#1b1f24", dim="#59636e", bg="#fff", card="#f5f7f9", line="#d4dae0", a="#0072b2", b="#b35900")
+DARK = dict(fg="#e6edf3", dim="#9aa5b1", bg="#101418", card="#191f26", line="#343d48", a="#56b4e9", b="#e69f00")
 CURVE_MARKS = "—●"  # of a curve, of a curve with dots
 
 Figure = tuple[list[str], str]  # the names of one or two series, and their plot
 
 # A plot is 412 x 236 units; its axes span these x, and these y from bottom to top.
 X, Y = (50, 390), (190, 24)
+
+
+def style() -> str:
+    """The drawings' CSS. Its variables are the names in LIGHT and DARK."""
+    return (Path(__file__).parent / "charts.css").read_text(encoding="utf-8")
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -104,33 +94,30 @@ def sheet(figures: list[Figure]) -> str:
         body += f'<svg x="{420 * number}" width="412" height="260"><text x="50" y="20">{labels}</text>'
         body += f'<svg y="24" width="412" height="236">{plotted}</svg></svg>'
     width = 420 * len(figures)
-    style = f"{_without_variables(LIGHT)}@media (prefers-color-scheme:dark){{{_without_variables(DARK)}}}"
+    light, dark = (_without_variables(style(), colours) for colours in (LIGHT, DARK))
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 264" width="{width}" height="264">
-<style>{style}</style><rect class="paper" width="100%" height="100%"/>
+<style>{light}@media (prefers-color-scheme:dark){{{dark}}}</style><rect class="paper" width="100%" height="100%"/>
 {body}</svg>
 """
 
 
-def _without_variables(colours: dict[str, str]) -> str:
-    """A lone drawing's style with its colours written out: not every viewer of SVG files knows CSS variables."""
-    return re.sub(r"var\(--(\w+)\)", lambda match: colours[match[1]], STYLE + LONE_STYLE)
+def _without_variables(css: str, colours: dict[str, str]) -> str:
+    """CSS with its colours written out: not every viewer of SVG files knows CSS variables."""
+    return re.sub(r"var\(--(\w+)\)", lambda name: colours[name[1]], css)
 
 
 def reliability(bins: list[dict]) -> str:
     """Bins of `scores.calibration_bins`: the share right as a bar with the number of answers on top, and a dot at the
     mean confidence."""
-    axis, shapes, description = (
-        [k / 10 for k in range(11)],
-        f'<path class="dashed" d="M{X[0]} {Y[0]}L{X[1]} {Y[1]}"/>',
-        "",
-    )
+    axis, description = [k / 10 for k in range(11)], "share right: "
+    shapes = f'<path class="dashed" d="M{X[0]} {Y[0]}L{X[1]} {Y[1]}"/>'  # where confidence equals the share right
     for b in bins:
         x, top, confidence = along(axis, b["low"], X), along(axis, b["accuracy"], Y), b["confidence"]
         shapes += f'<path class="span k0" d="M{x + 1} {Y[0]}V{top}h32V{Y[0]}z"/>'
         shapes += f'<circle class="k0" cx="{along(axis, confidence, X)}" cy="{top}" r="3.5"/>'
         shapes += f'<text class="count" x="{x + 17}" y="14" text-anchor="middle">{b["questions"]}</text>'
         description += f"{b['accuracy']:.2f} of {b['questions']} at confidence {confidence:.2f}; "
-    return plot(axis, axis[::2], "confidence", f"share right: {description}", shapes)
+    return plot(axis, axis[::2], "confidence", description, shapes)
 
 
 def bars(means: list[dict]) -> str:

@@ -36,7 +36,7 @@ def _style() -> str:
     """Dark colours are for screens that ask for them; paper is light."""
     light, dark = ("".join(f"--{k}:{v};" for k, v in colours.items()) for colours in (charts.LIGHT, charts.DARK))
     roots = f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
-    return f"{roots}\n{charts.STYLE}{(FOLDER / 'page.css').read_text(encoding='utf-8')}"
+    return f"{roots}\n{charts.style()}{(FOLDER / 'page.css').read_text(encoding='utf-8')}"
 
 
 def _hash(source: str) -> str:

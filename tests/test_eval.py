@@ -96,8 +96,8 @@ def test_options_are_weighed_as_if_each_were_the_answer_of_a_row_of_its_own(worl
     chosen = {0: ["0", "1", "about 2 or more"], 17: ["upper left 0", "no"], 30: ["a growth", "a polyp"]}
     options = [chosen.get(index, []) for index in range(len(rows))]
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    runner = Runner(ALONE, torch.float32, 0, Stop(), tmp_path / "store")
-    scored = score_all(model, data, options, tokenizer, runner, 700)
+    runner = Runner(model, ALONE, torch.float32, 0, Stop(), tmp_path / "store")
+    scored = score_all(runner, data, options, tokenizer, 700)
     reference = tiny.Reference(world, model, tmp_path / "adapter")
     for index, texts in chosen.items():
         losses = []
