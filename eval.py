@@ -32,8 +32,9 @@ from evaluation.runner import Runner
 from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, check_image, image_settings
 from inputs.rows import parse_row, read_rows, stop_or_skip_bad
-from model import TreeModel, autocast, fingerprint, load_adapter, load_base, pick_dtype, resolve_model
-from modeling.lora import merge_lora
+from model import TreeModel, autocast, load_base, pick_dtype
+from modeling.loading import fingerprint, resolve_model
+from modeling.lora import load_adapter, merge_lora
 from training.checkpoints import VERSIONS, pick_checkpoint, read_state
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
@@ -43,7 +44,7 @@ from trees import MicroBatch, Work, whole_trees
 
 
 def evaluate(
-    model: TreeModel, data: VQAData, batches: list[MicroBatch], ranks: Ranks, dtype, workers: int, stop: Stop
+    model: TreeModel, dataset: TreeDataset, batches: list[MicroBatch], ranks: Ranks, dtype, workers: int, stop: Stop
 ) -> dict | None:
     """Loss (mean over answer tokens) and exact match over `batches`, on all ranks, each sample once. None when stopped.
 
@@ -57,7 +58,7 @@ def evaluate(
         return None
     by_type = {}
     for index, (_, _, correct) in sorted(results.items()):
-        by_type.setdefault(scores.question_type(data.samples[index].fields), []).append(correct)
+        by_type.setdefault(scores.question_type(dataset.data.samples[index].fields), []).append(correct)
     losses, tokens, correct = zip(*results.values())
     return {
         "loss": sum(losses) / sum(tokens),

@@ -22,8 +22,9 @@ from data import VQAData, build_batch, encode_rows, padding
 from dist_utils import print0
 from inputs.images import ImageSettings
 from inputs.rows import read_rows
-from model import TreeModel, autocast, load_adapter, load_base, resolve_model
-from modeling.lora import merge_lora
+from model import TreeModel, autocast, load_base
+from modeling.loading import resolve_model
+from modeling.lora import load_adapter, merge_lora
 from training.checkpoints import pick_checkpoint, read_state
 from training.settings import Parser, choice, parse_words, refuse
 from trees import Work, whole_trees
@@ -101,7 +102,7 @@ def logits(model: TreeModel, data: VQAData, device: torch.device, dtype: torch.d
     for trees in whole_trees(data.samples, 8192):
         batch = build_batch(data, Work(trees), model.settings, padding(device)).to(device)
         with autocast(device, dtype):
-            found.append(model.eval().answer_logits(batch, model.encode_images(batch)).cpu())
+            found.append(model.eval().answer_logits(batch).cpu())
     return torch.cat(found)
 
 

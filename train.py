@@ -30,19 +30,11 @@ from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
 from eval import accuracy_table, evaluate
 from inputs.holdout import relative_names
 from inputs.images import image_settings
-from inputs.vision_cache import open_cache
-from model import (
-    MEMORY_BUDGETS,
-    TreeModel,
-    add_lora,
-    autocast,
-    choose_memory_budget,
-    compile_layers,
-    load_base,
-    load_lora,
-    pick_dtype,
-    resolve_model,
-)
+from inputs.vision_cache import FeatureWriter, open_cache
+from model import TreeModel, autocast, load_base, pick_dtype
+from modeling.loading import resolve_model
+from modeling.lora import add_lora, load_lora
+from modeling.memory import MEMORY_BUDGETS, choose_memory_budget, compile_layers
 from training.checkpoints import (
     checkpoints,
     find_checkpoint,
@@ -52,23 +44,13 @@ from training.checkpoints import (
     save_checkpoint,
     write_checkpoint,
 )
+from training.costs import known_gpu, tree_counter, uncounted
 from training.metrics import Metrics
-from training.plan import (
-    count_epochs,
-    count_steps,
-    estimate,
-    is_due,
-    known_gpu,
-    lora_settings,
-    make_job,
-    plan_settings,
-    tree_counter,
-    uncounted,
-)
+from training.plan import estimate, make_job
 from training.preparation import check_cache, check_lora, describe_data, describe_lora, identify, load_all, print_plan
-from training.settings import parse_settings, to_toml
+from training.settings import count_epochs, count_steps, is_due, lora_arguments, parse_settings, to_toml
 from training.trackers import open_trackers
-from trees import StepSampler, Work, heaviest, make_plan, whole_trees
+from trees import PlanSettings, StepSampler, Work, heaviest, make_plan, whole_trees
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
@@ -106,7 +88,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     train_data, val_data = dist_utils.from_rank0(lambda: load_all(args, tokenizer, images, output))
     config = AutoConfig.from_pretrained(model_folder)
     tree_flops = tree_counter(config, train_data.samples, not uncounted(config, args), tower=not args.vision_cache)
-    sampler = StepSampler(train_data.samples, plan_settings(args), ranks.rank, ranks.world_size, tree_flops)
+    sampler = StepSampler(train_data.samples, PlanSettings.of(args), ranks.rank, ranks.world_size, tree_flops)
     plan = sampler.plan()
     describe_data(train_data, val_data, plan, tokenizer)
     steps = count_steps(args, len(sampler), args.epochs)
@@ -120,7 +102,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
     # Model, optimizer, and where a run goes on.
     seed_torch(args.seed)
-    peft_model = add_lora(load_base(model_folder, dtype, device), args.model, **lora_settings(args))
+    peft_model = add_lora(load_base(model_folder, dtype, device), args.model, **lora_arguments(args))
     if args.init_from and not found:
         load_lora(peft_model, Path(args.init_from))
         print0(f"LoRA starts from the weights of {args.init_from}")
@@ -130,7 +112,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     budgets = plan_compile(args, peft_model, heavy, ranks)
     visual = peft_model.get_base_model().model.visual
     cache = open_cache(args.vision_cache, visual, config, images) if args.vision_cache else None
-    model = dist_utils.wrap(TreeModel(peft_model, images, cache), ranks)
+    keep_features = FeatureWriter(cache).put if cache else None
+    model = dist_utils.wrap(TreeModel(peft_model, images, keep_features), ranks)
     trained = (p for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = load_checkpoint(found, model, optimizer, output) if found else {}
@@ -150,16 +133,18 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         return now | {"identity": start.get("identity", {}) | identity, "settings": settings}
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
-    rehearse(model, optimizer, TreeDataset(train_data, images, padding(device)), heavy, ranks, dtype, budgets)
+    dataset = TreeDataset(train_data, images, padding(device), cache=cache)
+    val_dataset = TreeDataset(val_data, images, padding(device), cache=cache)
+    uncached = TreeDataset(train_data, images, padding(device))
+    rehearse(model, optimizer, uncached, heavy, ranks, dtype, budgets)
     dist_utils.from_rank0(lambda: rehearse_save(output, model, args, state()))
     base_result = None
     if val_batches:
-        few = evaluate(unwrap(model), val_data, val_batches[: ranks.world_size], ranks, dtype, 0, Stop())
+        few = evaluate(unwrap(model), val_dataset, val_batches[: ranks.world_size], ranks, dtype, 0, Stop())
         print0(f"evaluation tried on {few['questions']} questions: loss {few['loss']:.3f}")
     if is_demo and not done:
-        base_result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop)
+        base_result = evaluate(unwrap(model), val_dataset, val_batches, ranks, dtype, args.workers, stop)
 
-    dataset = TreeDataset(train_data, images, padding(device), cache=cache)
     loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
     print0(f"ready after {time.perf_counter() - started:.0f} s")
     often = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar: a log keeps every one
@@ -177,7 +162,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
     def evaluate_now() -> None:
         nonlocal result, best, stale, finished, evaluation_due
-        result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop)
+        result = evaluate(unwrap(model), val_dataset, val_batches, ranks, dtype, args.workers, stop)
         evaluation_due = result is None  # a stop came first: a resumed run begins with it
         if result:
             is_best = is_better(result, best)
@@ -265,8 +250,7 @@ def train_step(
         seed_torch(seed, work.step.number, work.number)
         with no_sync(model, skip=not work.last):
             with autocast(ranks.device, dtype):
-                features = unwrap(model).frozen_features(batch)
-                token_losses, _ = model(batch, features)
+                token_losses, _ = model(batch)
             loss_sum = (token_losses * batch.weights).sum() * work.live
             (loss_sum * (ranks.world_size / work.step.answer_weight)).backward()
         loss_sums.append(loss_sum.detach())
@@ -380,7 +364,7 @@ def _try_micro_batch(model, batch, ranks: Ranks, dtype) -> bool:
     try:
         with no_sync(model, skip=True):
             with autocast(ranks.device, dtype):
-                token_losses, _ = model(batch, unwrap(model).frozen_features(batch))
+                token_losses, _ = model(batch)
             token_losses.mean().backward()
     except torch.OutOfMemoryError:
         return False

@@ -65,6 +65,12 @@ class PlanSettings:
     seed: int
     weights: tuple[float, ...] = ()  # of each file of rows: how often an epoch asks its questions; empty: once
 
+    @classmethod
+    def of(cls, args) -> "PlanSettings":
+        """From the settings of a run."""
+        names = ("batch_size", "questions_per_image", "max_tokens", "seed")
+        return cls(*(getattr(args, name) for name in names), tuple(args.train_weights))
+
 
 def grow_tree(samples: list, indices: list[int]) -> Tree:
     """The tree of these samples: its prefix is what their ids share, short of the token that predicts an answer."""

@@ -28,10 +28,12 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import Sample, VQAData, build_batch, padding
 from inputs.images import ImageSettings
-from model import TreeModel, add_lora, autocast, compile_layers, pick_dtype, prepare_base, target_pattern
+from model import TreeModel, autocast, pick_dtype, prepare_base
+from modeling.lora import add_lora
+from modeling.memory import compile_layers
+from modeling.targets import DEFAULT_TARGETS, target_pattern
 from training.checkpoints import VERSIONS
-from training.plan import step_flops
-from training.settings import DEFAULT_TARGETS
+from training.costs import step_flops
 from trees import StepFacts, Work, grow_tree
 
 QWEN3_VL_8B = {
@@ -199,11 +201,13 @@ def tree_step(
         with autocast(device, dtype):
             return model.encode_images(batch)
 
-    ready = vision() if cached else None
+    if cached:
+        features = vision()
+        batch.features = torch.stack([features.embeds, *features.deepstack])
 
     def step():
         with autocast(device, dtype):
-            losses, _ = model(batch, ready or vision())
+            losses, _ = model(batch)
         losses.mean().backward()
 
     return tree.tokens, step, vision

@@ -13,7 +13,7 @@ from evaluation.runner import Runner
 from evaluation.scores import normalize, question_type
 from inputs.holdout import relative_names
 from model import TreeModel
-from modeling.attention import tree_mask, visible
+from modeling.attention import visible
 from trees import whole_trees
 
 MAX_TREES = 8  # of a batch: a generated token is compared with the cached tokens of all its trees, to see those of one
@@ -76,9 +76,7 @@ def generate(
     visibility rule keeps branches apart, so all questions of an image share its cached prefix.
     """
     cache = DynamicCache(config=model.base.config.text_config)
-    features = model.encode_images(batch)
-    mask = tree_mask(batch)
-    hidden = model.hidden_states(batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, cache)
+    hidden = model.answer_states(batch, past=cache)
     last = batch.answer_at  # each branch's last token, from which the first round goes on
     tree, branch, position = batch.tree[last], batch.branch[last], batch.positions[:, last]  # (B,), (B,), (3, B)
     cached_tree, cached_branch = batch.tree, batch.branch  # (tokens in the cache,)
@@ -139,7 +137,7 @@ def score_all(runner: Runner, data: VQAData, options: list[list[str]], tokenizer
 def score_samples(model: TreeModel, batch: Batch) -> list[tuple[float, int, bool]]:
     """For each sample of a batch: the sum of its answer tokens' cross-entropy, their number, and whether each of them
     is the most likely token after the reference before it."""
-    losses, is_likeliest = model(batch, model.frozen_features(batch))
+    losses, is_likeliest = model(batch)
     counts = torch.bincount(batch.question)
     sums = torch.zeros(len(counts), device=losses.device).index_add_(0, batch.question, losses)
     all_likeliest = torch.bincount(batch.question, is_likeliest.float()) == counts

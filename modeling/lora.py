@@ -1,13 +1,23 @@
 """LoRA's forward pass: PEFT's sums in fewer, smaller kernels. PEFT owns the weights, saves and loads them."""
 
+import json
+import re
 import types
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import library, nn
 from torch.utils.flop_counter import register_flop_formula
+
+from common import InputError
+from modeling.targets import DEFAULT_TARGETS, target_pattern
+
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PEFT's init_lora_weights that leave base weights alone
 
 
 def use_lean_lora(model: PeftModel) -> PeftModel:
@@ -99,6 +109,94 @@ def hashed_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tenso
     h = (h ^ (h >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
     h = h ^ (h >> 16 & 0xFFFF)
     return torch.where(h < int((p - 0.5) * 2**32), 0, x * (1 / (1 - p)))
+
+
+# ------------------------------------------------------------------------------------------ adapters: make, save, load
+
+
+def add_lora(
+    base: nn.Module, name: str, r: int, alpha: float, dropout: float, targets=DEFAULT_TARGETS, rslora=False, dora=False
+) -> PeftModel:
+    """LoRA in float32 on the linear layers that `targets` names, and nowhere else. Raises InputError if a part of it
+    names none."""
+    linear, matched = {n for n, module in base.named_modules() if isinstance(module, nn.Linear)}, set()
+    for part in targets.split(","):
+        names = {n for n, _ in base.named_modules() if re.fullmatch(target_pattern(part), n)}
+        if not names or names - linear:
+            known = sorted({n.rpartition(".")[2] for n in linear if n.startswith("model.language_model.")})
+            what = f"names {min(names - linear)} too" if names else "names nothing"
+            raise InputError(f"--lora-targets: {part!r} {what}; linear layers: {', '.join(known)}, vision, merger")
+        matched |= names
+    how = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
+    model = get_peft_model(base, LoraConfig(target_modules=target_pattern(targets), **how))
+    model.peft_config["default"].base_model_name_or_path = name  # what others will load, not where it lies here
+    assert sum(count for count, _ in lora_table(model).values()) == len(matched), lora_table(model)
+    visual = base.model.visual
+    if trains(visual) and "cudnn" in visual.config._attn_implementation:  # that operation has no backward
+        visual.config._attn_implementation = "onelook_flash_vision"
+    return use_lean_lora(model)
+
+
+def trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def lora_table(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """What is trained: projection -> (modules, parameters). Raises AssertionError for anything that is not LoRA."""
+    table = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found = re.search(r"model\.(language_model|visual)\.(.+)\.lora_(A|B|magnitude_vector)\.", name)
+            assert found and parameter.dtype == torch.float32, f"{name} ({parameter.dtype}) should not be trained"
+            path = re.sub(r"\.\d+", "", found[2])
+            kind = path.rpartition(".")[2] if found[1] == "language_model" else f"visual.{path}"
+            count, size = table.get(kind, (0, 0))
+            table[kind] = (count + (found[3] == "A"), size + parameter.numel())
+    return table
+
+
+def lora_differences(model: PeftModel, folder: Path) -> list[str]:
+    """Why an adapter folder's weights are not those of this model's LoRA: its settings or its layers differ."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if not (folder / name).is_file():
+            return [f"it holds no {name}"]
+    try:
+        other = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (ValueError, SafetensorError) as error:
+        return [f"it is damaged: {error}"]
+    own = model.peft_config["default"].to_dict()
+    names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    found = [f"{n} is {other.get(n)!r} there, {own[n]!r} here" for n in names if (other.get(n) or 0) != (own[n] or 0)]
+    if (start := other.get("init_lora_weights", True)) not in KEEPS_BASE:
+        found.append(f"init_lora_weights is {start!r} there, which changes the base model's weights too")
+    here = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
+    for where, names in (("there", there.keys() - here.keys()), ("here", here.keys() - there.keys())):
+        found += [f"only {where}: {min(names)} and {len(names) - 1:,} more"] if names else []
+    if not found and here != there:
+        found = ["the base models differ in size"]
+    return found
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write a plain PEFT adapter folder."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def load_lora(model: PeftModel, folder: Path) -> None:
+    """Give a model's LoRA the weights of an adapter folder."""
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
+    """Raises InputError for an adapter of a model of other sizes."""
+    try:
+        return use_lean_lora(PeftModel.from_pretrained(base, folder))
+    except RuntimeError as error:
+        if not (mismatch := re.search("size mismatch.*", str(error))):
+            raise
+        raise InputError(f"{folder} does not fit this base model, leave out --model: {mismatch[0]}") from None
 
 
 @torch.no_grad()

@@ -83,8 +83,8 @@ def nan_loss(steps: range, rank: int = 0) -> None:
     """Make the loss of these steps (counted from 0) NaN on one rank."""
     forward = TreeModel.forward
 
-    def poisoned(self, batch, features):
-        losses, right = forward(self, batch, features)
+    def poisoned(self, batch):
+        losses, right = forward(self, batch)
         spoiled = self.training and batch.work.step is not None and batch.work.step.number in steps
         return (losses * float("nan") if spoiled and rank == int(os.environ.get("RANK", 0)) else losses), right
 

@@ -14,6 +14,7 @@ from data import build_batch, rotary_positions
 from dist_utils import Ranks, Stop
 from inputs.images import load_patches
 from modeling import attention as attention_file
+from modeling import memory
 from modeling.lora import enable_hashed_dropout, hashed_dropout
 from train import train_step
 from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree, make_plan, pack
@@ -26,7 +27,7 @@ def run_step(world, trees_of_batches, dropout=0.0, seed=0, backend="", budget=1.
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world, dropout, **more)
     if backend:
-        model_file.compile_layers(model.model, budget, backend=backend)
+        memory.compile_layers(model.model, budget, backend=backend)
     if hashed:
         enable_hashed_dropout(model.model)
     (facts,) = {work.step for work in StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)}
@@ -103,7 +104,7 @@ def test_padding_changes_nothing(world, reference, monkeypatch):
     work = Work(tuple(whole(data.samples)))
     plain, padded = (build_batch(data, work, dataset.settings, pad_to) for pad_to in (1, 128))
     assert len(padded.ids) % 128 == 0 and len(padded.ids) > len(plain.ids)
-    losses = [model(batch, model.encode_images(batch))[0] for batch in (plain, padded)]
+    losses = [model(batch)[0] for batch in (plain, padded)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
@@ -143,7 +144,7 @@ def test_one_branch_does_not_leak_into_another(world):
     tree = next(tree for tree in whole(data.samples) if len(tree.samples) == 9)
     batch = dataset[Work((tree,))]
     changed = replace(batch, ids=torch.where(batch.branch == 2, 300, batch.ids))
-    before, after = (model(b, model.encode_images(b))[0] for b in (batch, changed))
+    before, after = (model(b)[0] for b in (batch, changed))
     others = batch.question != 1
     assert torch.equal(before[others], after[others]) and not torch.equal(before[~others], after[~others])
 
@@ -249,7 +250,7 @@ def test_lengths_and_image_sizes_do_not_recompile(world, tmp_path, dropout):
     assert len(set(data.grids.values())) == 10
     model = tiny.lora_model(world, dropout)
     model.base.model.visual.config._attn_implementation = "onelook_cudnn_flash_vision"  # as on a Hopper GPU
-    model_file.compile_layers(model.model, 1.0, backend="eager")
+    memory.compile_layers(model.model, 1.0, backend="eager")
     group = max(group_samples(data.samples), key=len)
     others = [grow_tree(data.samples, g) for g in group_samples(data.samples)]
     graphs, branches = [], set()
@@ -257,11 +258,11 @@ def test_lengths_and_image_sizes_do_not_recompile(world, tmp_path, dropout):
         tree = grow_tree(data.samples, group[: 1 + 7 * step % 18])
         branches.add(len(tree.samples))
         batch = build_batch(data, Work((tree, others[step % len(others)])), dataset.settings)
-        losses, _ = model(batch, model.encode_images(batch))
+        losses, _ = model(batch)
         losses.sum().backward()
         if step % 10 == 1:  # an evaluation now and then
             with torch.no_grad():
-                model.eval()(batch, model.encode_images(batch))
+                model.eval()(batch)
                 model.train()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     breaks = list(torch._dynamo.utils.counters["graph_break"])

@@ -17,11 +17,11 @@ from runs import Run, adapter, arguments, lines, losses, same
 from safetensors.torch import load_file
 
 import eval as evaluation
-import model as model_file
 import train
 from common import InputError
 from dist_utils import STOPPED, Stop
-from model import TreeModel, add_lora
+from modeling import loading
+from modeling.lora import add_lora
 from training import checkpoints
 from training import preparation as prepare
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, t
         batch = build_batch(data, Work((grow_tree(data.samples, [index]),)), dataset.settings)
         inputs = reference.inputs(rows[index])
         plain = reference.model(**inputs).loss
-        mine, _ = ours(batch, ours.encode_images(batch))
+        mine, _ = ours(batch)
         torch.testing.assert_close(mine.mean(), plain, rtol=1e-5, atol=1e-6)
     assert AutoTokenizer.from_pretrained(world / "model")
 
@@ -227,10 +227,10 @@ def test_a_hub_name_is_downloaded_and_a_folder_is_used_as_it_is(world, monkeypat
         asked.append((name, only))
         return str(world / "model")
 
-    monkeypatch.setattr(model_file, "snapshot_download", download)
-    assert model_file.resolve_model(str(world / "model")) == str(world / "model") and not asked
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    assert loading.resolve_model(str(world / "model")) == str(world / "model") and not asked
     name = "Qwen/Qwen3-VL-8B-Instruct"
-    assert model_file.resolve_model(name) == str(world / "model")
+    assert loading.resolve_model(name) == str(world / "model")
     assert asked == [(name, {"allow_patterns": "config.json"}), (name, {})]
 
 

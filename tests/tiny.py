@@ -15,7 +15,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data import TreeDataset, VQAData, load_data
 from demo import endoscopy
 from inputs.images import image_settings
-from model import TreeModel, add_lora, load_base
+from model import TreeModel, load_base
+from modeling.lora import add_lora
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SYSTEM = "You are a helpful assistant."  # what Qwen2-VL and Qwen2.5-VL are told where a row has no system turn

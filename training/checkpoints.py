@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from common import PARTIAL, InputError, flush_to_disk, write_whole
 from dist_utils import print0, restarted, unwrap
-from model import load_lora, save_adapter
+from modeling.lora import load_lora, save_adapter
 from training.model_card import model_card
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}

@@ -14,7 +14,7 @@ from common import write_whole
 from dist_utils import Ranks, print0
 from evaluation import charts
 from training.checkpoints import write_or_warn
-from training.plan import Gpu
+from training.gpus import Gpu
 
 # since the last line; of steps that were not skipped the loss, the weight of answer tokens, the last gradient norm
 SUMS = {"losses": 0.0, "weight": 0.0, "grad_norm": 0.0, "questions": 0, "images": 0}

@@ -2,7 +2,7 @@
 
 import json
 
-from model import names_vision
+from modeling.targets import names_vision
 
 CARD = """---
 base_model: {quoted}

@@ -5,12 +5,8 @@ formula that picks the memory budget. Left out: waiting for images, communicatio
 """
 
 import argparse
-import math
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,133 +14,21 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 import trees
-from data import VQAData, at_limit
-from evaluation.scores import normalize
+from data import FLEX_BLOCK, VQAData, at_limit
 from inputs.images import ImageSettings
-from model import MEMORY_BUDGETS, add_lora, kept_bytes, lora_table, memory_margin, names_vision
-from trees import MicroBatch, PlanSettings, Step, Tree
+from modeling.lora import add_lora, lora_table
+from modeling.memory import MEMORY_BUDGETS, kept_bytes, memory_margin
+from training.costs import NOT_COMPILED, SLOWER, batch_seconds, tree_load
+from training.gpus import GPUS, Gpu
+from training.settings import count_steps, is_due, lora_arguments
+from trees import MicroBatch, PlanSettings, Step
 
 GIB = 2**30
 GPU_COUNTS = (1, 2, 4, 8, 16)
-LONG_ANSWER = 256  # trained tokens
-LISTED_EVENTS = 8
-TOKEN_MULTIPLE = 128  # of a suggested --max-tokens
-
-
-@dataclass(frozen=True)
-class Gpu:
-    devices: tuple[str, ...]  # as torch.cuda.get_device_name says
-    memory_gib: float  # as torch says
-    tflops: float  # of a large bfloat16 matrix product
-    measured: bool = False
-
-
-OF_DATA_SHEET = 804 / 989  # what an H100 reaches of its data sheet's dense bfloat16 rate
-GPUS = {
-    "h100": Gpu(("NVIDIA H100 80GB HBM3",), 79.1, 804, measured=True),
-    "h200": Gpu(("NVIDIA H200",), 139.7, 801, measured=True),
-    "a100-80": Gpu(("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 79.1, 312 * OF_DATA_SHEET),
-    "a100-40": Gpu(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 39.4, 312 * OF_DATA_SHEET),
-    "l40s": Gpu(("NVIDIA L40S",), 44.4, 362 * OF_DATA_SHEET),
-    "rtx4090": Gpu(("NVIDIA GeForce RTX 4090",), 23.5, 165 * OF_DATA_SHEET),
-}
-# Shares of Gpu.tflops that each kind of work reaches. The three trees of bench/results/step-h100.json are too
-# alike to tell kinds apart, so the attention's come from a profile of the tree of 9: FlexAttention 66 ms (17.7 TFLOP),
-# the vision tower's 42.8 ms (14.5 TFLOP). The matrix products' share, small kernels beside them included, and IMAGE_S
-# are then the two numbers that give the three trees' times.
-MATMUL_SHARE, ATTENTION_SHARE, TOWER_ATTENTION_SHARE = 0.662, 0.333, 0.421
-MICRO_BATCH_S = 0.012  # gaps between kernels, forward and backward, in a profile; a faster GPU does not shorten them
-IMAGE_S = 0.024  # the vision tower's small kernels
-SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.17, 0.0: 1.27}  # step time by memory budget: a tree of 9 on an H100
-NOT_COMPILED = (1.9, 1.37)  # share of `kept_bytes`: 82.2 GiB at 7,308 tokens on an H200; step time against budget 1
 START_S = 80  # of the 8B: imports, rows, weights, a tried evaluation; 30 to 134 s seen on three H100 machines
 COMPILE_S = 160  # first start of the 8B: 87 to 187 s were seen on four machines with H100s and H200s
 SAVE_BYTES_S = 0.3e9  # a checkpoint, hashed, to the disk of a small machine
-
-
-def known_gpu(device: torch.device) -> Gpu | None:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return next((gpu for gpu in GPUS.values() if name in gpu.devices), None)
-
-
-# ------------------------------------------------------------------------------------------------------------ the data
-
-
-def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
-    """What may be wrong with rows that can be used: how many, and where the first stands."""
-    found = []
-    shared = set(train.grids) & set(val.grids) if val else set()
-    if shared:
-        first, image = next((s, image) for s in val.samples for image in s.images if image in shared)
-        found.append(f"validation images that are also trained on: {len(shared):,}, {first.where} {Path(image).name}")
-    return found + _row_warnings(train) + (_row_warnings(val) if val else [])
-
-
-def _row_warnings(data: VQAData) -> list[str]:
-    asked, repeats, clashes, long = {}, [], [], []
-    for sample in data.samples:
-        prompt = sample.ids[: sample.last_answer].tobytes()
-        answer, before = sample.fields["answer"], asked.setdefault((sample.images, prompt), {})
-        if answer in before:
-            repeats.append(f"{sample.where} repeats {before[answer].where}")
-        for other, row in before.items():
-            if normalize(other) != normalize(answer):
-                clashes.append(f"{sample.where} says {answer[:40]!r}, {row.where} {other[:40]!r}")
-                break
-        before.setdefault(answer, sample)
-        if (count := sample.trained.sum()) > LONG_ANSWER:
-            long.append(f"{sample.where} has {count:,}")
-    kinds = {
-        "rows that repeat another in images, question and answer": repeats,
-        "rows that contradict another of the same images and question": clashes,
-        f"rows of over {LONG_ANSWER} answer tokens": long,
-    }
-    return [f"{kind}: {len(rows):,}, {rows[0]}" for kind, rows in kinds.items() if rows]
-
-
-# ---------------------------------------------------------------------------------------------------------- operations
-
-
-class Flops(NamedTuple):
-    """Floating-point operations without recomputation: the language model's forward and backward, the frozen vision
-    tower's forward."""
-
-    language: float  # matrix products
-    attention: float
-    tower: float
-    tower_attention: float
-
-
-def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branches: list[int], answers: int) -> Flops:
-    """Operations of one tree: images of so many patches each, a prefix and branches of so many tokens each.
-
-    A frozen matrix of m weights costs 2 m a token forward and 2 m backward (no weight gradient); LoRA, norms and
-    softmax are left out (under 1%). Attention costs 4 d a pair and head dimension forward and 2.5 times that backward.
-    """
-    text, vision = config.text_config, config.vision_config
-    h, i, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    q, kv = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
-    tokens = prefix + sum(branches)
-    pairs = prefix * (prefix + 1) / 2 + sum(b * prefix + b * (b + 1) / 2 for b in branches)
-    language = 4 * layers * h * (2 * q + 2 * kv) * tokens + 4 * h * text.vocab_size * answers
-    language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP runs where an answer is
-    v, merged = vision.hidden_size, vision.spatial_merge_size**2 * vision.hidden_size
-    tower = 2 * vision.depth * (4 * v * v + 2 * v * vision.intermediate_size)
-    tower += 2 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * v
-    mergers = 1 + len(vision.deepstack_visual_indexes)
-    tower += 2 * mergers * (merged * merged + merged * vision.out_hidden_size) / vision.spatial_merge_size**2
-    tower_attention = 4 * v * vision.depth * sum(count**2 for count in patches)
-    return Flops(language, 3.5 * 4 * q * layers * pairs, tower * sum(patches), tower_attention)
-
-
-def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True) -> float:
-    """Seconds of a micro-batch: each tree's operations and number of images. Not `trained`: forward only."""
-    language, attention, tower, tower_attention = (sum(kind) for kind in zip(*(flops for flops, _ in loads)))
-    part, attention_part, gap_part = (1, 1, 1) if trained else (1 / 2, 1 / 3.5, 1 / 3)
-    at_full_rate = (part * language + tower) / MATMUL_SHARE
-    at_full_rate += attention_part * attention / ATTENTION_SHARE + tower_attention / TOWER_ATTENTION_SHARE
-    fixed = gap_part * MICRO_BATCH_S + IMAGE_S * sum(images for _, images in loads)
-    return at_full_rate / (gpu.tflops * 1e12) + fixed
+LISTED_EVENTS = 8
 
 
 # --------------------------------------------------------------------------------------------------------------- a run
@@ -182,40 +66,7 @@ def make_job(args, config, train: VQAData, val: VQAData | None, plan: list[Step]
 def empty_model(config, args: argparse.Namespace) -> PeftModel:
     """The model with LoRA as settings say, without memory for weights. Raises InputError of --lora-targets."""
     with torch.device("meta"):
-        return add_lora(AutoModelForImageTextToText.from_config(config), args.model, **lora_settings(args))
-
-
-def lora_settings(args: argparse.Namespace) -> dict:
-    """Keyword arguments of add_lora."""
-    how = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
-    return how | {"rslora": args.rslora, "dora": args.dora}
-
-
-def uncounted(config, args: argparse.Namespace) -> str:
-    """What of a run its estimates do not know; empty: they know all of it."""
-    if config.model_type != "qwen3_vl":
-        return config.model_type
-    return "DoRA" if args.dora else "a trained vision tower" if names_vision(args.lora_targets) else ""
-
-
-def plan_settings(args: argparse.Namespace) -> PlanSettings:
-    return PlanSettings(
-        args.batch_size, args.questions_per_image, args.max_tokens, args.seed, tuple(args.train_weights)
-    )
-
-
-def count_steps(args: argparse.Namespace, an_epoch: int, epochs: int) -> int:
-    return min(epochs * an_epoch, args.max_steps or epochs * an_epoch)
-
-
-def count_epochs(args, an_epoch: int) -> int:
-    """Epochs that are begun: --max-steps may end the run before the last."""
-    return math.ceil(count_steps(args, an_epoch, args.epochs) / an_epoch)
-
-
-def is_due(every: int, step: int, steps: int) -> bool:
-    """Whether an evaluation or a checkpoint follows step `step` of `steps`, from 1: every so many, and at the end."""
-    return step == steps or (every > 0 and step % every == 0)
+        return add_lora(AutoModelForImageTextToText.from_config(config), args.model, **lora_arguments(args))
 
 
 @dataclass
@@ -246,7 +97,7 @@ def choose(found: list[Budget]) -> Budget:
 
 def remedy(job: Job, gpu: Gpu, images: ImageSettings) -> str:
     """What would make a run fit that fits with no memory budget."""
-    candidates = range(TOKEN_MULTIPLE, job.heavy, TOKEN_MULTIPLE)
+    candidates = range(FLEX_BLOCK, job.heavy, FLEX_BLOCK)
     count = bisect_left(candidates, True, key=lambda tokens: not budgets(job, gpu, tokens)[-1].fits)
     tokens = candidates[count - 1] if count else 0
 
@@ -264,25 +115,6 @@ def remedy(job: Job, gpu: Gpu, images: ImageSettings) -> str:
 def largest_picture(data: VQAData, images: ImageSettings) -> int:
     """Pixels, after resizing."""
     return max((down * across for down, across in data.grids.values()), default=0) * images.patch_size**2
-
-
-def tree_load(config: PretrainedConfig, samples: list, tree: Tree) -> tuple[Flops, int]:
-    """A tree's operations and its number of images."""
-    chosen = [samples[i] for i in tree.samples]
-    prefix, branches, patches = trees.tree_shape(chosen, tree.prefix)
-    answers = sum(int(sample.trained.sum()) for sample in chosen)
-    return step_flops(config, patches.tolist(), prefix, branches.tolist(), answers), len(patches)
-
-
-def tree_counter(config: PretrainedConfig, samples: list, known: bool, tower: bool = True) -> Callable[[Tree], float]:
-    """What counts the operations of a tree of these samples, with or without the vision tower's: 0 where not all of the
-    model's are `known`."""
-
-    def count(tree: Tree) -> float:
-        flops = tree_load(config, samples, tree)[0]
-        return sum(flops) if tower else flops.language + flops.attention
-
-    return count if known else lambda _: 0.0
 
 
 def pace(job: Job, gpu: Gpu, slower: float) -> tuple[list[list[float]], list[float]]:
@@ -411,7 +243,7 @@ def with_smaller_pictures(job: Job, images: ImageSettings) -> dict[int, Job]:
         if limit < max(1, images.min_pixels):  # refused without --min-pixels
             continue
         train, val = (data and at_limit(data, images, limit) for data in (job.train, job.val))
-        plan = trees.make_plan(train.samples, plan_settings(job.args), 0)
+        plan = trees.make_plan(train.samples, PlanSettings.of(job.args), 0)
         val_batches = trees.whole_trees(val.samples, job.args.max_tokens) if val else []
         jobs[limit] = replace(job, train=train, val=val, plan=plan, val_batches=val_batches)
     return jobs

@@ -15,25 +15,21 @@ from transformers import AutoConfig, AutoTokenizer
 from common import InputError
 from data import Sample, VQAData, load_data
 from dist_utils import print0
+from evaluation.scores import normalize
 from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
 from inputs.rows import stop_or_skip_bad
 from inputs.vision_cache import SPARE, cache_at
-from model import fingerprint, lora_differences, lora_table, names_vision, resolve_model
+from modeling.loading import fingerprint, resolve_model
+from modeling.lora import lora_differences, lora_table
+from modeling.targets import names_vision
 from training.checkpoints import size_and_sum
-from training.plan import (
-    GIB,
-    GPU_COUNTS,
-    count_epochs,
-    data_warnings,
-    empty_model,
-    make_job,
-    plan_settings,
-    report,
-    uncounted,
-)
-from training.settings import FREE_SETTINGS
-from trees import group_samples, heaviest, make_plan, questions_by_file, rank_efficiency
+from training.costs import uncounted
+from training.plan import GIB, GPU_COUNTS, empty_model, make_job, report
+from training.settings import FREE_SETTINGS, count_epochs
+from trees import PlanSettings, group_samples, heaviest, make_plan, questions_by_file, rank_efficiency
+
+LONG_ANSWER = 256  # trained tokens
 
 
 def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
@@ -50,7 +46,7 @@ def load_all(args, tokenizer, images, output: Path | None) -> tuple[VQAData, VQA
         print0(f"held out {len(val.samples):,} questions on {len(val.grids):,} of {len(train.grids):,} images")
         train = train.only([train.samples[i] for i in trained])
     if len(args.train) > 1 or args.train_weights:
-        for own, asked in questions_by_file(train.samples, plan_settings(args)):
+        for own, asked in questions_by_file(train.samples, PlanSettings.of(args)):
             print0(f"{args.train[train.samples[own[0]].file]}: {len(own):,} questions, {asked:,} an epoch")
     return train, val
 
@@ -66,9 +62,9 @@ def print_plan(args: argparse.Namespace) -> None:
     check_lora(args, config, None)
     images = image_settings(model_folder, args.min_pixels, args.max_pixels)
     train_data, val_data = load_all(args, tokenizer, images, None)
-    plans = [make_plan(train_data.samples, plan_settings(args), 0)]
+    plans = [make_plan(train_data.samples, PlanSettings.of(args), 0)]
     epochs = range(1, count_epochs(args, len(plans[0])))
-    plans += [make_plan(train_data.samples, plan_settings(args), epoch) for epoch in epochs]
+    plans += [make_plan(train_data.samples, PlanSettings.of(args), epoch) for epoch in epochs]
     check_cache(args, config, torch.bfloat16, images, train_data, val_data)
     describe_data(train_data, val_data, plans[0], tokenizer)
     print0(report(make_job(args, config, train_data, val_data, plans[0], heaviest(plans)), images))
@@ -142,6 +138,38 @@ def describe_data(train: VQAData, val: VQAData | None, plan, tokenizer) -> None:
         + ", ".join(f"{100 * rank_efficiency(plan, n):.0f}% at {n}" for n in GPU_COUNTS)
     )
     print0(f"one sample, trained tokens in ⟦ ⟧:\n{describe_sample(train.samples[0], tokenizer)}")
+
+
+def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
+    """What may be wrong with rows that can be used: how many, and where the first stands."""
+    found = []
+    shared = set(train.grids) & set(val.grids) if val else set()
+    if shared:
+        first, image = next((s, image) for s in val.samples for image in s.images if image in shared)
+        found.append(f"validation images that are also trained on: {len(shared):,}, {first.where} {Path(image).name}")
+    return found + _row_warnings(train) + (_row_warnings(val) if val else [])
+
+
+def _row_warnings(data: VQAData) -> list[str]:
+    asked, repeats, clashes, long = {}, [], [], []
+    for sample in data.samples:
+        prompt = sample.ids[: sample.last_answer].tobytes()
+        answer, before = sample.fields["answer"], asked.setdefault((sample.images, prompt), {})
+        if answer in before:
+            repeats.append(f"{sample.where} repeats {before[answer].where}")
+        for other, row in before.items():
+            if normalize(other) != normalize(answer):
+                clashes.append(f"{sample.where} says {answer[:40]!r}, {row.where} {other[:40]!r}")
+                break
+        before.setdefault(answer, sample)
+        if (count := sample.trained.sum()) > LONG_ANSWER:
+            long.append(f"{sample.where} has {count:,}")
+    kinds = {
+        "rows that repeat another in images, question and answer": repeats,
+        "rows that contradict another of the same images and question": clashes,
+        f"rows of over {LONG_ANSWER} answer tokens": long,
+    }
+    return [f"{kind}: {len(rows):,}, {rows[0]}" for kind, rows in kinds.items() if rows]
 
 
 def describe_lora(model) -> None:

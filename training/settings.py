@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common import InputError
+from modeling.targets import DEFAULT_TARGETS
+from training.gpus import GPUS
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
-DEFAULT_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 # what may differ in a resumed run without changing what it learns
 FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
 FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
@@ -132,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("plan").add_argument
     add("--plan", action=switch, default=False,
         help="print what the run would do, take and need, and exit; needs no GPU and no weights")  # fmt: skip
-    add("--gpu", type=choice("h100", "h200", "a100-80", "a100-40", "l40s", "rtx4090"), default="h100",
+    add("--gpu", type=choice(*GPUS), default="h100",
         help="GPU that --plan plans for")  # fmt: skip
     add("--time-limit", type=number(float, 0), default=0.0, help="hours that --plan compares the run to; 0: none")
     parser.add_argument("--config", default="", help="TOML file of settings by these names; the command line overrides")
@@ -242,6 +243,26 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
         if Path(value).is_dir() if name == "model" else value not in ("", "none", "auto"):
             setattr(settings, name, str(Path(value).resolve()))
     return problems
+
+
+def lora_arguments(args: argparse.Namespace) -> dict:
+    """Keyword arguments of modeling.lora.add_lora."""
+    how = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout, "targets": args.lora_targets}
+    return how | {"rslora": args.rslora, "dora": args.dora}
+
+
+def count_steps(args: argparse.Namespace, an_epoch: int, epochs: int) -> int:
+    return min(epochs * an_epoch, args.max_steps or epochs * an_epoch)
+
+
+def count_epochs(args, an_epoch: int) -> int:
+    """Epochs that are begun: --max-steps may end the run before the last."""
+    return math.ceil(count_steps(args, an_epoch, args.epochs) / an_epoch)
+
+
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Whether an evaluation or a checkpoint follows step `step` of `steps`, from 1: every so many, and at the end."""
+    return step == steps or (every > 0 and step % every == 0)
 
 
 def to_toml(settings: argparse.Namespace) -> str:

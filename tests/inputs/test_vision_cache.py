@@ -24,13 +24,14 @@ def cached(world, folder, model: TreeModel) -> tuple[TreeModel, TreeDataset]:
     data, dataset = tiny.load_world(world)
     config, visual = AutoConfig.from_pretrained(world / "model"), model.base.model.visual
     cache = vision_cache.open_cache(str(folder), visual, config, dataset.settings)
-    return TreeModel(model.model, dataset.settings, cache), TreeDataset(data, dataset.settings, cache=cache)
+    keep = vision_cache.FeatureWriter(cache).put
+    return TreeModel(model.model, dataset.settings, keep), TreeDataset(data, dataset.settings, cache=cache)
 
 
 def run(model: TreeModel, batch):
     """A pass over a batch, and what it keeps on disk."""
-    losses = model(batch, model.frozen_features(batch))[0]
-    model.writer.thread.submit(lambda: None).result()
+    losses = model(batch)[0]
+    model.keep_features.__self__.thread.submit(lambda: None).result()
     return losses
 
 
@@ -126,7 +127,8 @@ def test_a_run_learns_the_same_with_a_cache_and_the_next_one_needs_no_tower(worl
     plain, *others = ([line["loss"] for line in lines(tmp_path / name, "train")] for name in runs)
     assert all(other == pytest.approx(plain, rel=1e-5) for other in others)
     (folder,) = (tmp_path / "cache").iterdir()  # which every process finds
-    assert folder == cached(world, tmp_path / "cache", tiny.lora_model(world))[0].cache.folder
+    _, dataset = cached(world, tmp_path / "cache", tiny.lora_model(world))
+    assert folder == dataset.how["cache"].folder
     assert len(list(folder.iterdir())) == len(tiny.SIZES)
     assert len(encode) == 1  # the rehearsal
     assert f"for {len(tiny.SIZES)} pictures, 0.0 there" in capfd.readouterr().out

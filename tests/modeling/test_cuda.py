@@ -11,10 +11,11 @@ from test_bench import bench
 from test_model import whole
 
 from data import build_batch
-from model import TreeModel, add_lora, autocast, compile_layers, prepare_base, target_pattern
+from model import TreeModel, autocast, prepare_base
 from modeling.attention import tree_attention, tree_mask, visible
-from modeling.lora import enable_hashed_dropout
-from training.settings import DEFAULT_TARGETS
+from modeling.lora import add_lora, enable_hashed_dropout
+from modeling.memory import compile_layers
+from modeling.targets import DEFAULT_TARGETS, target_pattern
 from trees import Work, grow_tree
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -63,7 +64,7 @@ def test_a_float32_step_on_the_gpu_equals_samples_one_by_one(world, tmp_path):
             logits = model.base.lm_head(hidden)
             losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
         else:
-            losses, _ = model(batch, model.encode_images(batch))
+            losses, _ = model(batch)
         losses.mean().backward()
         gradients = {n.removeprefix("model."): p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad}
         error = tiny.relative_error(gradients, expected)
@@ -80,7 +81,7 @@ def test_lengths_do_not_recompile_without_end(world):
     seen = []
     for count in (1, 2, 3, 4, 5, 6, 7, 6, 5, 4):
         batch = build_batch(data, Work(tuple(trees[:count])), dataset.settings, pad_to=128).to(torch.device("cuda"))
-        losses, _ = model(replace(batch), model.encode_images(batch))
+        losses, _ = model(replace(batch))
         losses.sum().backward()
         seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert seen[-1] == seen[3], seen
@@ -98,7 +99,7 @@ def test_activations_that_are_made_again_have_the_dropout_of_before(world):
         else:
             compile_layers(model.model, budget)
         torch.manual_seed(1)
-        losses, _ = model(batch, model.encode_images(batch))
+        losses, _ = model(batch)
         losses.mean().backward()
         results.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for again in results[1:]:
@@ -146,7 +147,7 @@ def test_compiled_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(
     compile_layers(model.model, 1.0)
     batch = build_batch(data, Work((grow_tree(data.samples, list(range(9))),)), settings, pad_to=128).to(device)
     with autocast(device, torch.bfloat16):
-        losses, _ = model(batch, model.frozen_features(batch))
+        losses, _ = model(batch)
     losses.mean().backward()
     ours = {n.removeprefix("model."): p.grad for n, p in model.named_parameters() if p.requires_grad}
     of_ours, of_peft = (tiny.relative_error(gradients, exact) for gradients in (ours, peft))

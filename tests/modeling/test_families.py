@@ -27,9 +27,12 @@ import model as model_file
 import train
 from common import InputError
 from inputs.images import ImageSettings, image_settings
-from model import MODEL_TYPES, compile_layers, load_base, lora_table, resolve_model, save_adapter
-from modeling import attention
-from training.settings import DEFAULT_TARGETS
+from model import load_base
+from modeling import attention, loading
+from modeling.loading import MODEL_TYPES, resolve_model
+from modeling.lora import lora_table, save_adapter
+from modeling.memory import compile_layers
+from modeling.targets import DEFAULT_TARGETS
 from trees import Work, grow_tree
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -136,7 +139,7 @@ def test_windows_do_not_recompile(windows, monkeypatch):
     graphs = []
     for step in range(12):
         batch = dataset[Work((trees[step % len(trees)], trees[(step * 3 + 1) % len(trees)]))]
-        losses, _ = model(batch, model.encode_images(batch))
+        losses, _ = model(batch)
         losses.sum().backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
@@ -153,7 +156,7 @@ def test_a_saved_adapter_is_plain_peft_with_the_same_logits(world, tmp_path):
     data, dataset = tiny.load_world(world)
     for index in (0, 29, 30, 33):
         batch = dataset[Work((grow_tree(data.samples, [index]),))]
-        mine, _ = ours(batch, ours.encode_images(batch))
+        mine, _ = ours(batch)
         torch.testing.assert_close(mine.mean(), plain(**reference.inputs(rows[index])).loss, rtol=1e-5, atol=1e-6)
         with plain.disable_adapter():
             assert abs(plain(**reference.inputs(rows[index])).loss - mine.mean()) > 1e-3
@@ -200,7 +203,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 def test_a_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl_moe"}))
     asked = []
-    monkeypatch.setattr(model_file, "snapshot_download", lambda *_, **only: asked.append(only) or str(tmp_path))
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **only: asked.append(only) or str(tmp_path))
     with pytest.raises(InputError, match="model Qwen/Qwen3-VL-30B-A3B-Instruct is of type qwen3_vl_moe"):
         resolve_model("Qwen/Qwen3-VL-30B-A3B-Instruct")
     assert asked == [{"allow_patterns": "config.json"}]

@@ -26,8 +26,9 @@ from evaluation.charts import curves, sheet
 from model import load_base
 from training import checkpoints, metrics, settings
 from training import trackers as watch
+from training.costs import tree_counter, tree_load
+from training.gpus import Gpu
 from training.metrics import Metrics, read_metrics
-from training.plan import Gpu, tree_counter, tree_load
 from training.settings import parse_settings
 from trees import PlanSettings, StepFacts, StepSampler, Work
 

@@ -16,17 +16,20 @@ from test_bench import bench
 from test_data import VALID_IMAGES, cut_short, noise, turned
 from transformers import AutoConfig, AutoTokenizer
 
-import model as model_file
 import train
 from common import InputError
 from data import VQAData, at_limit, load_data
 from inputs.images import check_images, image_settings
-from model import MEMORY_BUDGETS, MEMORY_MARGIN, choose_memory_budget, compile_layers
-from training import plan
+from modeling import loading
+from modeling.memory import MEMORY_BUDGETS, MEMORY_MARGIN, choose_memory_budget, compile_layers, kept_bytes
+from modeling.targets import DEFAULT_TARGETS
+from training import costs, plan
 from training import preparation as prepare
-from training.plan import GIB, GPUS, Gpu, budgets, choose, data_warnings, hours, make_job, pace, plan_settings, timeline
-from training.settings import DEFAULT_TARGETS, parse_settings
-from trees import heaviest, make_plan
+from training.gpus import GPUS, Gpu
+from training.plan import GIB, budgets, choose, hours, make_job, pace, timeline
+from training.preparation import data_warnings
+from training.settings import parse_settings
+from trees import PlanSettings, grow_tree, heaviest, make_plan
 
 MEASURED = json.loads((Path(bench.__file__).parent / "results" / "step-h100.json").read_text())
 TREES = {int(r["case"].removeprefix("tree-")): r for r in MEASURED["rows"] if r["case"].startswith("tree-")}
@@ -36,7 +39,7 @@ HERE = Gpu(("cpu",), 80, 1, measured=False)
 def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
     args = parse_settings(arguments(world, world / "none", **settings))
     data, _ = tiny.load_world(world)
-    plans = [make_plan(data.samples, plan_settings(args), epoch) for epoch in range(args.epochs)]
+    plans = [make_plan(data.samples, PlanSettings.of(args), epoch) for epoch in range(args.epochs)]
     return make_job(args, AutoConfig.from_pretrained(world / "model"), data, data, plans[0], heaviest(plans)), data
 
 
@@ -98,8 +101,8 @@ def test_float32_is_refused(bare):
 
 def test_only_settings_and_tokenizer_are_downloaded(world, monkeypatch):
     asked = {}
-    monkeypatch.setattr(model_file, "snapshot_download", lambda _, **how: asked.update(how) or str(world / "model"))
-    model_file.resolve_model("Qwen/Qwen3-VL-8B-Instruct", weights=False)
+    monkeypatch.setattr(loading, "snapshot_download", lambda _, **how: asked.update(how) or str(world / "model"))
+    loading.resolve_model("Qwen/Qwen3-VL-8B-Instruct", weights=False)
     files = ["config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt"]
     files += ["tokenizer_config.json", "chat_template.jinja", "model-00001-of-00004.safetensors", "pytorch_model.bin"]
     fetched = [file for file in files if any(fnmatch(file, pattern) for pattern in asked["allow_patterns"])]
@@ -192,10 +195,10 @@ def test_smaller_pictures_are_not_below_what_the_model_allows(world):
 def test_an_image_is_counted_once_a_tree_and_every_token_once(world):
     job, data = job_of(world)
     for tree in (tree for step in job.plan for batch in step for tree in batch):
-        flops, images = plan.tree_load(job.config, data.samples, tree)
+        flops, images = costs.tree_load(job.config, data.samples, tree)
         chosen = [data.samples[i] for i in tree.samples]
         assert images == len(chosen[0].images)
-        alone = plan.tree_load(job.config, data.samples, plan.trees.grow_tree(data.samples, [tree.samples[0]]))[0]
+        alone = costs.tree_load(job.config, data.samples, grow_tree(data.samples, [tree.samples[0]]))[0]
         assert (flops.tower, flops.tower_attention) == (alone.tower, alone.tower_attention)
         assert flops.language >= alone.language and (flops.language > alone.language) == (len(chosen) > 1)
 
@@ -219,10 +222,10 @@ def test_the_time_of_a_tree_is_the_measured_one(questions):
     preset = bench.PRESETS["8b"]
     patches = preset.size[0] * preset.size[1] // 16**2
     branches, answers = [preset.question_tokens] * questions, questions * preset.answer_tokens
-    flops = plan.step_flops(bench.Qwen3VLConfig(**preset.config), [patches], patches // 4 + 4, branches, answers)
+    flops = costs.step_flops(bench.Qwen3VLConfig(**preset.config), [patches], patches // 4 + 4, branches, answers)
     (gpu,) = (gpu for gpu in GPUS.values() if MEASURED["device"] in gpu.devices)
     assert gpu.tflops == pytest.approx(MEASURED["matmul_tflops"], rel=0.01)
-    assert 1000 * plan.batch_seconds([(flops, 1)], gpu) == pytest.approx(TREES[questions]["ms"], rel=0.01)
+    assert 1000 * costs.batch_seconds([(flops, 1)], gpu) == pytest.approx(TREES[questions]["ms"], rel=0.01)
 
 
 @pytest.mark.parametrize("questions", TREES)
@@ -298,7 +301,7 @@ def test_settings_that_would_fit_are_found(world, tokens):
     """The 8B's memory for the tiny world's rows, the longest of which has 147 tokens."""
     data, dataset = tiny.load_world(world)
     job = replace(job_of_8b(), heavy=700, train=data)
-    needed = 2 * job.weights + 4 * job.lora + 0.13 * plan.kept_bytes(job.config, tokens + 1)
+    needed = 2 * job.weights + 4 * job.lora + 0.13 * kept_bytes(job.config, tokens + 1)
     gpu = Gpu((), (needed + MEMORY_MARGIN[0]) / (1 - MEMORY_MARGIN[1]) / GIB, 1)
     found = dict(zip(*[iter(plan.remedy(job, gpu, dataset.settings).split()[:-2])] * 2))
     assert found["--max-tokens"] == str(tokens)

@@ -1,0 +1,80 @@
+"""Model folders: finding a model on the disk or the hub, and refusing one that this program can't train."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from common import InputError
+
+MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+INDEX = "model.safetensors.index.json"  # names the files of weights where they are several
+
+
+def resolve_model(name: str, weights: bool = True) -> str:
+    """The folder of a model given as a folder or a hub name, downloaded when it is not in the cache yet.
+
+    Without `weights`: only its settings and its tokenizer. Raises InputError for a model that this program can't train,
+    before its weights are downloaded.
+    """
+    is_folder = Path(name).is_dir()
+    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise InputError(f"model {name}: there is no such folder, and it is no name of a model on the hub")
+    folder = name if is_folder else _download(name, allow_patterns="config.json")
+    if problem := _unsupported(Path(folder) / "config.json"):
+        known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
+        raise InputError(f"model {name} {problem}; this program trains dense, unquantized {known} only")
+    if not is_folder:
+        return _download(name, **({} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}))
+    if missing := _missing(Path(folder), weights):
+        raise InputError(f"model {name} has no {missing}: copy or download all of its files")
+    return folder
+
+
+def _download(name: str, **files) -> str:
+    try:
+        return snapshot_download(name, **files)
+    except OSError as error:  # no such model, none that this user may have, no network, a full disk
+        raise InputError(
+            f"model {name} can't be downloaded and is not in the cache: {' '.join(str(error).split())}; on a machine "
+            f"with internet: hf download {name}; or give a model's folder"
+        ) from None
+
+
+def _missing(folder: Path, weights: bool) -> str:
+    """What a model's folder lacks; "" where it is whole."""
+    wanted = [("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")]
+    if weights:
+        wanted.append(("model.safetensors", INDEX))
+        if (folder / INDEX).is_file():
+            wanted += sorted({(part,) for part in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+    lacking = (names for names in wanted if not any((folder / name).is_file() for name in names))
+    return " or ".join(next(lacking, ()))
+
+
+def _unsupported(path: Path) -> str:
+    """What this program can't train of the model with this configuration file; "" where it can."""
+    if not path.is_file():
+        return "has no config.json"
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        return f"has a damaged config.json ({error})"
+    kind = str(config.get("model_type"))
+    if kind not in MODEL_TYPES:
+        return f"is of type {kind}{', a mixture of experts' if 'moe' in kind else ''}"
+    if "quantization_config" in config:
+        return "has quantized weights"
+    if (config | config.get("text_config", {})).get("use_sliding_window"):
+        return "attends within a sliding window"
+    return ""
+
+
+def fingerprint(folder: str) -> str:
+    """Changes with the model's configuration and the names and sizes of its weight files, not with where they lie."""
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()[:16]

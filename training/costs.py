@@ -1,0 +1,96 @@
+"""Costs of the work on a GPU: operations of trees, and the seconds that they take at rates measured or derived."""
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers import PretrainedConfig
+
+import trees
+from modeling.targets import names_vision
+from training.gpus import GPUS, Gpu
+from trees import Tree
+
+# Shares of Gpu.tflops that each kind of work reaches. The three trees of bench/results/step-h100.json are too
+# alike to tell kinds apart, so the attention's come from a profile of the tree of 9: FlexAttention 66 ms (17.7 TFLOP),
+# the vision tower's 42.8 ms (14.5 TFLOP). The matrix products' share, small kernels beside them included, and IMAGE_S
+# are then the two numbers that give the three trees' times.
+MATMUL_SHARE, ATTENTION_SHARE, TOWER_ATTENTION_SHARE = 0.662, 0.333, 0.421
+MICRO_BATCH_S = 0.012  # gaps between kernels, forward and backward, in a profile; a faster GPU does not shorten them
+IMAGE_S = 0.024  # the vision tower's small kernels
+SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.17, 0.0: 1.27}  # step time by memory budget: a tree of 9 on an H100
+NOT_COMPILED = (1.9, 1.37)  # share of `kept_bytes`: 82.2 GiB at 7,308 tokens on an H200; step time against budget 1
+
+
+def known_gpu(device: torch.device) -> Gpu | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return next((gpu for gpu in GPUS.values() if name in gpu.devices), None)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations without recomputation: the language model's forward and backward, the frozen vision
+    tower's forward."""
+
+    language: float  # matrix products
+    attention: float
+    tower: float
+    tower_attention: float
+
+
+def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branches: list[int], answers: int) -> Flops:
+    """Operations of one tree: images of so many patches each, a prefix and branches of so many tokens each.
+
+    A frozen matrix of m weights costs 2 m a token forward and 2 m backward (no weight gradient); LoRA, norms and
+    softmax are left out (under 1%). Attention costs 4 d a pair and head dimension forward and 2.5 times that backward.
+    """
+    text, vision = config.text_config, config.vision_config
+    h, i, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    q, kv = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
+    tokens = prefix + sum(branches)
+    pairs = prefix * (prefix + 1) / 2 + sum(b * prefix + b * (b + 1) / 2 for b in branches)
+    language = 4 * layers * h * (2 * q + 2 * kv) * tokens + 4 * h * text.vocab_size * answers
+    language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP runs where an answer is
+    v, merged = vision.hidden_size, vision.spatial_merge_size**2 * vision.hidden_size
+    tower = 2 * vision.depth * (4 * v * v + 2 * v * vision.intermediate_size)
+    tower += 2 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * v
+    mergers = 1 + len(vision.deepstack_visual_indexes)
+    tower += 2 * mergers * (merged * merged + merged * vision.out_hidden_size) / vision.spatial_merge_size**2
+    tower_attention = 4 * v * vision.depth * sum(count**2 for count in patches)
+    return Flops(language, 3.5 * 4 * q * layers * pairs, tower * sum(patches), tower_attention)
+
+
+def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True) -> float:
+    """Seconds of a micro-batch: each tree's operations and number of images. Not `trained`: forward only."""
+    language, attention, tower, tower_attention = (sum(kind) for kind in zip(*(flops for flops, _ in loads)))
+    part, attention_part, gap_part = (1, 1, 1) if trained else (1 / 2, 1 / 3.5, 1 / 3)
+    at_full_rate = (part * language + tower) / MATMUL_SHARE
+    at_full_rate += attention_part * attention / ATTENTION_SHARE + tower_attention / TOWER_ATTENTION_SHARE
+    fixed = gap_part * MICRO_BATCH_S + IMAGE_S * sum(images for _, images in loads)
+    return at_full_rate / (gpu.tflops * 1e12) + fixed
+
+
+def tree_load(config: PretrainedConfig, samples: list, tree: Tree) -> tuple[Flops, int]:
+    """A tree's operations and its number of images."""
+    chosen = [samples[i] for i in tree.samples]
+    prefix, branches, patches = trees.tree_shape(chosen, tree.prefix)
+    answers = sum(int(sample.trained.sum()) for sample in chosen)
+    return step_flops(config, patches.tolist(), prefix, branches.tolist(), answers), len(patches)
+
+
+def tree_counter(config: PretrainedConfig, samples: list, known: bool, tower: bool = True) -> Callable[[Tree], float]:
+    """What counts the operations of a tree of these samples, with or without the vision tower's: 0 where not all of the
+    model's are `known`."""
+
+    def count(tree: Tree) -> float:
+        flops = tree_load(config, samples, tree)[0]
+        return sum(flops) if tower else flops.language + flops.attention
+
+    return count if known else lambda _: 0.0
+
+
+def uncounted(config: PretrainedConfig, args: argparse.Namespace) -> str:
+    """What of a run these costs do not cover; empty where they cover all of it."""
+    if config.model_type != "qwen3_vl":
+        return config.model_type
+    return "DoRA" if args.dora else "a trained vision tower" if names_vision(args.lora_targets) else ""

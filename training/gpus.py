@@ -1,0 +1,22 @@
+"""GPUs that the plan knows: their memory and the rate of their matrix products."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    devices: tuple[str, ...]  # as torch.cuda.get_device_name says
+    memory_gib: float  # as torch says
+    tflops: float  # of a large bfloat16 matrix product
+    measured: bool = False
+
+
+OF_DATA_SHEET = 804 / 989  # what an H100 reaches of its data sheet's dense bfloat16 rate
+GPUS = {
+    "h100": Gpu(("NVIDIA H100 80GB HBM3",), 79.1, 804, measured=True),
+    "h200": Gpu(("NVIDIA H200",), 139.7, 801, measured=True),
+    "a100-80": Gpu(("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 79.1, 312 * OF_DATA_SHEET),
+    "a100-40": Gpu(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 39.4, 312 * OF_DATA_SHEET),
+    "l40s": Gpu(("NVIDIA L40S",), 44.4, 362 * OF_DATA_SHEET),
+    "rtx4090": Gpu(("NVIDIA GeForce RTX 4090",), 23.5, 165 * OF_DATA_SHEET),
+}
