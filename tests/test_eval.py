@@ -130,7 +130,7 @@ def test_an_evaluation_covers_every_sample_once_in_order(world):
 
 
 def test_loss_equals_the_reference_and_does_not_depend_on_packing(world, tmp_path):
-    data, _ = tiny.load_world(world)
+    data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world)
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     expected, _ = tiny.Reference(world, model, tmp_path).loss_and_gradients(rows)
