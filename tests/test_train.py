@@ -20,6 +20,7 @@ import eval as evaluation
 import train
 from common import InputError
 from dist_utils import STOPPED, Stop
+from model import TreeModel, load_base
 from modeling import loading
 from modeling.lora import add_lora
 from training import checkpoints
@@ -57,7 +58,7 @@ def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, t
 
     from data import build_batch
     from inputs.images import image_settings
-    from model import load_adapter, load_base
+    from modeling.lora import load_adapter
     from trees import Work, grow_tree
 
     folder = finished / "checkpoint-000006"
