@@ -32,6 +32,7 @@ from evaluation.runner import Runner
 from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, check_image, image_settings
 from inputs.rows import parse_row, read_rows, stop_or_skip_bad
+from inputs.vision_cache import VisionCache
 from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.loading import fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
@@ -44,7 +45,14 @@ from trees import MicroBatch, Work, whole_trees
 
 
 def evaluate(
-    model: TreeModel, dataset: TreeDataset, batches: list[MicroBatch], ranks: Ranks, dtype, workers: int, stop: Stop
+    model: TreeModel,
+    data: VQAData,
+    batches: list[MicroBatch],
+    ranks: Ranks,
+    dtype: torch.dtype,
+    workers: int,
+    stop: Stop,
+    cache: VisionCache | None = None,
 ) -> dict | None:
     """Loss (mean over answer tokens) and exact match over `batches`, on all ranks, each sample once. None when stopped.
 
@@ -52,13 +60,13 @@ def evaluate(
     one after the reference before it. So exact match takes one forward pass per tree and no generation.
     """
     model.eval()
-    results = Runner(model, ranks, dtype, workers, stop).run(score_samples, data, batches, cache=model.cache)
+    results = Runner(model, ranks, dtype, workers, stop).run(score_samples, data, batches, cache=cache)
     model.train()
     if results is None:
         return None
     by_type = {}
     for index, (_, _, correct) in sorted(results.items()):
-        by_type.setdefault(scores.question_type(dataset.data.samples[index].fields), []).append(correct)
+        by_type.setdefault(scores.question_type(data.samples[index].fields), []).append(correct)
     losses, tokens, correct = zip(*results.values())
     return {
         "loss": sum(losses) / sum(tokens),

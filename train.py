@@ -134,16 +134,15 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
     # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
     dataset = TreeDataset(train_data, images, padding(device), cache=cache)
-    val_dataset = TreeDataset(val_data, images, padding(device), cache=cache)
     uncached = TreeDataset(train_data, images, padding(device))
     rehearse(model, optimizer, uncached, heavy, ranks, dtype, budgets)
     dist_utils.from_rank0(lambda: rehearse_save(output, model, args, state()))
     base_result = None
     if val_batches:
-        few = evaluate(unwrap(model), val_dataset, val_batches[: ranks.world_size], ranks, dtype, 0, Stop())
+        few = evaluate(unwrap(model), val_data, val_batches[: ranks.world_size], ranks, dtype, 0, Stop(), cache)
         print0(f"evaluation tried on {few['questions']} questions: loss {few['loss']:.3f}")
     if is_demo and not done:
-        base_result = evaluate(unwrap(model), val_dataset, val_batches, ranks, dtype, args.workers, stop)
+        base_result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop, cache)
 
     loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
     print0(f"ready after {time.perf_counter() - started:.0f} s")
@@ -162,7 +161,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
     def evaluate_now() -> None:
         nonlocal result, best, stale, finished, evaluation_due
-        result = evaluate(unwrap(model), val_dataset, val_batches, ranks, dtype, args.workers, stop)
+        result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop, cache)
         evaluation_due = result is None  # a stop came first: a resumed run begins with it
         if result:
             is_best = is_better(result, best)

@@ -135,7 +135,7 @@ def test_loss_equals_the_reference_and_does_not_depend_on_packing(world, tmp_pat
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     expected, _ = tiny.Reference(world, model, tmp_path).loss_and_gradients(rows)
     for budget in (400, 5000):
-        result = evaluate(model, dataset, whole_trees(data.samples, budget), ALONE, torch.float32, 0, Stop())
+        result = evaluate(model, data, whole_trees(data.samples, budget), ALONE, torch.float32, 0, Stop())
         assert result["loss"] == pytest.approx(expected, rel=1e-5)
         assert result["questions"] == len(data.samples)
 
