@@ -119,6 +119,7 @@ def _rank(main, argv, log, environment, fault) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= environment
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a program started by itself
     torch.set_num_threads(1)
     if fault:

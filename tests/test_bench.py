@@ -1,66 +1,82 @@
 """The benchmarks run; the step benchmark counts the floating-point operations that torch counts."""
 
-import importlib.util
 import json
-import subprocess
+import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-STEP = Path(__file__).parents[1] / "bench" / "step.py"
-spec = importlib.util.spec_from_file_location("bench_step", STEP)
-bench = importlib.util.module_from_spec(spec)
-sys.modules["bench_step"] = bench
-spec.loader.exec_module(bench)
+import train
+
+BENCH = runs.ROOT / "bench"
+sys.path.append(str(BENCH))
+import job  # noqa: E402
+import step as bench  # noqa: E402
 
 
-def test_the_benchmark_prints_a_table_and_writes_json(tmp_path):
-    words = [sys.executable, STEP, "--preset", "tiny", "--profile", "--json", tmp_path / "out.json"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "out.json").read_text())
+@pytest.fixture
+def table(tmp_path, monkeypatch, capsys):
+    """Run a script, or a function of one, in this process; returns the JSON that it writes and what it prints."""
+
+    def table(script, *words) -> tuple[dict, str]:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, words), "--json", str(tmp_path / "out.json")])
+        script() if callable(script) else runpy.run_path(str(BENCH / script), run_name="__main__")
+        return json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+
+    return table
+
+
+def test_the_benchmark_prints_a_table_and_writes_json(table):
+    result, printed = table("step.py", "--preset", "tiny", "--profile")
     assert [row["case"] for row in result["rows"]] == ["recipe", "tree-1", "cached-9", "tree-9", "tree-17"]
     assert all(row["ms_per_question"] > 0 and row["tflops"] > 0 for row in result["rows"])
-    assert {"name", "device", "versions", "commit", "command"} <= result.keys() and "ms/question" in done.stdout
-    assert "matrix products" in done.stdout and "vision tower" in done.stdout
+    assert {"name", "device", "versions", "commit", "command"} <= result.keys() and "ms/question" in printed
+    assert "matrix products" in printed and "vision tower" in printed
 
 
-def test_the_evaluation_benchmark_gets_the_same_answers_both_ways(world, tmp_path):
-    words = [sys.executable, STEP.with_name("evaluate.py"), "--model", world / "model", "--rows", world / "rows.jsonl"]
-    words += ["--images", world / "images", "--workers", 0, "--alone", 4, "--json", tmp_path / "out.json"]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    alone, trees, scores = json.loads((tmp_path / "out.json").read_text())["rows"]
+def test_the_evaluation_benchmark_gets_the_same_answers_both_ways(world, table):
+    words = ["--model", world / "model", "--rows", world / "rows.jsonl", "--images", world / "images"]
+    result, _ = table("evaluate.py", *words, "--workers", 0, "--alone", 4)
+    alone, trees, scores = result["rows"]
     assert trees["questions"] == scores["questions"] == 33 and 1 < alone["questions"] <= 4
     assert trees["same"] == 1 and all(row["questions_per_s"] > 0 for row in (alone, trees, scores))
 
 
-def test_the_job_benchmark_trains_and_tells_both_speeds(world, tmp_path):
+def forked(ranks: int, script, *words, log: Path) -> float:
+    """What job.torchrun does, without the launcher."""
+    started, main = time.perf_counter(), {"train.py": train.main, "job.py": job.main}[Path(script).name]
+    runs.Run(words, log, ranks, main=main).succeed()
+    return time.perf_counter() - started
+
+
+def test_the_job_benchmark_trains_and_tells_both_speeds(world, table, tmp_path, monkeypatch):
     rows = [
         {"image_filename": f"{image}.jpg", "question": f"Is there {thing}?", "answer": "yes"}
         for image in range(3)
         for thing in ("text", "a polyp")[: 1 + image % 2]
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = [sys.executable, STEP.with_name("job.py"), "--rows", tmp_path / "rows.jsonl", "--model", world / "model"]
-    words += ["--work", tmp_path / "job", "--images", 6, "--size", "64x48", "--question-tokens", 60, "--pictures", 2]
-    words += ["--preset", "tiny", "--recipe-steps", 1, "--json", tmp_path / "out.json"]
+    words = ["--rows", tmp_path / "rows.jsonl", "--model", world / "model", "--work", tmp_path / "job"]
+    words += ["--images", 6, "--size", "64x48", "--question-tokens", 60, "--pictures", 2]
+    words += ["--preset", "tiny", "--recipe-steps", 1]
     words += ["--batch-size", 3, "--max-steps", 3, "--workers", 0]  # settings of train.py
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    trees, recipe = json.loads((tmp_path / "out.json").read_text())["rows"]
+    monkeypatch.setattr(job, "torchrun", forked)
+    result, printed = table(lambda: job.main(sys.argv[1:], None), *words)
+    trees, recipe = result["rows"]
     assert trees["steps"] == 3 and trees["questions"] == 2 and recipe["questions"] == 16  # 8 questions in all
-    assert trees["job_hours"] > 0 and recipe["job_hours"] > 0 and "3 epochs, h" in done.stdout
+    assert trees["job_hours"] > 0 and recipe["job_hours"] > 0 and "3 epochs, h" in printed
     made = [json.loads(line) for line in (tmp_path / "job" / "train.jsonl").read_text().splitlines()]
     assert len({row["image_filename"] for row in made}) == 6 and len(made) == 8
     assert all(len((row["question"] + row["answer"]).split()) > 10 for row in made)  # made longer
 
 
 @pytest.mark.parametrize("questions", [1, 9])
-def test_counted_operations_are_torch_s(tmp_path, questions, monkeypatch):
+def test_counted_operations_are_torch_s(tmp_path, questions):
     preset, cpu = bench.PRESETS["tiny"], torch.device("cpu")
     args = type("Args", (), {"compile": False, "memory_budget": 1.0})
     model = bench.tree_model(preset, cpu, torch.float32, tmp_path, args)

@@ -1,7 +1,9 @@
 """The embedded demo learns from its pictures: the README's command, and what it must not do with shuffled answers."""
 
 import json
+import os
 import random
+from functools import partial
 
 import pytest
 import runs
@@ -16,23 +18,38 @@ def exact_match(output) -> float:
 
 
 def test_the_demo_learns_its_pictures_and_runs_twice(tmp_path):
+    """The README's command, cut to three of eight epochs."""
+    log = tmp_path / "log"
+    assert runs.torchrun(TRAIN, "--epochs=3", log=log, cwd=tmp_path).wait(900) == 0, log.read_text()
+    base, tuned = table(log.read_text())
+    assert (
+        base < 10 and tuned >= 75 and exact_match(tmp_path / "runs" / "demo-1") == pytest.approx(tuned / 100, abs=1e-3)
+    )
+    again = runs.Run(["--max-steps=2"], tmp_path / "again", ranks=2, fault=partial(os.chdir, tmp_path)).succeed()
+    assert "training the embedded demo" in again and (tmp_path / "runs" / "demo-2" / "checkpoint-000002").is_dir()
+
+
+def table(log: str) -> tuple[float, float]:
+    """Exact match of all questions in percent, of the base and of the tuned model, from the table that a run prints."""
+    assert "training the embedded demo" in log
+    header, *rows = log[log.index("exact match %") :].splitlines()
+    assert header.split()[-2:] == ["base", "tuned"]
+    return next((float(row.split()[-2]), float(row.split()[-1])) for row in rows if row.startswith("all"))
+
+
+@pytest.mark.slow
+def test_the_whole_demo_answers_nine_of_ten_questions(tmp_path):
     log = tmp_path / "log"
     assert runs.torchrun(TRAIN, log=log, cwd=tmp_path).wait(900) == 0, log.read_text()
-    text = log.read_text()
-    assert "training the embedded demo" in text and exact_match(tmp_path / "runs" / "demo-1") >= 0.9
-    header, *table = text[text.index("exact match %") :].splitlines()
-    assert header.split()[-2:] == ["base", "tuned"]
-    base, tuned = next((float(row.split()[-2]), float(row.split()[-1])) for row in table if row.startswith("all"))
+    base, tuned = table(log.read_text())
     assert base < 10 and tuned >= 90
-    assert runs.torchrun(TRAIN, "--max-steps=2", log=log, cwd=tmp_path).wait(300) == 0, log.read_text()
-    assert (tmp_path / "runs" / "demo-2" / "checkpoint-000002").is_dir()
 
 
 @pytest.mark.slow
 def test_shuffled_answers_are_not_learnt(tmp_path):
     """Answers are shuffled among the rows of each question: what the words tell stays, what the picture tells goes.
 
-    In as many epochs the true answers are learnt to 0.88.
+    In as many epochs the true answers are learnt to 0.81.
     """
     folder = tmp_path / "data"
     endoscopy.make_demo(folder)
@@ -46,7 +63,7 @@ def test_shuffled_answers_are_not_learnt(tmp_path):
         for row, answer in zip(same_question, answers):
             row["answer"] = answer
     (folder / "shuffled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = endoscopy.SETTINGS | {"epochs": 4, "train": folder / "shuffled.jsonl", "val": folder / "val.jsonl"}
+    settings = endoscopy.SETTINGS | {"epochs": 3, "train": folder / "shuffled.jsonl", "val": folder / "val.jsonl"}
     settings |= {"images": folder, "model": folder / "model", "output": tmp_path / "out"}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     runs.Run(words, tmp_path / "log", ranks=2).succeed(900)

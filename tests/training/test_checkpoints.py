@@ -302,7 +302,7 @@ def test_a_restarted_run_passes_by_a_folder_that_no_run_locked(tmp_path, monkeyp
 
 def test_a_refused_run_is_not_resumed_by_a_restart(world, undisturbed, tmp_path, monkeypatch):
     output = copy_until(undisturbed, 2, tmp_path / "out")
-    (output / "lock").write_text("process 2 on another\nlauncher 1 none\n")
+    (output / "lock").write_text("process 2 on another\nlauncher 0 none\n")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(InputError, match="holds a run"):
         train.main(arguments(world, output, resume="none"))

@@ -250,7 +250,7 @@ def test_half_a_memory_budget_keeps_half_in_a_small_model_of_the_8b_s_proportion
     preset, cpu, kept = bench.PRESETS["tiny"], torch.device("cpu"), {}
     text = preset.config["text_config"] | {
         "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2,
-        "head_dim": 64, "num_hidden_layers": 3,
+        "head_dim": 64, "num_hidden_layers": 2,  # one like the others, and the last
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]},
     }  # fmt: skip
     vision = preset.config["vision_config"] | {"out_hidden_size": 512}
