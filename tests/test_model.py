@@ -8,49 +8,16 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from steps import assert_exact, run_step, whole
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as model_file
 from data import build_batch, rotary_positions
-from dist_utils import Ranks, Stop
 from inputs.images import load_patches
 from modeling import attention as attention_file
 from modeling import memory
-from modeling.lora import enable_hashed_dropout, hashed_dropout
-from train import train_step
-from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree, make_plan, pack
-
-ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-def run_step(world, trees_of_batches, dropout=0.0, seed=0, backend="", budget=1.0, hashed=False, layers=0, **more):
-    """One step of the product over micro-batches of trees: its loss and gradients.
-
-    backend: compiles the layers, keeping `budget` of their activations; layers: keeps only the last ones.
-    """
-    data, dataset = tiny.load_world(world)
-    model = tiny.lora_model(world, dropout, **more)
-    if layers:
-        del model.base.model.language_model.layers[:-layers]
-    if backend:
-        memory.compile_layers(model.model, budget, backend=backend)
-    if hashed:
-        enable_hashed_dropout(model.model)
-    (facts,) = {work.step for work in StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)}
-    last = len(trees_of_batches) - 1
-    works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    loss, *_ = train_step(model, optimizer, [dataset[w] for w in works], 0.0, 0.0, ALONE, torch.float32, seed, Stop())
-    return loss, {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def whole(samples):
-    return [grow_tree(samples, group) for group in group_samples(samples)]
-
-
-def assert_exact(result, reference):
-    loss, gradients = abs(result[0] / reference[0] - 1), tiny.relative_error(result[1], reference[1])
-    print(f"relative error: loss {loss:.1e}, worst gradient {gradients:.1e}")
-    assert loss < 1e-5 and gradients < 1e-5
+from modeling.lora import hashed_dropout
+from trees import PlanSettings, Work, group_samples, grow_tree, make_plan, pack
 
 
 def test_the_mixed_step_has_trees_of_1_9_and_17_branches_and_every_kind_of_row(world):
@@ -166,6 +133,24 @@ def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world,
     assert 0.01 < tiny.relative_error(mean, reference[1]) < one / 2
 
 
+@pytest.mark.parametrize("hashed", [False, True])
+def test_dropout_is_another_one_in_each_step_and_micro_batch(world, hashed):
+    """The same trees, weights and seed: in step 0, in step 1, and as the second of two micro-batches of step 0."""
+    tree = whole(tiny.load_world(world)[0].samples)[0]
+    first, second = (run_step(world, [[tree]], dropout=0.2, number=number, hashed=hashed) for number in (0, 1))
+    both = run_step(world, [[tree], [tree]], dropout=0.2, hashed=hashed)
+    assert abs(second[0] / first[0] - 1) > 1e-4 and tiny.relative_error(second[1], first[1]) > 0.01
+    assert abs(both[0] / (2 * first[0]) - 1) > 1e-4
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(world):
+    trees = whole(tiny.load_world(world)[0].samples)
+    free, loose, tight = (run_step(world, [trees], max_grad_norm=norm)[1] for norm in (0.0, 1e6, 1e-3))
+    norm = torch.cat([gradient.flatten() for gradient in free.values()]).norm()
+    assert norm > 0.01 and tiny.relative_error(loose, free) == 0
+    assert tiny.relative_error(tight, {name: gradient * 1e-3 / norm for name, gradient in free.items()}) < 1e-4
+
+
 def test_activations_that_are_made_again_have_the_dropout_of_before(world):
     """A budget of 0 makes all of them again. Two layers are enough: the last one, and one like all others."""
     trees = whole(tiny.load_world(world)[0].samples)[:2]
@@ -206,9 +191,6 @@ def test_rotary_positions_equal_the_installed_model_s(world):
 
 
 def test_patches_equal_the_image_processor_s(world):
-    from PIL import Image
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     data, dataset = tiny.load_world(world)
     processor = Qwen2VLImageProcessorPil.from_pretrained(world / "model")
     for path, grid in data.grids.items():

@@ -182,6 +182,32 @@ def spoil(monkeypatch):
     return faults.nan_loss
 
 
+def test_weight_decay_takes_its_share_of_every_weight(world, tmp_path):
+    """In step 1 LoRA's A has no gradient, since B is 0: all that moves it is weight decay, by rate times decay."""
+    settings = {"max-steps": 1, "lr": 0.1, "warmup": 0, "eval-every": 0, "save-every": 0}
+    for decay in (0, 0.5):
+        train.main(arguments(world, tmp_path / f"{decay}", **settings, **{"weight-decay": decay}))
+    plain, decayed = (adapter(tmp_path / f"{decay}", 1) for decay in (0, 0.5))
+    names = [name for name in plain if "lora_A" in name]
+    assert names and all(plain[name].any() for name in names)
+    for name in names:
+        torch.testing.assert_close(decayed[name], plain[name] * (1 - 0.1 * 0.5), rtol=1e-5, atol=1e-8)
+
+
+def test_a_run_clips_gradients_to_the_norm_of_its_settings(world, tmp_path):
+    """So small a norm that AdamW's epsilon, 1e-8, outweighs the gradients: weights all but stay."""
+    settings = {"max-steps": 1, "lr": 0.1, "warmup": 0, "eval-every": 0, "save-every": 0}
+    for norm in ("0", "1e-12"):  # 0: not clipped
+        train.main(arguments(world, tmp_path / norm, **settings, **{"max-grad-norm": norm}))
+    free, clipped = (
+        max(weight.abs().max() for name, weight in adapter(tmp_path / norm, 1).items() if "lora_B" in name)
+        for norm in ("0", "1e-12")
+    )
+    assert free == pytest.approx(0.1, rel=0.01) and clipped < 1e-4
+    norms = [lines(tmp_path / norm, "train")[0]["grad_norm"] for norm in ("0", "1e-12")]
+    assert norms[0] == norms[1] > 0.01  # the line tells the norm before clipping
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_its_samples_named(world, tmp_path, spoil):
     spoil(range(2, 3))
     output = tmp_path / "out"

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from runs import arguments, lines
-from test_model import whole
+from steps import whole
 from transformers import AutoConfig
 
 import train

@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from steps import whole
 from test_bench import bench
-from test_model import whole
 
 from data import build_batch
 from model import TreeModel, autocast, prepare_base

@@ -12,13 +12,13 @@ import torch
 from huggingface_hub import constants
 from peft import PeftModel
 from runs import arguments
+from steps import whole
 from test_model import (  # noqa: F401 (these run here with each family)
     test_a_step_equals_its_samples_one_by_one_in_any_number_of_micro_batches,
     test_patch_projection_equals_the_conv3d,
     test_patches_equal_the_image_processor_s,
     test_rotary_positions_equal_the_installed_model_s,
     test_the_plan_s_own_packing_is_exact,
-    whole,
 )
 from transformers import AutoModelForImageTextToText
 

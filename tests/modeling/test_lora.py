@@ -9,7 +9,7 @@ import tiny
 import torch
 from runs import Run, adapter, arguments, lines
 from safetensors.torch import save_file
-from test_model import assert_exact, run_step, whole
+from steps import assert_exact, run_step, whole
 
 import eval as evaluation
 import merge

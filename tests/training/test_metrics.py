@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from runs import arguments, lines
-from test_model import whole
+from steps import whole
 from tqdm import tqdm
 from transformers import AutoConfig
 

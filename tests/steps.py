@@ -1,0 +1,61 @@
+"""One optimizer step of the product over chosen trees, and its comparison with the reference."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import tiny
+import torch
+
+from dist_utils import Ranks, Stop
+from modeling import memory
+from modeling.lora import enable_hashed_dropout
+from train import train_step
+from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def whole(samples) -> list:
+    """A tree for each image, or list of images, with all its questions."""
+    return [grow_tree(samples, group) for group in group_samples(samples)]
+
+
+def run_step(
+    world: Path,
+    trees_of_batches: list,
+    dropout: float = 0.0,
+    seed: int = 0,
+    number: int = 0,
+    max_grad_norm: float = 0.0,
+    hashed: bool = False,
+    backend: str = "",
+    budget: float = 1.0,
+    layers: int = 0,
+    **lora,
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of step `number` over micro-batches of trees, whose weights do not move.
+
+    hashed: dropout as in compiled layers, but eager; backend: compiles the layers, which keep `budget` of their
+    activations; layers: leaves only so many of the last ones; lora: passed on to the model.
+    """
+    data, dataset = tiny.load_world(world)
+    model = tiny.lora_model(world, dropout, **lora)
+    if layers:
+        del model.base.model.language_model.layers[:-layers]
+    if backend:
+        memory.compile_layers(model.model, budget, backend=backend)
+    if hashed:
+        enable_hashed_dropout(model.model)
+    (facts,) = {work.step for work in StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)}
+    facts, last = replace(facts, number=number), len(trees_of_batches) - 1
+    works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]
+    batches, optimizer = [dataset[work] for work in works], torch.optim.SGD(model.parameters(), lr=0.0)
+    loss, *_ = train_step(model, optimizer, batches, 0.0, max_grad_norm, ALONE, torch.float32, seed, Stop())
+    return loss, {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_exact(result: tuple, reference: tuple) -> None:
+    """Compare loss and gradients of a step with those of the reference."""
+    loss, gradients = abs(result[0] / reference[0] - 1), tiny.relative_error(result[1], reference[1])
+    print(f"relative error: loss {loss:.1e}, worst gradient {gradients:.1e}")
+    assert loss < 1e-5 and gradients < 1e-5
