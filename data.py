@@ -27,7 +27,7 @@ from inputs import prompts
 from inputs.images import ImageSettings, check_images, find_images, load_patches
 from inputs.rows import BadRow, Row, read_rows
 from inputs.vision_cache import VisionCache
-from trees import Work
+from trees import Assignment
 
 FLEX_BLOCK = 128  # on GPUs a batch is padded to whole blocks of FlexAttention's (pytorch#153799)
 STALLED_AFTER = 300  # seconds without a batch after which a data worker counts as stalled
@@ -249,7 +249,7 @@ class Batch:
     grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
     vision: dict  # what the vision tower derives from the grid, made here so that the GPU need not wait for it
     samples: list[int]  # indices into VQAData.samples
-    work: Work
+    assignment: Assignment
     features: torch.Tensor | None = None  # (sets, I, width) from the vision cache, instead of patches
     cache_names: list[str] = field(default_factory=list)  # of the images' entries in the vision cache
     image_tokens: tuple[int, ...] = ()  # of each image
@@ -283,19 +283,19 @@ def rotary_positions(sample: Sample, grids: dict[str, tuple[int, int]], merge_si
 
 def build_batch(
     data: VQAData,
-    work: Work,
+    assignment: Assignment,
     settings: ImageSettings,
     pad_to: int = 1,
     prompts_only: bool = False,
     cache: VisionCache | None = None,
 ) -> Batch:
-    """Pack the trees of `work` into a `Batch`, padded to a multiple of `pad_to` tokens.
+    """Pack the trees of `assignment` into a `Batch`, padded to a multiple of `pad_to` tokens.
 
     `prompts_only` cuts every branch before its last answer, which is what generation starts from. With features of all
     its images in the `cache` the batch has those and no patches.
     """
     parts, answers, samples, images, offset = [], [], [], [], 0
-    for number, tree in enumerate(work.trees):
+    for number, tree in enumerate(assignment.trees):
         for branch, index in enumerate(tree.samples, start=1):
             sample = data.samples[index]
             ids, trained, is_image = _expand(sample)
@@ -339,7 +339,7 @@ def build_batch(
         grid=grid,
         vision=_vision_inputs(grid, settings) if seen else {},
         samples=samples,
-        work=work,
+        assignment=assignment,
         features=features,
         cache_names=names,
         image_tokens=image_tokens,
@@ -375,17 +375,17 @@ def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class TreeDataset(Dataset):
-    """Items are micro-batches: a sampler yields `Work`, an item is its `Batch`."""
+    """Items are micro-batches: a sampler yields `Assignment`, an item is its `Batch`."""
 
-    def __init__(self, data: VQAData, settings: ImageSettings, pad_to: int = 1, **how):
-        """`how`: the other arguments of `build_batch`."""
-        self.data, self.settings, self.how = data, settings, {"pad_to": pad_to, **how}
+    def __init__(self, data: VQAData, settings: ImageSettings, pad_to: int = 1, **options):
+        """`options`: the other arguments of `build_batch`."""
+        self.data, self.settings, self.options = data, settings, {"pad_to": pad_to, **options}
 
-    def __getitem__(self, work: Work) -> Batch:
+    def __getitem__(self, assignment: Assignment) -> Batch:
         try:
-            return build_batch(self.data, work, self.settings, **self.how)
+            return build_batch(self.data, assignment, self.settings, **self.options)
         except OSError as error:  # checked before training, so it has changed since
-            first = self.data.samples[work.trees[0].samples[0]].where
+            first = self.data.samples[assignment.trees[0].samples[0]].where
             raise RuntimeError(f"an image of {first} or what follows can't be read any more: {error}") from error
 
 
@@ -415,8 +415,8 @@ def next_batches(loader: DataLoader):
         try:
             batch = next(batches, None)
         except RuntimeError as error:
-            work = next(islice(iter(loader.sampler), number, None))
-            samples = [loader.dataset.data.samples[i] for tree in work.trees for i in tree.samples]
+            assignment = next(islice(iter(loader.sampler), number, None))
+            samples = [loader.dataset.data.samples[i] for tree in assignment.trees for i in tree.samples]
             images = dict.fromkeys(image for sample in samples for image in sample.images)
             worker = f"data worker {number % loader.num_workers}" if loader.num_workers else "this process"
             error.add_note(f"{worker} was to read {', '.join(images)} for {samples[0].where} and what follows")

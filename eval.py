@@ -39,7 +39,7 @@ from modeling.lora import load_adapter, merge_lora
 from training.checkpoints import VERSIONS, pick_checkpoint, read_state
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
-from trees import MicroBatch, Work, whole_trees
+from trees import Assignment, MicroBatch, plan_evaluation
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
 
@@ -333,9 +333,9 @@ def answer_question(args, sources: Sources, folder: str, tokenizer, settings, ra
     if sources.ckpt and args.merge:
         merge_lora(model.model)
     dataset = TreeDataset(data, model.settings, padding(ranks.device), prompts_only=True)
-    (trees,) = whole_trees(data.samples, args.max_tokens)
+    (trees,) = plan_evaluation(data.samples, args.max_tokens)
     with autocast(ranks.device, dtype):
-        (answer,) = answer_batch(model, dataset[Work(trees)].to(ranks.device), tokenizer, args.max_new_tokens)
+        (answer,) = answer_batch(model, dataset[Assignment(trees)].to(ranks.device), tokenizer, args.max_new_tokens)
     print0(f"{answer['prediction']}\nconfidence {answer['confidence']:.4f}")
     dist_utils.leave()
     return 0

@@ -27,7 +27,7 @@ from modeling.loading import resolve_model
 from modeling.lora import load_adapter, merge_lora
 from training.checkpoints import pick_checkpoint, read_state
 from training.settings import Parser, choice, parse_words, refuse
-from trees import Work, whole_trees
+from trees import Assignment, plan_evaluation
 
 ROWS = 16  # that logits are compared on
 MOST_APART = 0.2  # of the distance between the adapter's logits and the base model's
@@ -99,8 +99,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def logits(model: TreeModel, data: VQAData, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Logits (answer tokens, vocabulary) of all samples, on the CPU."""
     found = []
-    for trees in whole_trees(data.samples, 8192):
-        batch = build_batch(data, Work(trees), model.settings, padding(device)).to(device)
+    for trees in plan_evaluation(data.samples, 8192):
+        batch = build_batch(data, Assignment(trees), model.settings, padding(device)).to(device)
         with autocast(device, dtype):
             found.append(model.eval().answer_logits(batch).cpu())
     return torch.cat(found)

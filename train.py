@@ -50,7 +50,7 @@ from training.plan import estimate, make_job
 from training.preparation import check_cache, check_lora, describe_data, describe_lora, identify, load_all, print_plan
 from training.settings import count_epochs, count_steps, is_due, lora_arguments, parse_settings, to_toml
 from training.trackers import open_trackers
-from trees import PlanSettings, StepSampler, Work, heaviest, make_plan, whole_trees
+from trees import Assignment, PlanSettings, StepSampler, largest_micro_batch, make_plan, plan_evaluation
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
@@ -92,7 +92,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     plan = sampler.plan()
     describe_data(train_data, val_data, plan, tokenizer)
     steps = count_steps(args, len(sampler), args.epochs)
-    val_batches = whole_trees(val_data.samples, args.max_tokens) if val_data else []
+    val_batches = plan_evaluation(val_data.samples, args.max_tokens) if val_data else []
     identity = identify(args, images, train_data, val_data, model_folder)
     found = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
     dist_utils.from_rank0(lambda: check_lora(args, config, found))
@@ -108,7 +108,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         print0(f"LoRA starts from the weights of {args.init_from}")
     describe_lora(peft_model)
     epochs = range(count_epochs(args, len(sampler)))
-    heavy = Work(heaviest(make_plan(train_data.samples, sampler.settings, epoch) for epoch in epochs))
+    heavy = Assignment(largest_micro_batch(make_plan(train_data.samples, sampler.settings, epoch) for epoch in epochs))
     budgets = plan_compile(args, peft_model, heavy, ranks)
     visual = peft_model.get_base_model().model.visual
     cache = open_cache(args.vision_cache, visual, config, images) if args.vision_cache else None
@@ -184,7 +184,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         sampler.first_step = done % len(sampler)
         for micro_batches, waited in by_step(loader):
             # One optimizer step.
-            facts = micro_batches[0].work.step
+            facts = micro_batches[0].assignment.step
             lr = learning_rate(done, steps, args)
             with naming(train_data, micro_batches, ranks):
                 loss, grad_norm, losses_here, stopping = train_step(
@@ -245,17 +245,17 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     loss_sums = []
     for batch in micro_batches:
-        work, batch = batch.work, batch.to(ranks.device)
-        seed_torch(seed, work.step.number, work.number)
-        with no_sync(model, skip=not work.last):
+        assignment, batch = batch.assignment, batch.to(ranks.device)
+        seed_torch(seed, assignment.step.number, assignment.number)
+        with no_sync(model, skip=not assignment.last):
             with autocast(ranks.device, dtype):
                 token_losses, _ = model(batch)
-            loss_sum = (token_losses * batch.weights).sum() * work.live
-            (loss_sum * (ranks.world_size / work.step.answer_weight)).backward()
+            loss_sum = (token_losses * batch.weights).sum() * assignment.in_loss
+            (loss_sum * (ranks.world_size / assignment.step.answer_weight)).backward()
         loss_sums.append(loss_sum.detach())
     asked = loss_sums[0].new_tensor(float(bool(stop.reason)))
     loss, stopping = dist_utils.all_reduce_sum(torch.stack([sum(loss_sums), asked]).double()).tolist()
-    loss /= work.step.answer_weight
+    loss /= assignment.step.answer_weight
     trained = optimizer.param_groups[0]["params"]
     grad_norm = clip_grad_norm_(trained, max_grad_norm or math.inf).item()  # of reduced gradients: equal everywhere
     if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -271,7 +271,7 @@ def by_step(loader):
     for batch in next_batches(loader):
         waited += time.perf_counter() - started
         micro_batches.append(batch)
-        if batch.work.last:
+        if batch.assignment.last:
             yield micro_batches, waited
             micro_batches, waited = [], 0.0
         started = time.perf_counter()
@@ -299,7 +299,7 @@ def naming(data: VQAData, micro_batches: list, ranks: Ranks):
         yield
     except Exception as error:
         ids = ", ".join(data.samples[i].id for batch in micro_batches for i in batch.samples)
-        error.add_note(f"rank {ranks.rank}, step {micro_batches[0].work.step.number + 1}, samples {ids}")
+        error.add_note(f"rank {ranks.rank}, step {micro_batches[0].assignment.step.number + 1}, samples {ids}")
         raise
 
 
@@ -315,7 +315,7 @@ def report_skipped(step, loss, grad_norm, micro_batches, loss_sums, data: VQADat
     print0(f"\nstep {step} skipped on all ranks: loss {loss}, gradient norm {grad_norm}, samples {', '.join(ids)}")
 
 
-def plan_compile(args, peft_model, heavy: Work, ranks: Ranks) -> list[float]:
+def plan_compile(args, peft_model, heavy: Assignment, ranks: Ranks) -> list[float]:
     """Memory budgets to try, the most promising first; none where nothing is compiled."""
     if not args.compile or args.dora or ranks.device.type != "cuda":
         return []
@@ -327,14 +327,14 @@ def plan_compile(args, peft_model, heavy: Work, ranks: Ranks) -> list[float]:
     return [budget for budget in MEMORY_BUDGETS if budget <= chosen]
 
 
-def rehearse(model, optimizer, dataset: TreeDataset, work: Work, ranks: Ranks, dtype, budgets: list[float]) -> None:
+def rehearse(model, optimizer, dataset: TreeDataset, heavy: Assignment, ranks: Ranks, dtype, budgets: list) -> None:
     """Compile, and run the heaviest micro-batch before step 1, on all ranks at the highest memory budget that fits all.
 
     Raises InputError when memory does not suffice and RuntimeError when a trained weight gets no finite gradient.
     Leaves weights and optimizer as they were.
     """
-    tokens, started = sum(tree.tokens for tree in work.trees), time.perf_counter()
-    batch = dataset[work].to(ranks.device)
+    tokens, started = sum(tree.tokens for tree in heavy.trees), time.perf_counter()
+    batch = dataset[heavy].to(ranks.device)
     for budget in budgets or [None]:
         if budget is not None:
             print0(f"compiling for a memory budget of {budget}: this takes one to three minutes")

@@ -47,13 +47,13 @@ class StepFacts:
 
 
 @dataclass(frozen=True)
-class Work:
+class Assignment:
     """One micro-batch for one rank. `number` is its place in its step, the same for any number of ranks."""
 
     trees: MicroBatch
     number: int = 0
     step: StepFacts | None = None  # None in evaluation
-    live: bool = True  # False: a rank without work repeats a micro-batch with weight 0 to take part in the all-reduce
+    in_loss: bool = True  # False: repeated with weight 0 by a rank that has no other, for it to join the all-reduce
     last: bool = True  # the rank's last of this step
 
 
@@ -189,7 +189,7 @@ def _draw(waiting: list[_Part], room: int, random: np.random.Generator) -> list[
     return draw
 
 
-def whole_trees(samples: list, max_tokens: int, max_trees: int = 0) -> list[MicroBatch]:
+def plan_evaluation(samples: list, max_tokens: int, max_trees: int = 0) -> list[MicroBatch]:
     """Every sample once, in order, in as few micro-batches as the budgets allow: the plan of an evaluation.
 
     `max_trees` bounds a micro-batch's trees; 0: no bound.
@@ -236,7 +236,7 @@ def cost_of(batch) -> float:
     return sum(tree.cost for tree in batch)
 
 
-def heaviest(plans: Iterable[list[Step]]) -> MicroBatch:
+def largest_micro_batch(plans: Iterable[list[Step]]) -> MicroBatch:
     """The micro-batch of most tokens."""
     batches = (batch for plan in plans for step in plan for batch in step)
     return max(batches, key=lambda batch: sum(tree.tokens for tree in batch))
@@ -252,9 +252,9 @@ def share_out(batches: list[MicroBatch], ranks: int) -> list[list[int]]:
     return shares
 
 
-def evaluation_share(batches: list[MicroBatch], rank: int, world_size: int) -> list[Work]:
+def evaluation_share(batches: list[MicroBatch], rank: int, world_size: int) -> list[Assignment]:
     """A rank's part of an evaluation: every micro-batch goes to exactly one rank."""
-    return [Work(batches[i], number=i) for i in share_out(batches, world_size)[rank]]
+    return [Assignment(batches[i], number=i) for i in share_out(batches, world_size)[rank]]
 
 
 def rank_efficiency(plan: list[Step], ranks: int) -> float:
@@ -265,7 +265,7 @@ def rank_efficiency(plan: list[Step], ranks: int) -> float:
 
 
 class StepSampler(DistributedSampler):
-    """This rank's micro-batches of an epoch, step by step, as `Work`. `first_step` skips an epoch's done part,
+    """This rank's micro-batches of an epoch, step by step, as `Assignment`. `first_step` skips an epoch's done part,
     `tree_flops` counts a tree's operations."""
 
     def __init__(
@@ -290,9 +290,9 @@ class StepSampler(DistributedSampler):
             step, facts = steps[number], self._facts(steps[number], number)
             share = share_out(step, self.num_replicas)[self.rank]
             for index in share:
-                yield Work(step[index], index, facts, last=index == share[-1])
+                yield Assignment(step[index], index, facts, last=index == share[-1])
             if not share:  # fewer micro-batches than ranks: take part in the all-reduce with the cheapest one
-                yield Work(step[-1], len(step) - 1, facts, live=False)
+                yield Assignment(step[-1], len(step) - 1, facts, in_loss=False)
 
     def _facts(self, step: Step, number: int) -> StepFacts:
         trees = [tree for batch in step for tree in batch]

@@ -34,7 +34,7 @@ from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS, target_pattern
 from training.checkpoints import VERSIONS
 from training.costs import step_flops
-from trees import StepFacts, Work, grow_tree
+from trees import Assignment, StepFacts, grow_tree
 
 QWEN3_VL_8B = {
     "text_config": {
@@ -160,7 +160,7 @@ def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = wrap(model.train())
     data, settings = make_data(preset, 1, folder)
-    batch = build_batch(data, Work((grow_tree(data.samples, [0]),)), settings).to(device)
+    batch = build_batch(data, Assignment((grow_tree(data.samples, [0]),)), settings).to(device)
     inputs, labels = recipe_inputs(batch, preset.padded)
 
     def step():
@@ -195,7 +195,8 @@ def tree_step(
     """
     data, settings = make_data(preset, questions, folder)
     tree = grow_tree(data.samples, list(range(questions)))
-    batch = build_batch(data, Work((tree,), 0, StepFacts(0, questions, 1, 1)), settings, padding(device)).to(device)
+    assignment = Assignment((tree,), 0, StepFacts(0, questions, 1, 1))
+    batch = build_batch(data, assignment, settings, padding(device)).to(device)
 
     def vision():
         with autocast(device, dtype):

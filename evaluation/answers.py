@@ -14,7 +14,7 @@ from evaluation.scores import normalize, question_type
 from inputs.holdout import relative_names
 from model import TreeModel
 from modeling.attention import visible
-from trees import whole_trees
+from trees import plan_evaluation
 
 MAX_TREES = 8  # of a batch: a generated token is compared with the cached tokens of all its trees, to see those of one
 
@@ -50,7 +50,7 @@ def predict(
 def answer_all(runner: Runner, data: VQAData, tokenizer, max_tokens: int, max_new_tokens: int) -> list[dict] | None:
     """Answer every sample: {"prediction", "confidence"} of each, or None when stopped."""
     answer = partial(answer_batch, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
-    batches = whole_trees(data.samples, max_tokens, MAX_TREES)
+    batches = plan_evaluation(data.samples, max_tokens, MAX_TREES)
     answers = runner.run(answer, data, batches, "answers", prompts_only=True)
     return answers and [answers[index] for index in range(len(data.samples))]
 
@@ -117,7 +117,7 @@ def score_all(runner: Runner, data: VQAData, options: list[list[str]], tokenizer
     for index, texts in enumerate(options):
         samples += [with_answer(data.samples[index], text, tokenizer) for text in texts]
         owners += [(index, text) for text in texts]
-    batches = whole_trees(samples, max_tokens, MAX_TREES)
+    batches = plan_evaluation(samples, max_tokens, MAX_TREES)
     results = runner.run(score_samples, replace(data, samples=samples), batches, "scores")
     if results is None:
         return None

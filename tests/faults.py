@@ -64,7 +64,7 @@ def at_step(step: int, action, rank: int | None = None) -> None:
     real = train.train_step
 
     def train_step(model, optimizer, micro_batches, *rest):
-        if micro_batches[0].work.step.number + 1 == step and rank in (None, int(os.environ.get("RANK", 0))):
+        if micro_batches[0].assignment.step.number + 1 == step and rank in (None, int(os.environ.get("RANK", 0))):
             action()
         return real(model, optimizer, micro_batches, *rest)
 
@@ -85,7 +85,7 @@ def nan_loss(steps: range, rank: int = 0) -> None:
 
     def poisoned(self, batch):
         losses, right = forward(self, batch)
-        spoiled = self.training and batch.work.step is not None and batch.work.step.number in steps
+        spoiled = self.training and batch.assignment.step is not None and batch.assignment.step.number in steps
         return (losses * float("nan") if spoiled and rank == int(os.environ.get("RANK", 0)) else losses), right
 
     TreeModel.forward = poisoned

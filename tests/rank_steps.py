@@ -27,7 +27,7 @@ def main(argv: list[str], stop: dist_utils.Stop) -> int:
             loss, norm, *_ = train_step(model, optimizer, micro_batches, 1e-3, 1.0, ranks, torch.float32, 0, stop)
             result["losses"].append(loss)
             result["norms"].append(norm)
-            own = [i for batch in micro_batches if batch.work.live for i in batch.samples]
+            own = [i for batch in micro_batches if batch.assignment.in_loss for i in batch.samples]
             shards = dist_utils.gather_to_all(own)
             result["samples"].append(sorted(i for shard in shards for i in shard))
             result["counts"].append([len(shard) for shard in shards])

@@ -10,7 +10,7 @@ from dist_utils import Ranks, Stop
 from modeling import memory
 from modeling.lora import enable_hashed_dropout
 from train import train_step
-from trees import PlanSettings, StepSampler, Work, group_samples, grow_tree
+from trees import Assignment, PlanSettings, StepSampler, group_samples, grow_tree
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -46,10 +46,11 @@ def run_step(
         memory.compile_layers(model.model, budget, backend=backend)
     if hashed:
         enable_hashed_dropout(model.model)
-    (facts,) = {work.step for work in StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)}
+    sampler = StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)
+    (facts,) = {assignment.step for assignment in sampler}
     facts, last = replace(facts, number=number), len(trees_of_batches) - 1
-    works = [Work(tuple(trees), n, facts, last=n == last) for n, trees in enumerate(trees_of_batches)]
-    batches, optimizer = [dataset[work] for work in works], torch.optim.SGD(model.parameters(), lr=0.0)
+    batches = [dataset[Assignment(tuple(trees), n, facts, last=n == last)] for n, trees in enumerate(trees_of_batches)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     loss, *_ = train_step(model, optimizer, batches, 0.0, max_grad_norm, ALONE, torch.float32, seed, Stop())
     return loss, {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.requires_grad}
 

@@ -23,7 +23,7 @@ from inputs.images import check_images, image_settings, load_patches
 from inputs.rows import MAX_LISTED, stop_or_skip_bad
 from training.preparation import describe_sample
 from training.settings import parse_settings
-from trees import PlanSettings, Work, make_plan, rank_efficiency
+from trees import Assignment, PlanSettings, make_plan, rank_efficiency
 
 SHARED = Path(__file__).parents[2] / "shared"
 KVASIR, QWEN = SHARED / "kvasir" / "kvasir_vqa_val.jsonl", SHARED / "qwen3-vl-8b"
@@ -191,7 +191,7 @@ def test_a_picture_that_is_damaged_after_the_check_is_named(load, world, setting
     with pytest.raises(
         RuntimeError, match=r"an image of rows.jsonl:1 .*a\.png: broken PNG file"
     ):  # Pillow's SyntaxError
-        TreeDataset(data, settings)[Work(step[0])]
+        TreeDataset(data, settings)[Assignment(step[0])]
 
 
 def test_files_of_one_name_are_told_apart_by_as_many_folders_as_that_takes(tokenizer, settings, tmp_path):

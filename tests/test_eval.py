@@ -24,7 +24,7 @@ from evaluation.answers import generate, score_all, with_answer
 from evaluation.runner import Runner
 from modeling.lora import merge_lora
 from training.checkpoints import checkpoints
-from trees import Work, whole_trees
+from trees import Assignment, plan_evaluation
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -53,8 +53,8 @@ def test_answers_equal_plain_generation_one_by_one(world, tmp_path, budget):
     expected, probabilities = plain_answers(world, model, tmp_path, stop_token)
     assert len({len(answer) for answer in expected}) > 1
     data, dataset = tiny.load_world(world)
-    for work in (Work(batch) for batch in whole_trees(data.samples, budget)):
-        batch = build_batch(data, work, dataset.settings, prompts_only=True)
+    for assignment in (Assignment(batch) for batch in plan_evaluation(data.samples, budget)):
+        batch = build_batch(data, assignment, dataset.settings, prompts_only=True)
         for index, (answer, probability) in zip(batch.samples, generate(model, batch, 8, {stop_token})):
             assert answer == expected[index], data.samples[index].where
             assert probability == pytest.approx(probabilities[index], rel=1e-4)
@@ -68,7 +68,7 @@ def test_an_answer_ends_at_any_token_that_ends_it_for_generate(world):
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     model.base.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     model.base.lm_head.register_forward_hook(lambda _module, _inputs, out: out.index_fill(-1, torch.tensor([end]), 99))
-    batch = build_batch(data, Work(whole_trees(data.samples, 700)[0]), dataset.settings, prompts_only=True)
+    batch = build_batch(data, Assignment(plan_evaluation(data.samples, 700)[0]), dataset.settings, prompts_only=True)
     found = answers.answer_batch(model, batch, tokenizer, 5)
     assert {one["prediction"] for one in found} == {""}
 
@@ -76,8 +76,8 @@ def test_an_answer_ends_at_any_token_that_ends_it_for_generate(world):
 def test_merged_weights_give_the_same_answers(world):
     model = tiny.lora_model(world).eval()
     data, dataset = tiny.load_world(world)
-    works = [Work(batch) for batch in whole_trees(data.samples, 700)]
-    batches = [build_batch(data, work, dataset.settings, prompts_only=True) for work in works]
+    assignments = [Assignment(batch) for batch in plan_evaluation(data.samples, 700)]
+    batches = [build_batch(data, assignment, dataset.settings, prompts_only=True) for assignment in assignments]
     apart = [generate(model, batch, 8, {1}) for batch in batches]
     with model.model.disable_adapter():
         base = [generate(model, batch, 8, {1}) for batch in batches]
@@ -124,7 +124,7 @@ def test_an_option_takes_the_place_of_the_last_answer_only(world):
 def test_an_evaluation_covers_every_sample_once_in_order(world):
     data, _ = tiny.load_world(world)
     for budget in (400, 1000, 100_000):
-        batches = whole_trees(data.samples, budget)
+        batches = plan_evaluation(data.samples, budget)
         assert sorted(i for batch in batches for tree in batch for i in tree.samples) == list(range(len(data.samples)))
         assert all(len(batch) == 1 or sum(tree.tokens for tree in batch) <= budget for batch in batches)
 
@@ -135,7 +135,7 @@ def test_loss_equals_the_reference_and_does_not_depend_on_packing(world, tmp_pat
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     expected, _ = tiny.Reference(world, model, tmp_path).loss_and_gradients(rows)
     for budget in (400, 5000):
-        result = evaluate(model, data, whole_trees(data.samples, budget), ALONE, torch.float32, 0, Stop())
+        result = evaluate(model, data, plan_evaluation(data.samples, budget), ALONE, torch.float32, 0, Stop())
         assert result["loss"] == pytest.approx(expected, rel=1e-5)
         assert result["questions"] == len(data.samples)
 

@@ -64,8 +64,8 @@ def test_the_plan_follows_from_rows_settings_seed_and_epoch_and_not_from_the_ran
                 sampler = StepSampler(samples, settings, rank, ranks)
                 sampler.set_epoch(epoch)
                 assert len(sampler) == len(plan) == -(-(16 + 100) // 8)
-                for work in sampler:
-                    found[work.step.number - epoch * len(plan)] += [work.trees] * work.live
+                for assignment in sampler:
+                    found[assignment.step.number - epoch * len(plan)] += [assignment.trees] * assignment.in_loss
             assert [sorted(step, key=repr) for step in found] == [sorted(step, key=repr) for step in plan]
 
 

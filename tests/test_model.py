@@ -17,7 +17,7 @@ from inputs.images import load_patches
 from modeling import attention as attention_file
 from modeling import memory
 from modeling.lora import hashed_dropout
-from trees import PlanSettings, Work, group_samples, grow_tree, make_plan, pack
+from trees import Assignment, PlanSettings, group_samples, grow_tree, make_plan, pack
 
 
 def test_the_mixed_step_has_trees_of_1_9_and_17_branches_and_every_kind_of_row(world):
@@ -67,15 +67,15 @@ def test_rows_with_weights_count_that_much_in_loss_and_gradients(tmp_path):
 def test_a_picture_is_encoded_once_for_all_its_questions(world):
     data, dataset = tiny.load_world(world)
     (tree,) = (tree for tree in whole(data.samples) if len(tree.samples) == 17)
-    batch = build_batch(data, Work((tree,)), dataset.settings)
+    batch = build_batch(data, Assignment((tree,)), dataset.settings)
     assert len(batch.grid) == 1 and len(batch.patches) == data.samples[tree.samples[0]].patches[0]
 
 
 def test_padding_changes_nothing(world, reference, monkeypatch):
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world)
-    work = Work(tuple(whole(data.samples)))
-    plain, padded = (build_batch(data, work, dataset.settings, pad_to) for pad_to in (1, 128))
+    assignment = Assignment(tuple(whole(data.samples)))
+    plain, padded = (build_batch(data, assignment, dataset.settings, pad_to) for pad_to in (1, 128))
     assert len(padded.ids) % 128 == 0 and len(padded.ids) > len(plain.ids)
     losses = [model(batch)[0] for batch in (plain, padded)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
@@ -115,7 +115,7 @@ def test_one_branch_does_not_leak_into_another(world):
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world)
     tree = next(tree for tree in whole(data.samples) if len(tree.samples) == 9)
-    batch = dataset[Work((tree,))]
+    batch = dataset[Assignment((tree,))]
     changed = replace(batch, ids=torch.where(batch.branch == 2, 300, batch.ids))
     before, after = (model(b)[0] for b in (batch, changed))
     others = batch.question != 1
@@ -205,7 +205,7 @@ def test_patches_equal_the_image_processor_s(world):
 def test_vision_attention_in_one_call_equals_image_by_image(world):
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world)
-    batch = dataset[Work(tuple(whole(data.samples)))]
+    batch = dataset[Assignment(tuple(whole(data.samples)))]
     expected = model.encode_images(batch)
     model.base.model.visual.config._attn_implementation = "onelook_cudnn_flash_vision"
     features = model.encode_images(batch)
@@ -245,7 +245,7 @@ def test_lengths_and_image_sizes_do_not_recompile(world, tmp_path, dropout):
     for step in range(50):
         tree = grow_tree(data.samples, group[: 1 + 7 * step % 18])
         branches.add(len(tree.samples))
-        batch = build_batch(data, Work((tree, others[step % len(others)])), dataset.settings)
+        batch = build_batch(data, Assignment((tree, others[step % len(others)])), dataset.settings)
         losses, _ = model(batch)
         losses.sum().backward()
         if step % 10 == 1:  # an evaluation now and then

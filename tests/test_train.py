@@ -59,7 +59,7 @@ def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, t
     from data import build_batch
     from inputs.images import image_settings
     from modeling.lora import load_adapter
-    from trees import Work, grow_tree
+    from trees import Assignment, grow_tree
 
     folder = finished / "checkpoint-000006"
     assert {path.name for path in folder.iterdir()} == {
@@ -74,7 +74,7 @@ def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, t
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     data, dataset = tiny.load_world(world)
     for index in (0, 20, 29, 32):
-        batch = build_batch(data, Work((grow_tree(data.samples, [index]),)), dataset.settings)
+        batch = build_batch(data, Assignment((grow_tree(data.samples, [index]),)), dataset.settings)
         inputs = reference.inputs(rows[index])
         plain = reference.model(**inputs).loss
         mine, _ = ours(batch)

@@ -58,7 +58,7 @@ def make_job(args, config, train: VQAData, val: VQAData | None, plan: list[Step]
     model = empty_model(config, args)
     lora = sum(count for _, count in lora_table(model).values())
     weights = sum(parameter.numel() for parameter in model.parameters()) - lora
-    val_batches = trees.whole_trees(val.samples, args.max_tokens) if val else []
+    val_batches = trees.plan_evaluation(val.samples, args.max_tokens) if val else []
     tokens = sum(tree.tokens for tree in heavy)
     return Job(args, config, train, val, plan, val_batches, tokens, weights, lora)
 
@@ -244,6 +244,6 @@ def with_smaller_pictures(job: Job, images: ImageSettings) -> dict[int, Job]:
             continue
         train, val = (data and at_limit(data, images, limit) for data in (job.train, job.val))
         plan = trees.make_plan(train.samples, PlanSettings.of(job.args), 0)
-        val_batches = trees.whole_trees(val.samples, job.args.max_tokens) if val else []
+        val_batches = trees.plan_evaluation(val.samples, job.args.max_tokens) if val else []
         jobs[limit] = replace(job, train=train, val=val, plan=plan, val_batches=val_batches)
     return jobs

@@ -27,7 +27,7 @@ from training.checkpoints import size_and_sum
 from training.costs import uncounted
 from training.plan import GIB, GPU_COUNTS, empty_model, make_job, report
 from training.settings import FREE_SETTINGS, count_epochs
-from trees import PlanSettings, group_samples, heaviest, make_plan, questions_by_file, rank_efficiency
+from trees import PlanSettings, group_samples, largest_micro_batch, make_plan, questions_by_file, rank_efficiency
 
 LONG_ANSWER = 256  # trained tokens
 
@@ -67,7 +67,7 @@ def print_plan(args: argparse.Namespace) -> None:
     plans += [make_plan(train_data.samples, PlanSettings.of(args), epoch) for epoch in epochs]
     check_cache(args, config, torch.bfloat16, images, train_data, val_data)
     describe_data(train_data, val_data, plans[0], tokenizer)
-    print0(report(make_job(args, config, train_data, val_data, plans[0], heaviest(plans)), images))
+    print0(report(make_job(args, config, train_data, val_data, plans[0], largest_micro_batch(plans)), images))
 
 
 def check_lora(args: argparse.Namespace, config, found: Path | None) -> None:

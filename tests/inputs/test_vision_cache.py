@@ -17,7 +17,7 @@ from common import InputError
 from data import TreeDataset
 from inputs import vision_cache
 from model import TreeModel
-from trees import Work
+from trees import Assignment
 
 
 def cached(world, folder, model: TreeModel) -> tuple[TreeModel, TreeDataset]:
@@ -43,17 +43,17 @@ def filled(world, tmp_path):
 def fill(world, folder):
     """A model and a data set whose pictures are all in the cache, one micro-batch, and its losses without a cache."""
     model, dataset = cached(world, folder, tiny.lora_model(world))
-    work = Work(tuple(whole(dataset.data.samples)))
-    losses = run(model, dataset[work])
-    assert dataset[work].features is not None
-    return model, dataset, work, losses
+    assignment = Assignment(tuple(whole(dataset.data.samples)))
+    losses = run(model, dataset[assignment])
+    assert dataset[assignment].features is not None
+    return model, dataset, assignment, losses
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_kept_features_are_those_that_the_tower_made(tmp_path, family, monkeypatch):
-    model, dataset, work, expected = fill(tiny.write_world(tmp_path, family=family), tmp_path / "cache")
-    made = TreeDataset(dataset.data, dataset.settings)[work]
-    batch = dataset[work]
+    model, dataset, assignment, expected = fill(tiny.write_world(tmp_path, family=family), tmp_path / "cache")
+    made = TreeDataset(dataset.data, dataset.settings)[assignment]
+    batch = dataset[assignment]
     assert not len(batch.patches) and len(made.patches)
     monkeypatch.setattr(model, "encode_images", None)  # not called
     assert torch.equal(run(model, batch), expected)
@@ -63,7 +63,7 @@ def test_pictures_are_known_by_content_and_grid(filled, tmp_path):
     _, dataset, _, _ = filled
     path, grid = next(iter(dataset.data.grids.items()))
     copy = shutil.copy(path, tmp_path / "other.png")
-    cache = dataset.how["cache"]
+    cache = dataset.options["cache"]
     assert cache.name(copy, grid) == cache.name(path, grid) != cache.name(path, (2, 2))
     other = next(p for p in dataset.data.grids if p != path)
     assert cache.name(other, grid) != cache.name(path, grid)
@@ -72,7 +72,7 @@ def test_pictures_are_known_by_content_and_grid(filled, tmp_path):
 def test_entries_can_be_read_by_whom_the_umask_permits(filled):
     mask = os.umask(0)
     os.umask(mask)
-    assert all(path.stat().st_mode & 0o777 == 0o666 & ~mask for path in filled[1].how["cache"].folder.iterdir())
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~mask for path in filled[1].options["cache"].folder.iterdir())
 
 
 def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_path, filled):
@@ -83,16 +83,16 @@ def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_pa
     def folder(settings=dataset.settings):
         return vision_cache.open_cache(str(tmp_path), visual, config, settings).folder
 
-    assert folder() == dataset.how["cache"].folder != folder(replace(dataset.settings, mean=(0.4, 0.5, 0.5)))
+    assert folder() == dataset.options["cache"].folder != folder(replace(dataset.settings, mean=(0.4, 0.5, 0.5)))
     with torch.no_grad():
         next(visual.parameters()).view(-1)[0] += 1e-3
-    assert folder() != dataset.how["cache"].folder
+    assert folder() != dataset.options["cache"].folder
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "one bit", "empty", "header"])
 def test_a_damaged_entry_is_made_again(filled, damage):
-    model, dataset, work, expected = filled
-    entry = sorted(dataset.how["cache"].folder.iterdir())[0]
+    model, dataset, assignment, expected = filled
+    entry = sorted(dataset.options["cache"].folder.iterdir())[0]
     sound = entry.read_bytes()
     flipped = bytes([sound[len(sound) // 2] ^ 1])
     damaged = {
@@ -102,7 +102,7 @@ def test_a_damaged_entry_is_made_again(filled, damage):
         "header": b"\0" * vision_cache.HEADER + sound[vision_cache.HEADER :],
     }
     entry.unlink() if damage == "gone" else entry.write_bytes(damaged[damage])
-    batch = dataset[work]
+    batch = dataset[assignment]
     assert batch.features is None and len(batch.patches)
     torch.testing.assert_close(run(model, batch), expected, rtol=0, atol=0)
     assert entry.read_bytes() == sound
@@ -111,9 +111,9 @@ def test_a_damaged_entry_is_made_again(filled, damage):
 def test_a_full_disk_ends_keeping_and_nothing_else(world, tmp_path, monkeypatch, capfd):
     model, dataset = cached(world, tmp_path, tiny.lora_model(world))
     monkeypatch.setattr(vision_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=vision_cache.SPARE))
-    work = Work(tuple(whole(dataset.data.samples)))
-    first, second = run(model, dataset[work]), run(model, dataset[work])
-    assert torch.equal(first, second) and not list(dataset.how["cache"].folder.iterdir())
+    assignment = Assignment(tuple(whole(dataset.data.samples)))
+    first, second = run(model, dataset[assignment]), run(model, dataset[assignment])
+    assert torch.equal(first, second) and not list(dataset.options["cache"].folder.iterdir())
     assert capfd.readouterr().err.count("warning: no more vision features are kept") == 1
 
 
@@ -128,7 +128,7 @@ def test_a_run_learns_the_same_with_a_cache_and_the_next_one_needs_no_tower(worl
     assert all(other == pytest.approx(plain, rel=1e-5) for other in others)
     (folder,) = (tmp_path / "cache").iterdir()  # which every process finds
     _, dataset = cached(world, tmp_path / "cache", tiny.lora_model(world))
-    assert folder == dataset.how["cache"].folder
+    assert folder == dataset.options["cache"].folder
     assert len(list(folder.iterdir())) == len(tiny.SIZES)
     assert len(encode) == 1  # the rehearsal
     assert f"for {len(tiny.SIZES)} pictures, 0.0 there" in capfd.readouterr().out

@@ -16,7 +16,7 @@ from modeling.attention import tree_attention, tree_mask, visible
 from modeling.lora import add_lora, enable_hashed_dropout
 from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS, target_pattern
-from trees import Work, grow_tree
+from trees import Assignment, grow_tree
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -49,7 +49,8 @@ def test_a_float32_step_on_the_gpu_equals_samples_one_by_one(world, tmp_path):
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world).cuda()
     expected_loss, expected = tiny.Reference(world, model, tmp_path).loss_and_gradients(rows)
-    batch = build_batch(data, Work(tuple(whole(data.samples))), dataset.settings, pad_to=128).to(torch.device("cuda"))
+    assignment = Assignment(tuple(whole(data.samples)))
+    batch = build_batch(data, assignment, dataset.settings, pad_to=128).to(torch.device("cuda"))
     for mask_like in ("flex", "dense"):
         model.zero_grad()
         if mask_like == "dense":
@@ -80,7 +81,8 @@ def test_lengths_do_not_recompile_without_end(world):
     torch._dynamo.utils.counters.clear()
     seen = []
     for count in (1, 2, 3, 4, 5, 6, 7, 6, 5, 4):
-        batch = build_batch(data, Work(tuple(trees[:count])), dataset.settings, pad_to=128).to(torch.device("cuda"))
+        assignment = Assignment(tuple(trees[:count]))
+        batch = build_batch(data, assignment, dataset.settings, pad_to=128).to(torch.device("cuda"))
         losses, _ = model(replace(batch))
         losses.sum().backward()
         seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -90,7 +92,8 @@ def test_lengths_do_not_recompile_without_end(world):
 def test_activations_that_are_made_again_have_the_dropout_of_before(world):
     torch.backends.cuda.matmul.allow_tf32 = False
     data, dataset = tiny.load_world(world)
-    batch = build_batch(data, Work(tuple(whole(data.samples)[:2])), dataset.settings, 128).to(torch.device("cuda"))
+    assignment = Assignment(tuple(whole(data.samples)[:2]))
+    batch = build_batch(data, assignment, dataset.settings, 128).to(torch.device("cuda"))
     results = []
     for budget in (None, 1.0, 0.0):
         model = tiny.lora_model(world, dropout=0.1).cuda()
@@ -127,7 +130,7 @@ def gradients_one_by_one(dtype, targets, data, settings):
     model = first_layers_of_8b(dtype, lambda base: get_peft_model(base, config))
     tokens = sum(int(sample.trained.sum()) for sample in data.samples)
     for index in range(len(data.samples)):
-        batch = build_batch(data, Work((grow_tree(data.samples, [index]),)), settings).to(device)
+        batch = build_batch(data, Assignment((grow_tree(data.samples, [index]),)), settings).to(device)
         inputs, labels = bench.recipe_inputs(batch, len(batch.ids))
         with autocast(device, dtype):
             logits = model(**inputs).logits[0].float()
@@ -145,7 +148,7 @@ def test_compiled_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(
     add, device = lambda base: add_lora(prepare_base(base), "random", 8, 16, 0.0, targets), torch.device("cuda")
     model = TreeModel(first_layers_of_8b(torch.bfloat16, add), settings)
     compile_layers(model.model, 1.0)
-    batch = build_batch(data, Work((grow_tree(data.samples, list(range(9))),)), settings, pad_to=128).to(device)
+    batch = build_batch(data, Assignment((grow_tree(data.samples, list(range(9))),)), settings, pad_to=128).to(device)
     with autocast(device, torch.bfloat16):
         losses, _ = model(batch)
     losses.mean().backward()

@@ -33,7 +33,7 @@ from modeling.loading import MODEL_TYPES, resolve_model
 from modeling.lora import lora_table, save_adapter
 from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS
-from trees import Work, grow_tree
+from trees import Assignment, grow_tree
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -54,7 +54,7 @@ def world(family, tmp_path_factory):
 def batch(world):
     """All of a world's trees in one batch."""
     data, dataset = tiny.load_world(world)
-    return dataset[Work(tuple(whole(data.samples)))]
+    return dataset[Assignment(tuple(whole(data.samples)))]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_answers_equal_plain_generation_one_by_one(world, tmp_path):
 def test_windows_matter_and_blocks_of_whole_images_too(windows):
     """So the exactness above holds for both: features change when either kind of block attends like the other."""
     data, dataset = tiny.load_world(windows)
-    batch, model = dataset[Work(tuple(whole(data.samples)))], tiny.lora_model(windows)
+    batch, model = dataset[Assignment(tuple(whole(data.samples)))], tiny.lora_model(windows)
     assert len(batch.vision["cu_window_seqlens"]) > len(batch.grid) + 10
     expected, visual = model.encode_images(batch).embeds, model.base.model.visual
     for blocks in ([], [0, 1, 2]):
@@ -138,7 +138,7 @@ def test_windows_do_not_recompile(windows, monkeypatch):
     compile_layers(model.model, 1.0, backend="eager")
     graphs = []
     for step in range(12):
-        batch = dataset[Work((trees[step % len(trees)], trees[(step * 3 + 1) % len(trees)]))]
+        batch = dataset[Assignment((trees[step % len(trees)], trees[(step * 3 + 1) % len(trees)]))]
         losses, _ = model(batch)
         losses.sum().backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -155,7 +155,7 @@ def test_a_saved_adapter_is_plain_peft_with_the_same_logits(world, tmp_path):
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     data, dataset = tiny.load_world(world)
     for index in (0, 29, 30, 33):
-        batch = dataset[Work((grow_tree(data.samples, [index]),))]
+        batch = dataset[Assignment((grow_tree(data.samples, [index]),))]
         mine, _ = ours(batch)
         torch.testing.assert_close(mine.mean(), plain(**reference.inputs(rows[index])).loss, rtol=1e-5, atol=1e-6)
         with plain.disable_adapter():

@@ -19,7 +19,7 @@ from model import load_base
 from modeling.lora import add_lora, lora_table
 from modeling.targets import DEFAULT_TARGETS
 from training.checkpoints import read_state
-from trees import Work
+from trees import Assignment
 
 ALL = "q_proj,vision,merger"
 LAYERS = {"qwen3_vl": "linear_fc1", "qwen2_5_vl": "gate_proj", "qwen2_vl": "fc1"}
@@ -73,7 +73,7 @@ def test_the_vision_tower_of_each_family_is_trained_exactly(tmp_path, family):
 
 def test_a_frozen_tower_runs_without_gradient_and_a_trained_one_with_it(world):
     data, dataset = tiny.load_world(world)
-    batch = dataset[Work((whole(data.samples)[0],))]
+    batch = dataset[Assignment((whole(data.samples)[0],))]
     frozen, trained = tiny.lora_model(world), tiny.lora_model(world, targets="vision")
     assert not frozen.encode_images(batch).embeds.requires_grad and trained.encode_images(batch).embeds.requires_grad
     assert trained.base.model.visual.training and not trained.eval().base.model.visual.training

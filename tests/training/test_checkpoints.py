@@ -166,7 +166,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_nothing_else(wor
         real = train.train_step
 
         def train_step(model, optimizer, micro_batches, *rest):
-            number = micro_batches[0].work.step.number + 1
+            number = micro_batches[0].assignment.step.number + 1
             if number == 3:
                 faults.fill_disk(small_disk)
             if number == 5:

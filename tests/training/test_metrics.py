@@ -30,7 +30,7 @@ from training.costs import tree_counter, tree_load
 from training.gpus import Gpu
 from training.metrics import Metrics, read_metrics
 from training.settings import parse_settings
-from trees import PlanSettings, StepFacts, StepSampler, Work
+from trees import Assignment, PlanSettings, StepFacts, StepSampler
 
 FIELDS = {"event", "step", "loss", "grad_norm", "lr", "questions", "images", "questions_per_s", "tokens_per_s"}
 FIELDS |= {"tflops_per_gpu", "data_wait", "skipped", "epoch", "eta_s"}
@@ -117,7 +117,7 @@ def test_speeds_of_a_step_are_those_worked_out_by_hand(world, make, world_size):
     data, dataset = tiny.load_world(world)
     model = load_base(world / "model", torch.float32, torch.device("cpu"))
     step = sampler_of(world).plan()[1]
-    batches = [build_batch(data, Work(micro_batch), dataset.settings) for micro_batch in step]
+    batches = [build_batch(data, Assignment(micro_batch), dataset.settings) for micro_batch in step]
     facts = next(iter(w.step for w in sampler_of(world, world_size - 1, world_size) if w.step.number == 1))
     assert facts.tokens == sum(len(batch.ids) for batch in batches)
     flops = sum(operations(model, batch) for batch in batches)

@@ -29,7 +29,7 @@ from training.gpus import GPUS, Gpu
 from training.plan import GIB, budgets, choose, hours, make_job, pace, timeline
 from training.preparation import data_warnings
 from training.settings import parse_settings
-from trees import PlanSettings, grow_tree, heaviest, make_plan
+from trees import PlanSettings, grow_tree, largest_micro_batch, make_plan
 
 MEASURED = json.loads((Path(bench.__file__).parent / "results" / "step-h100.json").read_text())
 TREES = {int(r["case"].removeprefix("tree-")): r for r in MEASURED["rows"] if r["case"].startswith("tree-")}
@@ -40,7 +40,8 @@ def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
     args = parse_settings(arguments(world, world / "none", **settings))
     data, _ = tiny.load_world(world)
     plans = [make_plan(data.samples, PlanSettings.of(args), epoch) for epoch in range(args.epochs)]
-    return make_job(args, AutoConfig.from_pretrained(world / "model"), data, data, plans[0], heaviest(plans)), data
+    config = AutoConfig.from_pretrained(world / "model")
+    return make_job(args, config, data, data, plans[0], largest_micro_batch(plans)), data
 
 
 def job_of_8b(**settings) -> plan.Job:
