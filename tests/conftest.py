@@ -7,8 +7,11 @@ import pytest
 import tiny
 import torch
 from runs import Run
+from transformers import AutoTokenizer
 
 import train
+from data import load_data
+from inputs.images import image_settings
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,3 +57,26 @@ def on_two_ranks(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     Run(faults.arguments(world, folder / "out"), folder / "log", ranks=2).succeed()
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(world):
+    return AutoTokenizer.from_pretrained(world / "model")
+
+
+@pytest.fixture(scope="session")
+def settings(world):
+    """The world's image settings."""
+    return image_settings(world / "model")
+
+
+@pytest.fixture
+def load(world, tmp_path, tokenizer, settings):
+    """Load rows, given as objects or lines, whose images are those of `world` unless told otherwise."""
+
+    def load(rows, images=world / "images", max_tokens=100_000, **options):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / "rows.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return load_data([tmp_path / "rows.jsonl"], images, tokenizer, settings, max_tokens, **options)
+
+    return load

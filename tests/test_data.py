@@ -1,8 +1,6 @@
 """Promise 4, data: what the model sees is what the rows and pictures say, and nothing unusable passes or is lost."""
 
 import json
-import os
-import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -11,51 +9,28 @@ import numpy as np
 import pytest
 import tiny
 from examples import BAD, FORMATS, flat, parts
-from PIL import Image, ImageFile
+from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data as data_file
 from common import InputError
 from data import TreeDataset, VQAData, load_data
-from inputs import images as images_file
-from inputs.images import check_images, image_settings, load_patches
+from inputs.images import image_settings
 from inputs.rows import MAX_LISTED, stop_or_skip_bad
 from training.preparation import describe_sample
 from training.settings import parse_settings
-from trees import Assignment, PlanSettings, make_plan, rank_efficiency
+from trees import Assignment, PlanSettings, grow_tree, make_plan, rank_efficiency
 
 SHARED = Path(__file__).parents[2] / "shared"
 KVASIR, QWEN = SHARED / "kvasir" / "kvasir_vqa_val.jsonl", SHARED / "qwen3-vl-8b"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(world):
-    return AutoTokenizer.from_pretrained(world / "model")
-
-
-@pytest.fixture(scope="module")
-def settings(world):
-    return image_settings(world / "model")
-
-
-@pytest.fixture
-def load(world, tmp_path, tokenizer, settings):
-    """Load rows, given as objects or lines, whose images are those of `world` unless told otherwise."""
-
-    def load(rows, images=world / "images", max_tokens=100_000, **options):
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (tmp_path / "rows.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return load_data([tmp_path / "rows.jsonl"], images, tokenizer, settings, max_tokens, **options)
-
-    return load
 
 
 def trained_text(sample, tokenizer) -> str:
     return tokenizer.decode(sample.ids[sample.trained].tolist())
 
 
-# ------------------------------------------------------------------------------------------------------ rows to tokens
+# ------------------------------------------------------------------------------------------------------- rows to tokens
 
 
 def test_a_question_has_the_same_tokens_in_every_format(load):
@@ -73,10 +48,10 @@ def test_a_question_has_the_same_tokens_in_every_format(load):
 
 def test_ids_are_the_chat_template_s_text_with_each_image_at_its_real_length(world, tokenizer):
     """The whole text at once, with the pad token as often as the image processor's own grid says."""
-    data, _ = tiny.load_world(world)
+    data, dataset = tiny.load_world(world)
     processor = Qwen2VLImageProcessorPil.from_pretrained(world / "model")
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
-    for row, sample in zip(rows, data.samples, strict=True):
+    for index, (row, sample) in enumerate(zip(rows, data.samples, strict=True)):
         names = row.get("images") or row.get("image") or []
         names = [names] if isinstance(names, str) else names
         messages = row.get("messages") or [
@@ -88,10 +63,9 @@ def test_ids_are_the_chat_template_s_text_with_each_image_at_its_real_length(wor
         for name, tail in zip(names, tails, strict=True):
             grid = processor([Image.open(world / "images" / name)], return_tensors="pt")["image_grid_thw"]
             head += "<|image_pad|>" * (int(grid.prod()) // 4) + tail
-        expanded, trained, is_image = data_file._expand(sample)
-        assert expanded.tolist() == tokenizer(head)["input_ids"]
-        assert sample.tokens == len(expanded) == len(trained) == len(is_image)
-        assert tokenizer.decode(expanded[is_image].tolist()) == "<|image_pad|>" * sum(sample.image_tokens)
+        batch = dataset[Assignment((grow_tree(data.samples, [index]),))]
+        assert batch.ids.tolist() == tokenizer(head)["input_ids"] and len(batch.ids) == sample.tokens
+        assert tokenizer.decode(batch.ids[batch.image_at].tolist()) == "<|image_pad|>" * sum(sample.image_tokens)
 
 
 def test_trained_tokens_are_exactly_the_answers_and_their_end_of_turn(load, tokenizer):
@@ -162,14 +136,6 @@ def test_literal_special_tokens_are_refused(load, token):
     assert f"special token {token}" in bad.reason
 
 
-def test_a_row_may_reach_the_folder_of_images_through_a_link(load, world, tmp_path):
-    (tmp_path / "link").symlink_to(world)
-    rows = [flat(image="a.png"), flat(image=str(world / "images" / "a.png")), flat(image=str(world / "rows.jsonl"))]
-    data = load(rows, images=tmp_path / "link" / "images")
-    assert len(data.samples) == 2 and len(data.grids) == 1
-    assert [one.where for one in data.bad] == ["rows.jsonl:3"] and "lies outside" in data.bad[0].reason
-
-
 def test_the_fingerprint_changes_with_the_picture_s_folder_and_not_with_that_of_all(load, world, tmp_path):
     for name in ("one/a.png", "one/b/a.png", "two/a.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -215,15 +181,7 @@ def test_an_over_long_sample_is_named_with_its_length_and_the_remedy(load):
     assert f"--max-tokens {lengths[2]:,}" in bad.reason and "--max-pixels" in bad.reason
 
 
-def test_pixel_limits_that_cross_are_an_error(world):
-    assert image_settings(world / "model", max_pixels=4096).max_pixels == 4096
-    with pytest.raises(InputError, match="100,000.*65,536"):
-        image_settings(world / "model", min_pixels=100_000)
-    with pytest.raises(InputError, match="256.*128"):
-        image_settings(world / "model", max_pixels=128)
-
-
-# ------------------------------------------------------------------------------------------------------------ bad rows
+# ------------------------------------------------------------------------------------------------------------- bad rows
 
 
 def stop(data: VQAData, skip_bad: bool, output: Path) -> None:
@@ -295,231 +253,6 @@ def test_only_images_of_used_rows_count(load):
         [flat(image="a.png"), flat("<|im_end|>", image="b.png"), flat("long " * 500, image="c.png")], max_tokens=99
     )
     assert [Path(path).name for path in data.grids] == ["a.png"] and len(data.bad) == 2
-
-
-# -------------------------------------------------------------------------------------------------------------- images
-
-
-def noise(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def png_header_only(path: Path, width: int, height: int) -> None:
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    ]
-    body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-
-
-def cut_short(path: Path, share: float) -> None:
-    noise(300, 200).save(path)
-    os.truncate(path, int(path.stat().st_size * share))
-
-
-# name: (how it comes to be, what the reason says)
-BAD_IMAGES = {
-    "missing.png": (lambda path: None, "is missing"),
-    "folder.png": (lambda path: path.mkdir(), "is a folder"),
-    "empty.jpg": (lambda path: path.touch(), "unreadable"),
-    "page.jpg": (lambda path: path.write_text("<html><body>404</body></html>"), "unreadable"),
-    "cut.jpg": (lambda path: cut_short(path, 0.5), "truncated"),
-    "cut.png": (lambda path: cut_short(path, 0.9), "truncated"),
-    "header.png": (lambda path: png_header_only(path, 64, 64), "truncated"),
-    "huge.png": (lambda path: png_header_only(path, 10_001, 10_000), "over 100 megapixels"),
-    "bomb.png": (lambda path: png_header_only(path, 30_000, 30_000), "over 100 megapixels"),
-    "tall.png": (lambda path: Image.new("L", (1, 5000)).save(path), "aspect ratio"),
-    "wide.png": (lambda path: Image.new("L", (5000, 1)).save(path), "aspect ratio"),
-    "float.tif": (lambda path: Image.new("F", (64, 64), 0.5).save(path), "mode F"),
-    "int32.tif": (lambda path: Image.new("I", (64, 64), 70_000).save(path), "mode I"),
-}
-
-
-def test_every_unusable_image_is_named_with_its_row_and_reason(load, tmp_path):
-    for name, (make, _) in BAD_IMAGES.items():
-        make(tmp_path / name)
-    noise(64, 64).save(tmp_path / "good.png")
-    rows = [row for name in BAD_IMAGES for row in (flat(image="good.png"), flat(image=["good.png", name]))]
-    data = load(rows, tmp_path)
-    assert len(data.samples) == len(BAD_IMAGES)
-    for number, (bad, (name, (_, reason))) in enumerate(zip(data.bad, BAD_IMAGES.items(), strict=True)):
-        assert bad.where == f"rows.jsonl:{2 * number + 2}"
-        assert f"image {tmp_path / name}" in bad.reason and reason in bad.reason
-
-
-def test_a_huge_picture_is_refused_by_its_header_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
-    for name in ("huge.png", "bomb.png"):
-        BAD_IMAGES[name][0](tmp_path / name)
-        assert "over 100 megapixels" in check_images([str(tmp_path / name)])[str(tmp_path / name)]
-
-
-def two_halves(mode: str, left, right, width: int = 64, height: int = 32) -> Image.Image:
-    image = Image.new(mode, (width, height), left)
-    image.paste(right, (width // 2, 0, width, height))
-    return image
-
-
-def palette_with_transparency() -> Image.Image:
-    image = Image.new("P", (64, 32), 1)
-    image.putpalette([0, 0, 0, 200, 10, 10, 10, 200, 10])
-    image.paste(2, (32, 0, 64, 32))
-    image.info["transparency"] = 2
-    return image
-
-
-def turned(orientation: int) -> tuple[Image.Image, dict]:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return two_halves("RGB", RED, BLUE), {"exif": exif}
-
-
-GREY_16 = Image.fromarray(np.array([[0xAB12] * 32 + [0x0345] * 32] * 32, np.uint16))
-RED, BLUE, WHITE = (200, 10, 10), (10, 10, 200), (255, 255, 255)
-# name: (picture and how to save it, colours displayed at the top left and bottom right corner, grid of 8-pixel patches)
-VALID_IMAGES = {
-    "plain.png": ((two_halves("RGB", RED, BLUE), {}), RED, BLUE, (4, 8)),
-    "cmyk.jpg": ((two_halves("CMYK", (55, 245, 245, 0), (245, 245, 55, 0)), {"quality": 100}), RED, BLUE, (4, 8)),
-    "palette.gif": ((two_halves("RGB", RED, BLUE).quantize(4), {}), RED, BLUE, (4, 8)),
-    "palette.png": ((palette_with_transparency(), {"transparency": 2}), RED, WHITE, (4, 8)),
-    "rgba.png": ((two_halves("RGBA", (*RED, 255), (0, 0, 0, 0)), {}), RED, WHITE, (4, 8)),
-    "half.png": ((two_halves("LA", (0, 127), (55, 255)), {}), (128,) * 3, (55,) * 3, (4, 8)),
-    "grey.png": ((two_halves("L", 9, 77), {}), (9,) * 3, (77,) * 3, (4, 8)),
-    "black-white.png": ((two_halves("1", 1, 0), {}), WHITE, (0,) * 3, (4, 8)),
-    "grey16.png": ((GREY_16, {}), (0xAB,) * 3, (3,) * 3, (4, 8)),
-    "grey16.tif": ((GREY_16, {}), (0xAB,) * 3, (3,) * 3, (4, 8)),
-    "turned.png": (turned(6), RED, BLUE, (8, 4)),
-    "turned.jpg": (turned(8), BLUE, RED, (8, 4)),
-    "upside-down.png": (turned(3), BLUE, RED, (4, 8)),
-    "dot.png": ((Image.new("RGB", (1, 1), RED), {}), RED, RED, (2, 2)),
-    "line.png": ((two_halves("RGB", RED, BLUE, 200, 1), {}), RED, BLUE, (2, 30)),
-}
-
-
-def unpatch(patches: np.ndarray, grid: tuple[int, int], side: int = 8, merge: int = 2) -> np.ndarray:
-    """(H, W, 3) of patches in the vision tower's order: block by block of merge x merge patches."""
-    down, across = grid
-    picture = np.zeros((down * side, across * side, 3), np.uint8)
-    order = ((i + y, j + x) for i in range(0, down, merge) for j in range(0, across, merge)
-             for y in range(merge) for x in range(merge))  # fmt: skip
-    for patch, (i, j) in zip(patches, order, strict=True):
-        picture[i * side : (i + 1) * side, j * side : (j + 1) * side] = patch.reshape(3, side, side).transpose(1, 2, 0)
-    return picture
-
-
-@pytest.mark.parametrize("name", VALID_IMAGES)
-def test_every_kind_of_picture_is_seen_as_displayed(load, settings, tmp_path, name):
-    (picture, options), first, last, grid = VALID_IMAGES[name]
-    picture.save(tmp_path / name, **options)
-    data = load([flat(image=name)], tmp_path)
-    assert not data.bad and data.grids == {str(tmp_path / name): grid}
-    assert data.samples[0].patches == (grid[0] * grid[1],) and data.samples[0].image_tokens == (grid[0] * grid[1] // 4,)
-    seen = unpatch(load_patches(str(tmp_path / name), grid, settings), grid).astype(int)
-    tolerance = 12 if name.endswith(".jpg") else 1
-    assert abs(seen[0, 0] - first).max() <= tolerance and abs(seen[-1, -1] - last).max() <= tolerance
-
-
-def test_a_picture_keeps_its_pixels_where_no_resizing_is_needed(tmp_path, settings):
-    noise(48, 80).save(tmp_path / "noise.png")
-    seen = unpatch(load_patches(str(tmp_path / "noise.png"), (6, 10), settings), (6, 10))
-    np.testing.assert_array_equal(seen, np.asarray(noise(48, 80)))
-
-
-# ----------------------------------------------------------------------------------------------- the memory of images
-
-
-@pytest.fixture
-def opened(monkeypatch, tmp_path):
-    """Paths that are opened from here on, with an empty memory of images."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    paths, real_open = [], Image.open
-    monkeypatch.setattr(images_file.Image, "open", lambda path, *rest: paths.append(path) or real_open(path, *rest))
-    return paths
-
-
-@pytest.fixture
-def pictures(tmp_path) -> list[str]:
-    for number, name in enumerate("abc"):
-        noise(40, 50 + number).save(tmp_path / f"{name}.png")
-    return [str(tmp_path / f"{name}.png") for name in "abc"]
-
-
-def test_images_are_opened_once_and_remembered(opened, pictures):
-    expected = {path: (40, 50 + number) for number, path in enumerate(pictures)}
-    for _ in range(2):
-        assert {path: tuple(size) for path, size in check_images(pictures).items()} == expected
-        assert sorted(opened) == pictures
-
-
-def test_a_changed_image_is_checked_again(opened, pictures):
-    check_images(pictures)
-    opened.clear()
-    stamp = os.stat(pictures[0])
-    noise(70, 60).save(pictures[0])
-    os.utime(pictures[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # another size
-    os.utime(pictures[1], ns=(0, 0))  # another time
-    assert tuple(check_images(pictures)[pictures[0]]) == (70, 60)
-    assert sorted(opened) == pictures[:2]
-
-
-def test_a_failure_is_not_remembered(pictures, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with monkeypatch.context() as broken:
-        broken.setattr(images_file.Image, "open", lambda path: (_ for _ in ()).throw(OSError("stale file handle")))
-        assert all("stale file handle" in found for found in check_images(pictures).values())
-    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
-
-
-@pytest.mark.parametrize("content", ["", "{"])
-def test_a_damaged_memory_of_images_is_no_fault(opened, pictures, tmp_path, content):
-    memory = tmp_path / "cache" / "onelook" / "image_sizes.json"
-    memory.parent.mkdir(parents=True)
-    memory.write_text(content)
-    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
-    opened.clear()
-    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50) and not opened
-
-
-def test_a_memory_that_can_t_be_written_is_no_fault(pictures, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
-
-
-# --------------------------------------------------------------------------------------------------------- image paths
-
-
-def test_paths_outside_the_images_folder_are_refused_unless_allowed(load, tmp_path):
-    (tmp_path / "inside").mkdir()
-    for folder in (tmp_path, tmp_path / "inside"):
-        noise(64, 64).save(folder / "a.png")
-    inside = ["a.png", "./a.png", "../inside/a.png", str(tmp_path / "inside" / "a.png")]
-    outside = ["../a.png", str(tmp_path / "a.png"), "../inside/../a", "/etc/passwd", "../gone.png"]
-    rows = [flat(image=name) for name in inside + outside]
-    data = load(rows, tmp_path / "inside")
-    assert [sample.images for sample in data.samples] == [(str(tmp_path / "inside" / "a.png"),)] * len(inside)
-    assert len(data.bad) == len(outside)
-    for bad, name in zip(data.bad, outside):
-        assert f"image {name} lies outside" in bad.reason and "--allow-outside-images" in bad.reason
-    data = load(rows, tmp_path / "inside", allow_outside_images=True)
-    assert [sample.images for sample in data.samples[len(inside) :]] == [(str(tmp_path / "a.png"),)] * 3
-
-
-@pytest.mark.parametrize("stored", ["case 1.jpg", "case 1.jpeg", "case 1.png", "case.v1.jpg", "case.v1.png"])
-def test_an_image_id_is_found_without_its_extension(load, tmp_path, stored):
-    (tmp_path / "images").mkdir()
-    noise(64, 64).save(tmp_path / "images" / stored)
-    data = load([flat(image_id=Path(stored).stem), flat(image_id=f"{stored}.gone")], tmp_path / "images")
-    assert data.samples[0].images == (str(tmp_path / "images" / stored),)
-    assert [bad.where for bad in data.bad] == ["rows.jsonl:2"]
-
-
-@pytest.mark.parametrize("name", ["data:image/png;base64," + "A" * 5000, "a\0.png", "https://example.org/a.png"])
-def test_what_is_no_path_at_all_is_a_missing_image(load, name):
-    (bad,) = load([flat(image=name)]).bad
-    assert "is missing" in bad.reason and len(bad.reason) < 500
 
 
 # ------------------------------------------------------------------------------------- the real tokenizer and real rows

@@ -326,6 +326,53 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
     assert train.learning_rate(5, 100, share) == pytest.approx(6 / 11)
 
 
+# ------------------------------------------------------------------------------------------------ several files of rows
+
+
+@pytest.fixture
+def two(world, tmp_path):
+    """The world's rows in two files of one name."""
+    rows = (world / "rows.jsonl").read_text().splitlines()
+    for folder, part in (("one", rows[:17]), ("other", rows[17:])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text("".join(row + "\n" for row in part))
+    return [tmp_path / folder / "rows.jsonl" for folder in ("one", "other")]
+
+
+def test_a_run_of_two_files_is_logged_planned_held_out_resumed_and_evaluated(world, two, tmp_path, capsys):
+    words = ["--train", *map(str, two), "--train-weights", "0.5", "2"]
+    output, again = tmp_path / "out", tmp_path / "again"
+
+    def argv(output, **settings):
+        given = {"val": "", "val-fraction": 0.5, "seed": 3, "max-steps": 4, "epochs": 2} | settings
+        return [word for word in arguments(world, output, **given) if not word.startswith("--train=")] + words
+
+    train.main(argv(output))
+    told = capsys.readouterr().out
+    assert f"{two[0]}: 17 questions, 8 an epoch" in told and f"{two[1]}: 11 questions, 22 an epoch" in told
+    assert "in 4 steps an epoch" in told and len(lines(output, "train")) == 4
+    train.main(argv(tmp_path / "none") + ["--plan"])
+    assert "17 questions, 8 an epoch" in capsys.readouterr().out
+    train.main(argv(again, **{"max-steps": 4}))
+    (again / "checkpoint-000004/manifest.json").unlink()
+    train.main(["--config", str(again / "settings.toml"), "--resume=auto"])
+    assert all((adapter(again, 4)[name] == weight).all() for name, weight in adapter(output, 4).items())
+    with pytest.raises(InputError, match=r"train_weights: was \[0.5, 2.0\], is now \[0.5, 1.0\]"):
+        train.main([*argv(output)[:-1], "1", "--resume=auto"])
+
+    evaluation.main(["--ckpt", str(output), "--max-new-tokens=1", "--workers=0"])
+    folder = max(output.glob("eval/checkpoint-*"))
+    answered = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(answered) == 5 and {one["where"].split(":")[0] for one in answered} == {"other/rows.jsonl"}
+
+
+def test_rows_of_files_of_one_name_are_told_apart(world, two):
+    for path in two:
+        path.write_text("{}\n")
+    with pytest.raises(InputError, match=r"one/rows.jsonl:1: no question(.|\n)*other/rows.jsonl:1: no question"):
+        train.main([*arguments(world, "", **{"val": world / "rows.jsonl"})[1:], "--plan", "--train", *map(str, two)])
+
+
 # -------------------------------------------------------------------------------------------------- stopped and gone on
 
 

@@ -1,12 +1,15 @@
-"""The step plan: every step is full, every sample comes once an epoch, questions over the limit are spread out."""
+"""The step plan: every step is full, every sample comes once per epoch, or by its file's weight, and questions over the
+limit are spread out."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 
 from data import Sample
-from trees import PlanSettings, make_plan, rank_efficiency
+from trees import PlanSettings, StepSampler, epoch_passes, group_samples, make_plan, rank_efficiency
 
 
 def make_samples(images: int, questions: int) -> list[Sample]:
@@ -52,3 +55,68 @@ def test_four_ranks_wait_little_for_each_other(limit, batch_size):
         samples += [replace(one, images=(f"{one.images[0]} of {asked}",)) for one in make_samples(25, asked)]
     plan = make_plan(samples, PlanSettings(batch_size, limit, 8192, seed=0), epoch=0)
     assert rank_efficiency(plan, 4) >= 0.93
+
+
+# ------------------------------------------------------------------------------------------------ several files of rows
+
+
+@pytest.fixture(scope="module")
+def samples(world):
+    """33 questions as file 0, and a file 1 of ten images of four questions."""
+    own = tiny.load_world(world)[0].samples
+    others = [replace(own[n % 4], images=(f"{n // 4}",), file=1) for n in range(40)]
+    return own + others
+
+
+def asked(samples, settings, epoch) -> Counter:
+    trees = [tree for step in make_plan(samples, settings, epoch) for batch in step for tree in batch]
+    assert all(len(set(tree.samples)) == len(tree.samples) for tree in trees)  # nothing twice in a tree
+    return Counter(i for tree in trees for i in tree.samples)
+
+
+def settings_of(*weights: float, seed: int = 0) -> PlanSettings:
+    return PlanSettings(8, 0, 700, seed, weights)
+
+
+@pytest.mark.parametrize(("weight", "count"), [(0.3, 12), (0.5, 20), (1.0, 40), (2.0, 80), (2.4, 96), (0.001, 1)])
+def test_an_epoch_asks_a_file_s_questions_by_its_weight_and_all_get_their_turn(samples, weight, count):
+    settings, total = settings_of(1.0, weight), Counter()
+    for epoch in range(4):
+        found = asked(samples, settings, epoch)
+        assert all(found[i] == 1 for i in range(33))  # a weight of 1: each exactly once
+        assert sum(found[i] for i in range(33, 73)) == count
+        assert {found[i] for i in range(33, 73)} <= {int(weight), int(weight) + 1}
+        total += found
+    times = [total[i] for i in range(33, 73)]
+    assert max(times) - min(times) <= 1 and (min(times) > 0 or weight == 0.001)
+
+
+def test_half_of_a_file_is_half_of_its_images(samples):
+    """Not half of the questions of each, which would cost as many images."""
+    (indices,) = epoch_passes(samples, settings_of(1.0, 0.5), 3)
+    groups = [group for group in group_samples(samples, indices) if samples[group[0]].file == 1]
+    assert [len(group) for group in groups] == [4] * 5
+
+
+def test_the_plan_follows_from_rows_settings_seed_and_epoch_and_not_from_the_ranks(samples):
+    settings = settings_of(0.5, 2.5)
+    for epoch in (0, 1):
+        plan = make_plan(samples, settings, epoch)
+        assert plan == make_plan(samples, settings, epoch) != make_plan(samples, settings, epoch + 1)
+        assert plan != make_plan(samples, settings_of(0.5, 2.5, seed=1), epoch)
+        for ranks in (1, 2, 4):
+            found = [[] for _ in plan]
+            for rank in range(ranks):
+                sampler = StepSampler(samples, settings, rank, ranks)
+                sampler.set_epoch(epoch)
+                assert len(sampler) == len(plan) == -(-(16 + 100) // 8)
+                for assignment in sampler:
+                    found[assignment.step.number - epoch * len(plan)] += [assignment.trees] * assignment.in_loss
+            assert [sorted(step, key=repr) for step in found] == [sorted(step, key=repr) for step in plan]
+
+
+def test_files_of_weight_1_are_trained_as_one_file_of_all_rows(samples):
+    one = [replace(sample, file=0) for sample in samples]
+    for epoch in (0, 1):
+        assert make_plan(samples, settings_of(1.0, 1.0), epoch) == make_plan(one, settings_of(), epoch)
+        assert make_plan(samples, settings_of(), epoch) == make_plan(one, settings_of(), epoch)

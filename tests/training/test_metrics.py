@@ -84,7 +84,11 @@ def test_a_run_s_lines_and_its_bar_have_every_number(world, tmp_path, capsys):
         f"{name}=" in bar for name in FIELDS - {"event", "step", "questions", "images", "eta_s"}
     )
     sampler = sampler_of(world)  # speeds are ratios of one time
-    plan = [facts for number, step in enumerate(sampler.plan()) for facts in [sampler._facts(step, number)]]
+    steps = {}
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        steps |= {assignment.step.number: assignment.step for assignment in sampler}
+    plan = list(steps.values())
     for line, two in zip(found, zip(plan[::2], plan[1::2])):
         seconds = sum(facts.questions for facts in two) / line["questions_per_s"]
         assert line["tokens_per_s"] * seconds == pytest.approx(sum(facts.tokens for facts in two))

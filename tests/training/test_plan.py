@@ -4,16 +4,17 @@ import json
 import shutil
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from pictures import VALID_IMAGES, cut_short, noise, turned
 from PIL import ImageFile
 from runs import arguments, lines
 from test_bench import bench
-from test_data import VALID_IMAGES, cut_short, noise, turned
 from transformers import AutoConfig, AutoTokenizer
 
 import train
@@ -44,13 +45,19 @@ def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
     return make_job(args, config, data, data, plans[0], largest_micro_batch(plans)), data
 
 
-def job_of_8b(**settings) -> plan.Job:
-    """The 8B with micro-batches of the benchmark's tree of 9; no data."""
+@cache
+def job_of_the_8b() -> plan.Job:
+    """The 8B with micro-batches of the benchmark's tree of 9; no data. Its layers are made, without weights, once."""
     args = SimpleNamespace(compile=True, memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
     vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
-    vars(args).update(settings)
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
     return replace(make_job(args, config, VQAData("", [], {}), None, [], ()), heavy=2704 + 9 * 195)
+
+
+def job_of_8b(**settings) -> plan.Job:
+    """The same with other settings of compilation and memory."""
+    job = job_of_the_8b()
+    return replace(job, args=SimpleNamespace(**(vars(job.args) | settings)))
 
 
 @pytest.fixture

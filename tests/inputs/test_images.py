@@ -1,0 +1,173 @@
+"""Images: the model sees what is displayed, unusable ones are named with row and reason, checks are remembered."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from examples import flat
+from pictures import BAD_IMAGES, VALID_IMAGES, noise
+from PIL import Image, ImageFile
+
+from common import InputError
+from inputs import images as images_file
+from inputs.images import check_images, image_settings, load_patches
+
+
+def test_every_unusable_image_is_named_with_its_row_and_reason(load, tmp_path):
+    for name, (make, _) in BAD_IMAGES.items():
+        make(tmp_path / name)
+    noise(64, 64).save(tmp_path / "good.png")
+    rows = [row for name in BAD_IMAGES for row in (flat(image="good.png"), flat(image=["good.png", name]))]
+    data = load(rows, tmp_path)
+    assert len(data.samples) == len(BAD_IMAGES)
+    for number, (bad, (name, (_, reason))) in enumerate(zip(data.bad, BAD_IMAGES.items(), strict=True)):
+        assert bad.where == f"rows.jsonl:{2 * number + 2}"
+        assert f"image {tmp_path / name}" in bad.reason and reason in bad.reason
+
+
+def test_a_huge_picture_is_refused_by_its_header_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    for name in ("huge.png", "bomb.png"):
+        BAD_IMAGES[name][0](tmp_path / name)
+        assert "over 100 megapixels" in check_images([str(tmp_path / name)])[str(tmp_path / name)]
+
+
+def unpatch(patches: np.ndarray, grid: tuple[int, int], side: int = 8, merge: int = 2) -> np.ndarray:
+    """(H, W, 3) of patches in the vision tower's order: block by block of merge x merge patches."""
+    down, across = grid
+    picture = np.zeros((down * side, across * side, 3), np.uint8)
+    order = ((i + y, j + x) for i in range(0, down, merge) for j in range(0, across, merge)
+             for y in range(merge) for x in range(merge))  # fmt: skip
+    for patch, (i, j) in zip(patches, order, strict=True):
+        picture[i * side : (i + 1) * side, j * side : (j + 1) * side] = patch.reshape(3, side, side).transpose(1, 2, 0)
+    return picture
+
+
+@pytest.mark.parametrize("name", VALID_IMAGES)
+def test_every_kind_of_picture_is_seen_as_displayed(load, settings, tmp_path, name):
+    (picture, options), first, last, grid = VALID_IMAGES[name]
+    picture.save(tmp_path / name, **options)
+    data = load([flat(image=name)], tmp_path)
+    assert not data.bad and data.grids == {str(tmp_path / name): grid}
+    assert data.samples[0].patches == (grid[0] * grid[1],) and data.samples[0].image_tokens == (grid[0] * grid[1] // 4,)
+    seen = unpatch(load_patches(str(tmp_path / name), grid, settings), grid).astype(int)
+    tolerance = 12 if name.endswith(".jpg") else 1
+    assert abs(seen[0, 0] - first).max() <= tolerance and abs(seen[-1, -1] - last).max() <= tolerance
+
+
+def test_a_picture_keeps_its_pixels_where_no_resizing_is_needed(tmp_path, settings):
+    noise(48, 80).save(tmp_path / "noise.png")
+    seen = unpatch(load_patches(str(tmp_path / "noise.png"), (6, 10), settings), (6, 10))
+    np.testing.assert_array_equal(seen, np.asarray(noise(48, 80)))
+
+
+def test_pixel_limits_that_cross_are_an_error(world):
+    assert image_settings(world / "model", max_pixels=4096).max_pixels == 4096
+    with pytest.raises(InputError, match="100,000.*65,536"):
+        image_settings(world / "model", min_pixels=100_000)
+    with pytest.raises(InputError, match="256.*128"):
+        image_settings(world / "model", max_pixels=128)
+
+
+# ----------------------------------------------------------------------------------------- the memory of checked images
+
+
+@pytest.fixture
+def opened(monkeypatch, tmp_path):
+    """Paths that are opened from here on, with an empty memory of images."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths, real_open = [], Image.open
+    monkeypatch.setattr(images_file.Image, "open", lambda path, *rest: paths.append(path) or real_open(path, *rest))
+    return paths
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[str]:
+    for number, name in enumerate("abc"):
+        noise(40, 50 + number).save(tmp_path / f"{name}.png")
+    return [str(tmp_path / f"{name}.png") for name in "abc"]
+
+
+def test_images_are_opened_once_and_remembered(opened, pictures):
+    expected = {path: (40, 50 + number) for number, path in enumerate(pictures)}
+    for _ in range(2):
+        assert {path: tuple(size) for path, size in check_images(pictures).items()} == expected
+        assert sorted(opened) == pictures
+
+
+def test_a_changed_image_is_checked_again(opened, pictures):
+    check_images(pictures)
+    opened.clear()
+    stamp = os.stat(pictures[0])
+    noise(70, 60).save(pictures[0])
+    os.utime(pictures[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # another size
+    os.utime(pictures[1], ns=(0, 0))  # another time
+    assert tuple(check_images(pictures)[pictures[0]]) == (70, 60)
+    assert sorted(opened) == pictures[:2]
+
+
+def test_a_failure_is_not_remembered(pictures, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with monkeypatch.context() as broken:
+        broken.setattr(images_file.Image, "open", lambda path: (_ for _ in ()).throw(OSError("stale file handle")))
+        assert all("stale file handle" in found for found in check_images(pictures).values())
+    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
+
+
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_damaged_memory_of_images_is_no_fault(opened, pictures, tmp_path, content):
+    memory = tmp_path / "cache" / "onelook" / "image_sizes.json"
+    memory.parent.mkdir(parents=True)
+    memory.write_text(content)
+    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
+    opened.clear()
+    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50) and not opened
+
+
+def test_a_memory_that_can_t_be_written_is_no_fault(pictures, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
+
+
+# ---------------------------------------------------------------------------------------------------------------- paths
+
+
+def test_paths_outside_the_images_folder_are_refused_unless_allowed(load, tmp_path):
+    (tmp_path / "inside").mkdir()
+    for folder in (tmp_path, tmp_path / "inside"):
+        noise(64, 64).save(folder / "a.png")
+    inside = ["a.png", "./a.png", "../inside/a.png", str(tmp_path / "inside" / "a.png")]
+    outside = ["../a.png", str(tmp_path / "a.png"), "../inside/../a", "/etc/passwd", "../gone.png"]
+    rows = [flat(image=name) for name in inside + outside]
+    data = load(rows, tmp_path / "inside")
+    assert [sample.images for sample in data.samples] == [(str(tmp_path / "inside" / "a.png"),)] * len(inside)
+    assert len(data.bad) == len(outside)
+    for bad, name in zip(data.bad, outside):
+        assert f"image {name} lies outside" in bad.reason and "--allow-outside-images" in bad.reason
+    data = load(rows, tmp_path / "inside", allow_outside_images=True)
+    assert [sample.images for sample in data.samples[len(inside) :]] == [(str(tmp_path / "a.png"),)] * 3
+
+
+def test_a_row_may_reach_the_folder_of_images_through_a_link(load, world, tmp_path):
+    (tmp_path / "link").symlink_to(world)
+    rows = [flat(image="a.png"), flat(image=str(world / "images" / "a.png")), flat(image=str(world / "rows.jsonl"))]
+    data = load(rows, images=tmp_path / "link" / "images")
+    assert len(data.samples) == 2 and len(data.grids) == 1
+    assert [one.where for one in data.bad] == ["rows.jsonl:3"] and "lies outside" in data.bad[0].reason
+
+
+@pytest.mark.parametrize("stored", ["case 1.jpg", "case 1.jpeg", "case 1.png", "case.v1.jpg", "case.v1.png"])
+def test_an_image_id_is_found_without_its_extension(load, tmp_path, stored):
+    (tmp_path / "images").mkdir()
+    noise(64, 64).save(tmp_path / "images" / stored)
+    data = load([flat(image_id=Path(stored).stem), flat(image_id=f"{stored}.gone")], tmp_path / "images")
+    assert data.samples[0].images == (str(tmp_path / "images" / stored),)
+    assert [bad.where for bad in data.bad] == ["rows.jsonl:2"]
+
+
+@pytest.mark.parametrize("name", ["data:image/png;base64," + "A" * 5000, "a\0.png", "https://example.org/a.png"])
+def test_what_is_no_path_at_all_is_a_missing_image(load, name):
+    (bad,) = load([flat(image=name)]).bad
+    assert "is missing" in bad.reason and len(bad.reason) < 500
