@@ -54,7 +54,7 @@ def forked(ranks: int, script, *words, log: Path) -> float:
     return time.perf_counter() - started
 
 
-def test_the_job_benchmark_trains_and_tells_both_speeds(world, table, tmp_path, monkeypatch):
+def test_the_job_benchmark_trains_and_reports_both_speeds(world, table, tmp_path, monkeypatch):
     rows = [
         {"image_filename": f"{image}.jpg", "question": f"Is there {thing}?", "answer": "yes"}
         for image in range(3)

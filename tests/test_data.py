@@ -160,7 +160,7 @@ def test_a_picture_that_is_damaged_after_the_check_is_named(load, world, setting
         TreeDataset(data, settings)[Assignment(step[0])]
 
 
-def test_files_of_one_name_are_told_apart_by_as_many_folders_as_that_takes(tokenizer, settings, tmp_path):
+def test_files_of_the_same_name_are_distinguished_by_as_many_folders_as_needed(tokenizer, settings, tmp_path):
     names = ["t.jsonl", "a/x/t.jsonl", "b/x/t.jsonl", "b/other.jsonl", "b/./x/t.jsonl"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def bad_lines() -> list[str]:
     return [line for line, _ in BAD.values() if isinstance(line, str)]
 
 
-def test_bad_rows_and_images_are_told_together_in_the_order_of_the_file(load, tmp_path):
+def test_bad_rows_and_images_are_reported_together_in_the_order_of_the_file(load, tmp_path):
     good = flat(image="a.png")
     lines = [
         good,
@@ -227,7 +227,7 @@ def test_bad_rows_jsonl_holds_all_of_them_and_good_ones_survive_skip_bad(load, t
     assert [sample.where for sample in data.samples] == ["rows.jsonl:1"] * 2
 
 
-def test_a_row_of_a_one_line_array_takes_no_other_with_it(world, tmp_path, tokenizer, settings):
+def test_a_bad_row_of_a_one_line_array_spoils_no_other(world, tmp_path, tokenizer, settings):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([flat(image="gone.png"), flat(image="a.png"), flat(image="lost.png"), flat()]))
     data = load_data([path], world / "images", tokenizer, settings, 1000)

@@ -81,7 +81,7 @@ def test_one_rank_that_raises_ends_the_job_with_its_traceback_once_and_its_sampl
     assert same(output, on_two_ranks)
 
 
-def test_wrong_settings_are_told_once_though_rank_0_comes_last(world, tmp_path):
+def test_wrong_settings_are_printed_once_even_if_rank_0_comes_last(world, tmp_path):
     """torchrun ends all ranks with the first that leaves: the others leave rank 0 the time to speak."""
     argv = arguments(world, tmp_path / "out", train=tmp_path / "nothing.jsonl")
     run = Run(argv, tmp_path / "log", 2, faults.rank_0_comes_late)
@@ -91,7 +91,7 @@ def test_wrong_settings_are_told_once_though_rank_0_comes_last(world, tmp_path):
     assert run.wait(5) == [2, 2] and run.text().count("nothing.jsonl does not exist") == 1
 
 
-def test_a_failure_is_told_with_its_traceback_whatever_its_text(tmp_path):
+def test_a_failure_is_printed_with_its_traceback_whatever_its_text(tmp_path):
     run = Run([], tmp_path / "log", fault=faults.ascii_terminal, main=faults.fail_over_a_strange_name)
     assert run.wait() == [1]
     assert run.text().startswith("\\u2588\n") and "RuntimeError: /gloom/a.jpg" in run.text()
@@ -125,7 +125,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(world, on_two_ranks
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", faults.TARGETS)
-def test_killed_at_a_random_moment(world, on_two_ranks, tmp_path, target):
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_end(world, on_two_ranks, tmp_path, target):
     output = tmp_path / "out"
     story = faults.kill_until_done(arguments(world, output), tmp_path / "log", random.Random(), [target])
     assert same(output, on_two_ranks) and clean(output), story
@@ -138,7 +138,7 @@ def test_killed_at_a_random_moment(world, on_two_ranks, tmp_path, target):
 # asked alone must take the others along. torchrun hands on what it is told to handle: SLURM's warning, a shutdown that
 # reaches every process, and a terminal that closes.
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, None), (signal.SIGHUP, None)])
-def test_a_signal_to_a_rank_or_to_all_saves_and_tells_stopped_from_done(world, on_two_ranks, tmp_path, number, rank):
+def test_a_signal_to_a_rank_or_to_all_saves_and_can_be_resumed(world, on_two_ranks, tmp_path, number, rank):
     output = tmp_path / "out"
     fault = partial(at_step, 3, partial(faults.kill_me, number), rank)
     run = Run(arguments(world, output), tmp_path / "log", 2, fault)
@@ -169,7 +169,7 @@ def start_slowly(argv: list[str], log: Path, seconds: float):
     ("number", "receiver", "step"),
     [(signal.SIGUSR1, "torchrun", 4), (signal.SIGTERM, "everything", 0.5), (signal.SIGHUP, "torchrun", 0.5)],
 )
-def test_a_signal_to_torchrun_or_to_every_process_of_the_job(
+def test_a_signal_to_torchrun_or_to_every_process_saves_and_stops(
     world, on_two_ranks, tmp_path, monkeypatch, number, receiver, step
 ):
     """Steps of four seconds are waited for as well, within the time that torchrun is given."""

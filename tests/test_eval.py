@@ -88,7 +88,7 @@ def test_merged_weights_give_the_same_answers(world):
         assert shares != pytest.approx([probability for _, probability in without], rel=1e-3)
 
 
-def test_options_are_weighed_as_if_each_were_the_answer_of_a_row_of_its_own(world, tmp_path):
+def test_options_are_scored_as_if_each_were_the_answer_of_its_own_row(world, tmp_path):
     """Against transformers' loss on rows whose answer is the option."""
     data, _ = tiny.load_world(world)
     model = tiny.lora_model(world).eval()
@@ -201,7 +201,7 @@ def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
     assert evaluation.read_predictions(path) == [told, told]
 
 
-def test_predictions_tell_pictures_of_one_name_apart(world, run, tmp_path):
+def test_predictions_distinguish_pictures_of_the_same_name(world, run, tmp_path):
     rows = [single(f"{folder}/a.png", "How many polyps?", "3") for folder in ("one", "two")]
     for row in rows:
         (tmp_path / row["image"]).parent.mkdir()
@@ -217,7 +217,7 @@ def test_rows_in_place_of_predictions_are_refused(world):
         evaluation.main(["--compare", str(world / "rows.jsonl"), str(world / "rows.jsonl")])
 
 
-def test_closed_questions_are_weighed_and_scored(world, run, tmp_path):
+def test_closed_questions_are_scored_by_their_options(world, run, tmp_path):
     """Questions with a few answers in the training rows, and a row with options of its own."""
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     (tmp_path / "rows.jsonl").write_text(
@@ -248,7 +248,7 @@ def test_closed_questions_are_weighed_and_scored(world, run, tmp_path):
         (["--what"], ["--what: no such flag"]),
     ],
 )
-def test_wrong_settings_are_told_all_at_once(words, told):
+def test_wrong_settings_are_named_all_at_once(words, told):
     with pytest.raises(InputError) as error:
         evaluation.parse(words)
     assert all(text in str(error.value) for text in told)
@@ -262,7 +262,7 @@ def test_base_answers_are_those_of_the_model_without_an_adapter(world, run, tmp_
     assert left.read_text() == right.read_text()
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_continues_where_it_was(run, tmp_path, monkeypatch):
     words = ("--output", tmp_path / "out", "--max-tokens=300")
     stop, calls, real = Stop(), [], answers.generate
 
@@ -287,7 +287,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("changed", ["weights", "picture"])
-def test_answers_of_other_weights_or_pictures_are_not_gone_on_with(world, tmp_path, monkeypatch, changed):
+def test_partial_answers_of_other_weights_or_pictures_are_not_reused(world, tmp_path, monkeypatch, changed):
     model, images = shutil.copytree(world / "model", tmp_path / "m"), shutil.copytree(world / "images", tmp_path / "i")
     words = [f"--model={model}", f"--data={world / 'rows.jsonl'}", f"--images={images}", f"--output={tmp_path / 'out'}"]
     words += ["--workers=0", "--max-new-tokens=4", "--max-tokens=300"]

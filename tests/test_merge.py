@@ -68,7 +68,7 @@ def test_an_adapter_that_rounding_would_swallow_is_refused(world, tmp_path):
     assert merge.main([f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}", "--dtype=float32"]) == 0
 
 
-def test_rows_on_which_the_adapter_changes_nothing_are_told(world, run, tmp_path, monkeypatch):
+def test_rows_on_which_the_adapter_changes_nothing_are_reported(world, run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         merge, "load_adapter", lambda base, _ckpt: PeftModel(base, LoraConfig(target_modules=["q_proj"]))
     )
@@ -77,7 +77,7 @@ def test_rows_on_which_the_adapter_changes_nothing_are_told(world, run, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_can_t_be_made_is_told_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+def test_a_folder_that_can_t_be_made_is_an_error_before_the_model_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "load_base", lambda *_: pytest.fail("loaded"))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--out: can't write to .*file"):

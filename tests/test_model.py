@@ -134,7 +134,7 @@ def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world,
 
 
 @pytest.mark.parametrize("hashed", [False, True])
-def test_dropout_is_another_one_in_each_step_and_micro_batch(world, hashed):
+def test_dropout_differs_between_steps_and_micro_batches(world, hashed):
     """The same trees, weights and seed: in step 0, in step 1, and as the second of two micro-batches of step 0."""
     tree = whole(tiny.load_world(world)[0].samples)[0]
     first, second = (run_step(world, [[tree]], dropout=0.2, number=number, hashed=hashed) for number in (0, 1))
@@ -151,7 +151,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(world):
     assert tiny.relative_error(tight, {name: gradient * 1e-3 / norm for name, gradient in free.items()}) < 1e-4
 
 
-def test_activations_that_are_made_again_have_the_dropout_of_before(world):
+def test_recomputed_activations_have_the_same_dropout(world):
     """A budget of 0 makes all of them again. Two layers are enough: the last one, and one like all others."""
     trees = whole(tiny.load_world(world)[0].samples)[:2]
     expected = run_step(world, [trees], dropout=0.1, hashed=True, layers=2)

@@ -135,7 +135,7 @@ def test_a_job_that_fails_before_step_1_is_not_judged_by_an_earlier_status(progr
     assert "requeue" not in (program / "calls").read_text()
 
 
-def test_a_requeued_job_goes_on_with_its_own_checkpoint_or_starts_as_the_first_time(program):
+def test_a_requeued_job_continues_from_its_own_checkpoint_or_starts_afresh(program):
     words = ["--output=out", "--resume", "elsewhere"]
     (program / "out").mkdir()
     (program / "out" / "metrics.jsonl").write_text("{}\n")

@@ -119,7 +119,7 @@ def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_
     assert by_type == {kind: share for kind, (share, _) in teacher_forced["by_type"].items()}
 
 
-def test_eval_puts_questions_as_the_run_did(world, tmp_path):
+def test_eval_asks_questions_as_the_run_did(world, tmp_path):
     output = tmp_path / "out"
     train.main(arguments(world, output, prompt="How {question} briefly?", system="You are", **{"max-steps": 1}))
     evaluation.main(["--ckpt", str(output), "--max-new-tokens=1", "--workers=0"])
@@ -286,7 +286,7 @@ def test_other_files_in_the_output_folder_stay(world, tmp_path):
     assert all(path.read_text() == "mine" for path in others)
 
 
-def test_resuming_before_the_newest_checkpoint_says_which_will_go(world, finished, tmp_path, capsys):
+def test_resuming_before_the_newest_checkpoint_names_those_that_will_be_dropped(world, finished, tmp_path, capsys):
     output = shutil.copytree(finished, tmp_path / "out")
     train.main(arguments(world, output, resume=output / "checkpoint-000004"))
     assert "checkpoint-000006 will be dropped at the next save" in capsys.readouterr().out
@@ -366,7 +366,7 @@ def test_a_run_of_two_files_is_logged_planned_held_out_resumed_and_evaluated(wor
     assert len(answered) == 5 and {one["where"].split(":")[0] for one in answered} == {"other/rows.jsonl"}
 
 
-def test_rows_of_files_of_one_name_are_told_apart(world, two):
+def test_rows_of_files_of_the_same_name_are_distinguished(world, two):
     for path in two:
         path.write_text("{}\n")
     with pytest.raises(InputError, match=r"one/rows.jsonl:1: no question(.|\n)*other/rows.jsonl:1: no question"):
@@ -377,7 +377,7 @@ def test_rows_of_files_of_one_name_are_told_apart(world, two):
 
 
 @pytest.mark.parametrize("evaluation", [2, 3, 4])  # the third is that of the last step
-def test_a_stop_during_an_evaluation_is_made_good_on_resume(world, undisturbed, tmp_path, monkeypatch, evaluation):
+def test_an_evaluation_cut_by_a_stop_is_repeated_on_resume(world, undisturbed, tmp_path, monkeypatch, evaluation):
     output, stop, calls = tmp_path / "out", Stop(), []
     real = train.evaluate
 

@@ -79,7 +79,7 @@ def settings_of(*weights: float, seed: int = 0) -> PlanSettings:
 
 
 @pytest.mark.parametrize(("weight", "count"), [(0.3, 12), (0.5, 20), (1.0, 40), (2.0, 80), (2.4, 96), (0.001, 1)])
-def test_an_epoch_asks_a_file_s_questions_by_its_weight_and_all_get_their_turn(samples, weight, count):
+def test_an_epoch_takes_a_file_s_questions_by_its_weight_and_all_get_their_turn(samples, weight, count):
     settings, total = settings_of(1.0, weight), Counter()
     for epoch in range(4):
         found = asked(samples, settings, epoch)

@@ -43,7 +43,7 @@ def test_the_demo_is_the_same_every_time(folder, tmp_path, monkeypatch):
     assert all((folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
 
 
-def test_a_made_demo_is_kept_and_nothing_else_is_replaced(folder, tmp_path):
+def test_an_existing_demo_is_kept_and_nothing_else_is_replaced(folder, tmp_path):
     before = (folder / "train.jsonl").stat().st_mtime_ns
     endoscopy.make_demo(folder)
     assert (folder / "train.jsonl").stat().st_mtime_ns == before

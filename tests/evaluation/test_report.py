@@ -125,7 +125,7 @@ def test_types_are_compared_with_the_base_model(write):
     assert 'href="#type=yes%2Fno"' in page
 
 
-def test_scores_are_there_where_they_apply(write):
+def test_scores_are_shown_where_they_apply(write):
     mean = {"mean": 0.625, "low": 0.5, "high": 0.75, "questions": 32}
     options = {
         "top1": mean,
@@ -148,7 +148,7 @@ def test_scores_are_there_where_they_apply(write):
     assert "numbers and sizes, within tolerance" in rows(section(write(numbers), "all-scores"))
 
 
-def test_worst_questions_stand_first_and_rare_ones_do_not_count(write):
+def test_worst_questions_come_first_and_rare_ones_are_left_out(write):
     answers = [answered(i, "yes" if i < 9 * (i % 3) else "no", question=f"Q{i % 3}?") for i in range(30)]
     answers += [answered(30, "no", question="Asked once?")]
     found = rows(section(write({"tuned": answers}), "worst-questions"))
@@ -380,7 +380,7 @@ def test_an_injected_script_does_not_run(write, tmp_path, chromium):
     assert "<title>Evaluation of checkpoint-000020</title>" in found
 
 
-def test_page_and_curves_are_light_or_dark_as_the_reader_wants(write, tmp_path, chromium):
+def test_page_and_curves_follow_the_reader_s_colour_scheme(write, tmp_path, chromium):
     write(pair())
     (tmp_path / "curves.svg").write_text(charts.sheet(charts.curves(METRICS)), encoding="utf-8")
     dark, light = ((16, 20, 24), (86, 180, 233), (230, 159, 0)), ((255, 255, 255), (0, 114, 178), (179, 89, 0))

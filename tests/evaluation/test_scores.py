@@ -202,7 +202,7 @@ def test_bleu_is_that_of_sacrebleu():
     assert scores.bleu(wrong)["score"] < scores.bleu(right + wrong)["score"] < 100
 
 
-def test_rows_without_a_picture_are_independent_and_folders_tell_pictures_apart():
+def test_rows_without_a_picture_are_independent_and_folders_distinguish_pictures():
     def low(images):
         one = {"question": "?", "answer": "yes", "question_type": "yes/no", "loss": 1.0, "answer_tokens": 1}
         rows = [

@@ -58,7 +58,7 @@ def test_a_share_that_leaves_a_part_empty_is_refused(fraction, told):
         hold_out([("a",), ("b",), ("c",)], fraction, 0)
 
 
-def test_images_that_rows_link_are_told_where_no_share_can_work():
+def test_linked_images_are_named_where_no_share_can_work():
     with pytest.raises(InputError, match="4 images holds out none; 4 of them stay together"):
         hold_out([("a", "b"), ("a", "c"), ("a", "d")], 0.5, 0)
 

@@ -116,7 +116,7 @@ def test_a_failure_is_not_remembered(pictures, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{"])
-def test_a_damaged_memory_of_images_is_no_fault(opened, pictures, tmp_path, content):
+def test_a_damaged_record_of_checked_images_is_ignored(opened, pictures, tmp_path, content):
     memory = tmp_path / "cache" / "onelook" / "image_sizes.json"
     memory.parent.mkdir(parents=True)
     memory.write_text(content)
@@ -125,7 +125,7 @@ def test_a_damaged_memory_of_images_is_no_fault(opened, pictures, tmp_path, cont
     assert tuple(check_images(pictures)[pictures[0]]) == (40, 50) and not opened
 
 
-def test_a_memory_that_can_t_be_written_is_no_fault(pictures, monkeypatch, tmp_path):
+def test_a_record_of_checked_images_that_can_t_be_written_stops_nothing(pictures, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
@@ -168,6 +168,6 @@ def test_an_image_id_is_found_without_its_extension(load, tmp_path, stored):
 
 
 @pytest.mark.parametrize("name", ["data:image/png;base64," + "A" * 5000, "a\0.png", "https://example.org/a.png"])
-def test_what_is_no_path_at_all_is_a_missing_image(load, name):
+def test_a_name_that_is_no_path_is_a_missing_image(load, name):
     (bad,) = load([flat(image=name)]).bad
     assert "is missing" in bad.reason and len(bad.reason) < 500

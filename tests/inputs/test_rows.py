@@ -61,7 +61,7 @@ def test_rows_are_named_by_their_line(tmp_path):
     assert [row.where for row in rows] == [f"some.json:{number}" for number in starts]
 
 
-def test_rows_that_share_a_line_of_an_array_are_told_apart(tmp_path):
+def test_rows_that_share_a_line_of_an_array_are_distinguished(tmp_path):
     rows, bad = read(tmp_path, json.dumps([flat(image="a.png"), 7, flat(image="b.png")]), "rows.json")
     assert [row.where for row in rows] == ["rows.json:1", "rows.json:1 row 3"]
     assert [row.where for row in bad] == ["rows.json:1 row 2"]
@@ -148,7 +148,7 @@ def test_bad_rows_of_an_array_do_not_hide_each_other(tmp_path):
     ],
     ids=["row cut", "cut after a comma", "cut before the bracket", "rows after it", "no comma", "last comma", "first"],
 )
-def test_what_is_left_unread_of_a_broken_array_is_said(tmp_path, content, good, line):
+def test_the_error_says_what_of_a_broken_array_was_not_read(tmp_path, content, good, line):
     rows, (bad,) = read(tmp_path, content)
     assert len(rows) == good
     assert bad.where.split(" row ")[0] == f"rows.jsonl:{line}" and "the rest of the file was not read" in bad.reason

@@ -50,7 +50,7 @@ def fill(world, folder):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_kept_features_are_those_that_the_tower_made(tmp_path, family, monkeypatch):
+def test_cached_features_are_those_that_the_tower_computed(tmp_path, family, monkeypatch):
     model, dataset, assignment, expected = fill(tiny.write_world(tmp_path, family=family), tmp_path / "cache")
     made = TreeDataset(dataset.data, dataset.settings)[assignment]
     batch = dataset[assignment]
@@ -90,7 +90,7 @@ def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "one bit", "empty", "header"])
-def test_a_damaged_entry_is_made_again(filled, damage):
+def test_a_damaged_entry_is_computed_again(filled, damage):
     model, dataset, assignment, expected = filled
     entry = sorted(dataset.options["cache"].folder.iterdir())[0]
     sound = entry.read_bytes()
@@ -108,7 +108,7 @@ def test_a_damaged_entry_is_made_again(filled, damage):
     assert entry.read_bytes() == sound
 
 
-def test_a_full_disk_ends_keeping_and_nothing_else(world, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_ends_caching_and_nothing_else(world, tmp_path, monkeypatch, capfd):
     model, dataset = cached(world, tmp_path, tiny.lora_model(world))
     monkeypatch.setattr(vision_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=vision_cache.SPARE))
     assignment = Assignment(tuple(whole(dataset.data.samples)))
@@ -138,7 +138,7 @@ def test_a_run_learns_the_same_with_a_cache_and_the_next_one_needs_no_tower(worl
     ("settings", "told"),
     [({"lora-targets": "q_proj,vision"}, "whose features change"), ({"vision-cache": "/proc/x"}, "can't be filled")],
 )
-def test_a_cache_that_is_of_no_use_is_refused(world, tmp_path, settings, told):
+def test_a_cache_that_can_not_serve_is_refused(world, tmp_path, settings, told):
     with pytest.raises(InputError, match=told):
         train.main(arguments(world, tmp_path / "out", **({"vision-cache": tmp_path / "cache"} | settings)))
     assert not (tmp_path / "cache").exists()

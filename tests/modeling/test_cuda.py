@@ -89,7 +89,7 @@ def test_lengths_do_not_recompile_without_end(world):
     assert seen[-1] == seen[3], seen
 
 
-def test_activations_that_are_made_again_have_the_dropout_of_before(world):
+def test_recomputed_activations_have_the_same_dropout(world):
     torch.backends.cuda.matmul.allow_tf32 = False
     data, dataset = tiny.load_world(world)
     assignment = Assignment(tuple(whole(data.samples)[:2]))

@@ -186,7 +186,7 @@ def test_a_run_starts_from_another_adapter_s_weights_at_step_0(world, start, tmp
     assert {float(one["step"]) for one in state["optimizer"]["state"].values()} == {2.0}
 
 
-def test_a_checkpoint_wins_over_the_first_weights_which_are_known_by_their_fingerprint(world, start, tmp_path):
+def test_a_checkpoint_overrides_init_from_whose_weights_are_known_by_their_fingerprint(world, start, tmp_path):
     moved, output = shutil.copytree(start, tmp_path / "moved"), tmp_path / "out"
     given = {"lora-r": 4, "init-from": start, "keep": 9, "max-steps": 4}
     train.main(arguments(world, output, **given))
@@ -230,7 +230,7 @@ def test_a_checkpoint_wins_over_the_first_weights_which_are_known_by_their_finge
         ({"rslora": True}, "use_rslora is False there, True here"),
     ],
 )
-def test_first_weights_of_other_lora_are_refused_with_the_difference(world, start, tmp_path, monkeypatch, more, told):
+def test_init_from_with_other_lora_is_refused_with_the_difference(world, start, tmp_path, monkeypatch, more, told):
     monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("read weights"))
     given = {"lora-r": 4, "init-from": start} | more
     argv = [word.replace("=True", "") for word in arguments(world, tmp_path / "out", **given)]
@@ -238,7 +238,7 @@ def test_first_weights_of_other_lora_are_refused_with_the_difference(world, star
         train.main(argv)
 
 
-def test_first_weights_that_come_with_other_base_weights_are_refused(world, start, tmp_path):
+def test_init_from_with_changed_base_weights_is_refused(world, start, tmp_path):
     moved = shutil.copytree(start, tmp_path / "pissa")
     config = json.loads((moved / "adapter_config.json").read_text()) | {"init_lora_weights": "pissa"}
     (moved / "adapter_config.json").write_text(json.dumps(config))

@@ -35,7 +35,7 @@ from training import checkpoints
         "before old ones are dropped",
     ],
 )
-def test_killed_in_a_save(world, undisturbed, tmp_path, place):
+def test_a_run_killed_in_a_save_resumes_to_the_same_end(world, undisturbed, tmp_path, place):
     output = tmp_path / "out"
     fault = partial(faults.kill_in_save, place)
     assert Run(arguments(world, output, keep=1), tmp_path / "log", fault=fault).wait() == [-signal.SIGKILL]
@@ -46,7 +46,7 @@ def test_killed_in_a_save(world, undisturbed, tmp_path, place):
     assert same(output, undisturbed) and clean(output)
 
 
-def test_killed_after_the_last_save_before_the_best_one_is_marked(world, undisturbed, tmp_path):
+def test_a_run_killed_before_its_best_checkpoint_is_marked_marks_it_on_resume(world, undisturbed, tmp_path):
     output = tmp_path / "out"
     fault = partial(faults.kill_in_save, "after the rename", step=6)
     assert Run(arguments(world, output), tmp_path / "log", fault=fault).wait() == [-signal.SIGKILL]
@@ -54,7 +54,7 @@ def test_killed_after_the_last_save_before_the_best_one_is_marked(world, undistu
     assert (output / "best.json").read_text() == (undisturbed / "best.json").read_text()
 
 
-def test_killed_while_a_checkpoint_is_replaced(world, undisturbed, tmp_path, capsys):
+def test_a_checkpoint_whose_replacement_was_killed_is_put_back(world, undisturbed, tmp_path, capsys):
     output = copy_until(undisturbed, 2, tmp_path / "out")
     (output / "checkpoint-000002").rename(output / f"{checkpoints.PARTIAL}old-checkpoint-000002")
     assert train.main(arguments(world, output)) == 0
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_named(undisturbed, tmp_path, name, share):
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "state.pt", "manifest.json"])
-def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(world, undisturbed, tmp_path, capsys, name):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(world, undisturbed, tmp_path, capsys, name):
     output = copy_until(undisturbed, 4, tmp_path / "out")
     truncate(output / "checkpoint-000004" / name, 0.5)
     with pytest.raises(InputError, match="undamaged"):  # named, it is an error
@@ -140,7 +140,7 @@ def test_a_checkpoint_can_not_run_code(world, undisturbed, tmp_path):
     assert not ran.exists()
 
 
-def test_when_all_checkpoints_are_damaged_nothing_starts_over_in_silence(world, undisturbed, tmp_path):
+def test_when_all_checkpoints_are_damaged_nothing_starts_over_silently(world, undisturbed, tmp_path):
     output = copy_until(undisturbed, 2, tmp_path / "out")
     truncate(output / "checkpoint-000002" / "state.pt", 0)
     with pytest.raises(InputError, match="another --output"):
@@ -209,7 +209,7 @@ def test_a_disk_that_stays_full_stops_the_run_and_harms_nothing(world, small_dis
     assert [folder.name[-1] for folder in whole] == ["1", "2"] and clean(output)
 
 
-def test_a_disk_that_is_full_before_the_first_file_is_told_without_a_traceback(world, small_disk, tmp_path):
+def test_a_disk_that_is_full_before_the_first_file_is_reported_without_a_traceback(world, small_disk, tmp_path):
     output = small_disk / "out"
     output.mkdir()
     faults.fill_disk(small_disk)
@@ -259,7 +259,7 @@ def test_settings_that_change_the_result_are_refused_with_the_difference(
     assert words in str(error.value) and (output / "settings.toml").read_text() == before
 
 
-def test_settings_that_do_not_change_the_result_are_free(world, undisturbed, tmp_path):
+def test_settings_that_do_not_change_the_result_may_change(world, undisturbed, tmp_path):
     output = copy_until(undisturbed, 4, tmp_path / "elsewhere")
     model = shutil.copytree(world / "model", tmp_path / "moved")
     assert train.main(arguments(world, output, workers=1, keep=2, save_every=3, model=model)) == 0
@@ -308,7 +308,7 @@ def test_a_refused_run_is_not_resumed_by_a_restart(world, undisturbed, tmp_path,
         train.main(arguments(world, output, resume="none"))
 
 
-def test_a_run_that_was_moved_is_told_where_it_lies(world, undisturbed, tmp_path):
+def test_a_run_that_was_moved_is_refused_with_the_output_to_give(world, undisturbed, tmp_path):
     output = copy_until(undisturbed, 2, tmp_path / "out")
     assert train.main(arguments(world, output)) == 0
     moved = output.rename(tmp_path / "moved")

@@ -175,7 +175,7 @@ def test_skipped_steps_are_counted_over_lines_and_starts(make):
 
 
 @pytest.mark.parametrize("spoiled", [{"loss": float("nan"), "grad_norm": float("nan")}, {"grad_norm": float("inf")}])
-def test_a_line_tells_loss_and_norm_of_steps_that_were_not_skipped(make, spoiled):
+def test_a_line_averages_the_steps_that_were_not_skipped(make, spoiled):
     """Else it would hold NaN or Infinity, which JSON has not."""
     told = make()
     take(told, 1, loss=2.0, grad_norm=0.5, last=False)
@@ -183,7 +183,7 @@ def test_a_line_tells_loss_and_norm_of_steps_that_were_not_skipped(make, spoiled
     assert (line["loss"], line["grad_norm"], line["questions"]) == (2.0, 0.5, 16)
 
 
-def test_an_evaluation_that_is_still_due_stands_once(make):
+def test_an_evaluation_that_is_still_due_is_written_once(make):
     """A run was stopped before it, went on with it, and was killed before the save that follows."""
     told, result = make(), {"loss": 1.5, "exact_match": 0.5}
     take(told, 5)
@@ -197,7 +197,7 @@ def test_an_evaluation_that_is_still_due_stands_once(make):
 # --------------------------------------------------------------------------------------------------- status and curves
 
 
-def test_status_tells_where_a_run_stands(make):
+def test_status_says_how_far_a_run_is(make):
     told = make()
     told.status("running", 0)
     status = told.output / "status"
@@ -214,7 +214,7 @@ def test_status_tells_where_a_run_stands(make):
     assert status.read_text() == f"done 6\n{expected.replace(', 0:00:56 left', '')}\n"
 
 
-def test_curves_are_drawn_anew_at_every_evaluation(make):
+def test_curves_are_redrawn_at_every_evaluation(make):
     told, drawn = make(), []
     for step in (1, 2, 3):
         take(told, step)
@@ -248,7 +248,7 @@ def test_a_full_disk_costs_status_and_curves_and_nothing_else(make, monkeypatch,
 # ------------------------------------------------------------------------------------------------------------ trackers
 
 
-def test_a_tracker_that_fails_is_told_once_and_ends_nothing(make, capsys):
+def test_a_tracker_that_fails_is_reported_once_and_stops_nothing(make, capsys):
     class Broken:
         calls = 0
 
@@ -266,7 +266,7 @@ def test_a_tracker_that_fails_is_told_once_and_ends_nothing(make, capsys):
 
 
 @pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)])  # a folder of that name has no origin
-def test_a_package_that_is_not_installed_is_told_before_anything_is_loaded(monkeypatch, spec):
+def test_a_package_that_is_not_installed_is_an_error_before_anything_is_loaded(monkeypatch, spec):
     monkeypatch.setattr(settings, "find_spec", lambda name: spec)
     parse_settings([])
     with pytest.raises(InputError) as caught:

@@ -87,7 +87,7 @@ def test_the_plan_needs_no_weights_and_no_pixels_and_leaves_nothing(bare, tmp_pa
         assert told.count(expected) == 2
 
 
-def test_rows_with_weights_of_their_own_are_told(bare, capsys):
+def test_rows_with_weights_of_their_own_are_reported(bare, capsys):
     rows = [json.loads(line) for line in (bare / "rows.jsonl").read_text().splitlines()]
     assert train.main([*arguments(bare, ""), "--plan"]) == 0 and "`weight`" not in capsys.readouterr().out
     rows[0]["weight"], rows[1]["weight"] = 2, 1
@@ -96,7 +96,7 @@ def test_rows_with_weights_of_their_own_are_told(bare, capsys):
     assert "rows whose `weight` is not 1: 1, they count by it in the loss" in capsys.readouterr().out
 
 
-def test_rows_that_can_t_be_used_are_told_as_by_a_run(bare):
+def test_rows_that_can_t_be_used_are_reported_as_by_a_run(bare):
     (bare / "images" / "b.png").unlink()
     with pytest.raises(InputError, match=r"rows can't be used(.|\n)*b.png is missing"):
         train.main([*arguments(bare, ""), "--plan"])

@@ -76,7 +76,7 @@ def test_a_wrong_setting_is_named_with_its_flag(rows_file, name):
     assert problem.startswith(told.split(" ")[0]) and told in problem
 
 
-def test_all_wrong_settings_are_told_at_once(rows_file, config):
+def test_all_wrong_settings_are_named_at_once(rows_file, config):
     not_beside_others = ("flag without its value", "switch with a value", "patience without evaluations")
     not_beside_others += ("first weights that are not there",)  # which a run that is resumed can do without
     once = {
@@ -125,14 +125,14 @@ def test_a_wrong_line_of_the_settings_file_is_named(config, line, told):
     assert told in problem
 
 
-def test_the_command_line_is_over_the_file_is_over_the_defaults(config):
+def test_the_command_line_overrides_the_file_which_overrides_the_defaults(config):
     defaults = {"epochs": 7, "batch_size": 7, "lora_r": 7}
     settings = parse_settings([*config("epochs = 8\nbatch-size = 8\n"), "--epochs", "9"], defaults)
     assert (settings.epochs, settings.batch_size, settings.lora_r) == (9, 8, 7)
     assert settings.keep == build_parser().get_default("keep")
 
 
-def test_false_on_the_command_line_is_over_true_in_the_file(config):
+def test_false_on_the_command_line_overrides_true_in_the_file(config):
     assert parse_settings(config("skip-bad = true")).skip_bad is True
     assert parse_settings([*config("skip-bad = true"), "--no-skip-bad"]).skip_bad is False
     assert parse_settings(config("skip-bad = false"), {"skip_bad": True}).skip_bad is False
