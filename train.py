@@ -1,272 +1,242 @@
-"""Fine-tune Qwen3-VL with LoRA on visual question answering: a hand-written DDP loop over trees.
+"""Fine-tune Qwen-VL with LoRA on visual question answering: a hand-written DDP loop over trees.
 
 torchrun --nproc_per_node=2 train.py                                            # the embedded demo, CPU or GPU
 torchrun --nproc_per_node=4 train.py --train train.jsonl --val val.jsonl --images pictures --output runs/kvasir
 torchrun --nproc_per_node=4 train.py --config recipes/default.toml --train train.jsonl --images pictures
-torchrun --nproc_per_node=4 train.py --config runs/kvasir/settings.toml --resume auto        # go on where it stopped
+torchrun --nproc_per_node=4 train.py --config runs/kvasir/settings.toml --resume auto        # go on after a stop
 """
 
 import argparse
 import faulthandler
 import math
-import shutil
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
 import dist_utils
-from common import PARTIAL, InputError, write_whole
-from data import TreeDataset, VQAData, make_loader, next_batches, padding
+from data import Batch, TreeDataset, make_loader, next_batches, padding
 from demo import endoscopy
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
 from eval import accuracy_table, evaluate
 from inputs.holdout import relative_names
-from inputs.images import image_settings
-from inputs.vision_cache import FeatureWriter, open_cache
+from inputs.vision_cache import FeatureWriter, VisionCache, open_cache
 from model import TreeModel, autocast, load_base, pick_dtype
-from modeling.loading import resolve_model
 from modeling.lora import add_lora, load_lora
-from modeling.memory import MEMORY_BUDGETS, choose_memory_budget, compile_layers
-from training.checkpoints import (
-    checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    mark_best,
-    open_output,
-    save_checkpoint,
-    write_checkpoint,
-)
-from training.costs import known_gpu, tree_counter, uncounted
+from training import checkpoints, plan, preparation, rehearsal, settings
+from training.costs import known_gpu
+from training.description import describe_lora
 from training.metrics import Metrics
-from training.plan import estimate, make_job
-from training.preparation import check_cache, check_lora, describe_data, describe_lora, identify, load_all, print_plan
-from training.settings import count_epochs, count_steps, is_due, lora_arguments, parse_settings, to_toml
+from training.progress import Progress
 from training.trackers import open_trackers
-from trees import Assignment, PlanSettings, StepSampler, largest_micro_batch, make_plan, plan_evaluation
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
 FAILED_SAVES_IN_A_ROW = 3  # after which the run stops
 
 
+@dataclass
+class Run:
+    """What a run works with from its first step to its last."""
+
+    args: argparse.Namespace
+    ranks: Ranks
+    stop: Stop
+    dtype: torch.dtype
+    output: Path
+    prepared: preparation.Prepared
+    model: torch.nn.Module  # a TreeModel, in DDP where there are several ranks
+    cache: VisionCache | None
+    optimizer: torch.optim.Optimizer
+    identity: dict  # what the result depends on: a checkpoint is resumed only where it is the same
+    metrics: Metrics
+
+    def is_finished(self, progress: Progress) -> bool:
+        """Whether the last step is done, or the evaluations of --patience have brought nothing better."""
+        return progress.step >= self.prepared.steps or 0 < self.args.patience <= progress.stale
+
+
 def main(argv: list[str], stop: Stop | None = None) -> int:
     """Train. Returns the exit code: 0 when done, dist_utils.STOPPED when stopped by a signal, 1 when saving failed."""
     stop, started = stop or Stop(), time.perf_counter()
-
-    # Settings. Everything that can be wrong with them is told before anything is loaded.
-    args = parse_settings(argv)
+    args = settings.parse_settings(argv)  # reports everything that is wrong with them
     ranks = dist_utils.start()
     is_demo = not args.train
     if is_demo:
         print0("No --train given: training the embedded demo, generated pictures and a tiny Qwen3-VL.")
         dist_utils.from_rank0(lambda: endoscopy.make_demo(DEMO_FOLDER))
-        args = parse_settings(argv, endoscopy.SETTINGS | endoscopy.files(DEMO_FOLDER))
+        args = settings.parse_settings(argv, endoscopy.SETTINGS | endoscopy.files(DEMO_FOLDER))
     if args.plan:
-        dist_utils.from_rank0(lambda: print_plan(args))
+        dist_utils.from_rank0(lambda: preparation.print_plan(args))
         dist_utils.leave()
         return 0
-    device, dtype = ranks.device, pick_dtype(args.dtype, ranks.device)
-    name = "demo" if is_demo else Path(args.train[0]).stem
-    output = dist_utils.from_rank0(lambda: open_output(args.output, name, args.resume))
-    args.output = str(output)
-    if dist_utils.restarted() and checkpoints(output):  # by torchrun --max-restarts
-        args.resume = "auto"
-    print0(f"output {output} | {ranks.world_size} rank(s) on {device.type}, {dtype}")
-
-    # Data: rank 0 reads and checks, every rank gets the same samples.
-    model_folder = dist_utils.local_rank0_first(lambda: resolve_model(args.model))
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    images = image_settings(model_folder, args.min_pixels, args.max_pixels)
-    train_data, val_data = dist_utils.from_rank0(lambda: load_all(args, tokenizer, images, output))
-    config = AutoConfig.from_pretrained(model_folder)
-    tree_flops = tree_counter(config, train_data.samples, not uncounted(config, args), tower=not args.vision_cache)
-    sampler = StepSampler(train_data.samples, PlanSettings.of(args), ranks.rank, ranks.world_size, tree_flops)
-    plan = sampler.plan()
-    describe_data(train_data, val_data, plan, tokenizer)
-    steps = count_steps(args, len(sampler), args.epochs)
-    val_batches = plan_evaluation(val_data.samples, args.max_tokens) if val_data else []
-    identity = identify(args, images, train_data, val_data, model_folder)
-    found = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
-    dist_utils.from_rank0(lambda: check_lora(args, config, found))
-    dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, train_data, val_data))
-    trackers = []  # rank 0's
-    dist_utils.from_rank0(lambda: trackers.extend(open_trackers(args, output, found)))
-
-    # Model, optimizer, and where a run goes on.
-    seed_torch(args.seed)
-    peft_model = add_lora(load_base(model_folder, dtype, device), args.model, **lora_arguments(args))
-    if args.init_from and not found:
-        load_lora(peft_model, Path(args.init_from))
-        print0(f"LoRA starts from the weights of {args.init_from}")
-    describe_lora(peft_model)
-    epochs = range(count_epochs(args, len(sampler)))
-    heavy = Assignment(largest_micro_batch(make_plan(train_data.samples, sampler.settings, epoch) for epoch in epochs))
-    budgets = plan_compile(args, peft_model, heavy, ranks)
-    visual = peft_model.get_base_model().model.visual
-    cache = open_cache(args.vision_cache, visual, config, images) if args.vision_cache else None
-    keep_features = FeatureWriter(cache).put if cache else None
-    model = dist_utils.wrap(TreeModel(peft_model, images, keep_features), ranks)
-    trained = (p for p in model.parameters() if p.requires_grad)
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    start = load_checkpoint(found, model, optimizer, output) if found else {}
-    done, best, evaluation_due = start.get("step", 0), start.get("best", {}), start.get("evaluation_due", False)
-    stale = start.get("stale", 0)  # evaluations since the best one
-    result, skipped, failed_saves = None, start.get("skipped", 0), 0
-    gpu, planned = known_gpu(device), None
-    metrics = Metrics(output, start, steps, len(sampler), gpu, ranks, trackers)
-    if gpu and ranks.is_main and not done and not uncounted(config, args):
-        planned = estimate(make_job(args, config, train_data, val_data, plan, heavy.trees), gpu, ranks.world_size)
-
-    def state() -> dict:
-        held_out = list(relative_names(val_data.grids, args.images)) if args.val_fraction else []
-        settings = vars(args) | {"image_settings": asdict(images)}
-        now = {"step": done, "best": best, "evaluation_due": evaluation_due, "sums": metrics.sums, "skipped": skipped}
-        now |= {"optimizer": optimizer.state_dict(), "held_out": held_out, "stale": stale}
-        return now | {"identity": start.get("identity", {}) | identity, "settings": settings}
-
-    # Nothing may go wrong for the first time in hour three: the heaviest micro-batch, an evaluation, a save.
-    dataset = TreeDataset(train_data, images, padding(device), cache=cache)
-    uncached = TreeDataset(train_data, images, padding(device))
-    rehearse(model, optimizer, uncached, heavy, ranks, dtype, budgets)
-    dist_utils.from_rank0(lambda: rehearse_save(output, model, args, state()))
-    base_result = None
-    if val_batches:
-        few = evaluate(unwrap(model), val_data, val_batches[: ranks.world_size], ranks, dtype, 0, Stop(), cache)
-        print0(f"evaluation tried on {few['questions']} questions: loss {few['loss']:.3f}")
-    if is_demo and not done:
-        base_result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop, cache)
-
-    loader = make_loader(dataset, sampler, args.workers, device, persistent=True)
-    print0(f"ready after {time.perf_counter() - started:.0f} s")
-    often = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar: a log keeps every one
-    bar = tqdm(total=steps, initial=done, unit="step", disable=not ranks.is_main, mininterval=often, maxinterval=often)
-    finished, stopping = done >= steps or 0 < args.patience <= stale, bool(stop.agreed())
-
-    def save() -> None:
-        nonlocal failed_saves
-        if ranks.is_main:
-            failed_saves = 0 if save_checkpoint(output, model, state(), args.keep) else failed_saves + 1
-            if failed_saves == FAILED_SAVES_IN_A_ROW:
-                stop.reason = f"{failed_saves} checkpoints in a row could not be saved"
-            metrics.status("running", done)
-            metrics.draw()
-
-    def evaluate_now() -> None:
-        nonlocal result, best, stale, finished, evaluation_due
-        result = evaluate(unwrap(model), val_data, val_batches, ranks, dtype, args.workers, stop, cache)
-        evaluation_due = result is None  # a stop came first: a resumed run begins with it
-        if result:
-            is_best = is_better(result, best)
-            best = {"exact_match": result["exact_match"], "loss": result["loss"], "step": done} if is_best else best
-            stale = 0 if is_best else stale + 1
-            finished = finished or 0 < args.patience <= stale
-            metrics.evaluation(done, result, is_best)
-
-    if evaluation_due and not stopping:
-        evaluate_now()
-        save()
-        stopping = evaluation_due
-    elif found and found.parent.resolve() != output:  # --resume auto goes on with what is here
-        save()
-    metrics.status("running", done)
-    metrics.start_clock()
-    dist_utils.shorten_timeout()
-    while not (finished or stopping):
-        sampler.set_epoch(done // len(sampler))
-        sampler.first_step = done % len(sampler)
-        for micro_batches, waited in by_step(loader):
-            # One optimizer step.
-            facts = micro_batches[0].assignment.step
-            lr = learning_rate(done, steps, args)
-            with naming(train_data, micro_batches, ranks):
-                loss, grad_norm, losses_here, stopping = train_step(
-                    model, optimizer, micro_batches, lr, args.max_grad_norm, ranks, dtype, args.seed, stop
-                )
-            done += 1
-            finished = done == steps
-
-            # A step that is not finite was skipped by all ranks alike.
-            if math.isfinite(loss) and math.isfinite(grad_norm):
-                skipped = 0
-            else:
-                skipped += 1
-                report_skipped(done, loss, grad_norm, micro_batches, losses_here, train_data, metrics)
-                if skipped == SKIPPED_IN_A_ROW:
-                    raise RuntimeError(f"stopped: {skipped} steps in a row had a non-finite loss or gradient")
-
-            metrics.step(done, facts, loss, grad_norm, lr, waited, bar, finished or done % args.log_every == 0)
-            paused = time.perf_counter()
-            evaluation_due = bool(val_batches) and is_due(args.eval_every, done, steps)
-            if evaluation_due and not stopping:
-                evaluate_now()
-                stopping = evaluation_due
-            if best.get("step") == done or finished or stopping or is_due(args.save_every, done, steps):
-                save()
-            metrics.started += time.perf_counter() - paused  # speed is that of training alone
-            if finished or stopping:
-                break
-    bar.close()
-
-    code = conclude(metrics, done, steps, stop, finished and not evaluation_due, failed_saves)
-    if result and not code:
-        print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
-    if planned and done == steps and not code:
-        took, peak = (time.perf_counter() - started) / 3600, torch.cuda.max_memory_allocated() / 2**30
-        print0(
-            f"planned {planned[0]:.2f} h, took {took:.2f} h; planned peak {planned[1]:.1f} GiB, peak was {peak:.1f} GiB"
-        )
-    model = optimizer = peft_model = trained = None  # before the group is left
+    # All references to the DDP model end with this call: one that is alive when the group is left can abort the exit.
+    code, metrics = train(args, ranks, stop, started, is_demo)
     dist_utils.leave()
-    metrics.close(code)  # may wait for a network: the other ranks need not
+    metrics.close(code)  # trackers may wait for a network, which the other ranks need not do
     return code
 
 
-# ------------------------------------------------------------------------------------------------------------- the step
+def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is_demo: bool) -> tuple[int, Metrics]:
+    """A whole run: prepare, rehearse, fit, conclude. Returns its exit code and its metrics, still open."""
+    # Data. Rank 0 reads and checks; every rank gets the same samples.
+    dtype, name = pick_dtype(args.dtype, ranks.device), "demo" if is_demo else Path(args.train[0]).stem
+    output = dist_utils.from_rank0(lambda: checkpoints.open_output(args.output, name, args.resume))
+    args.output = str(output)
+    if dist_utils.restarted() and checkpoints.checkpoints(output):  # by torchrun --max-restarts
+        args.resume = "auto"
+    print0(f"output {output} | {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
+    prepared = preparation.prepare(args, ranks, dtype, output)
+    trackers = []  # stays empty on other ranks than rank 0
+    dist_utils.from_rank0(lambda: trackers.extend(open_trackers(args, output, prepared.checkpoint)))
+
+    # Model and optimizer, and where the run goes on.
+    model, cache = build_model(args, prepared, ranks.device, dtype)
+    budgets = rehearsal.memory_budgets(args, model, prepared.largest, ranks)
+    model = dist_utils.wrap(model, ranks)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    progress, identity = Progress(), prepared.identity
+    if prepared.checkpoint:
+        progress, identity = checkpoints.load_checkpoint(prepared.checkpoint, model, optimizer, output, identity)
+    is_new = not progress.step
+    metrics = Metrics(output, progress, prepared.steps, len(prepared.sampler), known_gpu(ranks.device), ranks, trackers)
+    run = Run(args, ranks, stop, dtype, output, prepared, model, cache, optimizer, identity, metrics)
+
+    # Training.
+    rehearse(run, progress, budgets)
+    base_result = evaluate_on_validation(run) if is_demo and is_new else None
+    print0(f"ready after {time.perf_counter() - started:.0f} s")
+    result = fit(run, progress)
+
+    # The end.
+    code = conclude(run, progress)
+    if result and not code:
+        print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
+    if is_new and progress.step == prepared.steps and not code and ranks.is_main:
+        plan.compare_with_plan(args, prepared, known_gpu(ranks.device), ranks.world_size, time.perf_counter() - started)
+    return code, metrics
 
 
-def train_step(
-    model, optimizer, micro_batches, lr, max_grad_norm, ranks: Ranks, dtype, seed: int, stop: Stop
-) -> tuple[float, float, list[torch.Tensor], bool]:
-    """One optimizer step over this rank's micro-batches of it.
+def build_model(
+    args: argparse.Namespace, prepared: preparation.Prepared, device: torch.device, dtype: torch.dtype
+) -> tuple[TreeModel, VisionCache | None]:
+    """The base model with LoRA, and the vision cache that it fills, if there is one."""
+    seed_torch(args.seed)  # LoRA's A matrices are random
+    peft_model = add_lora(load_base(prepared.folder, dtype, device), args.model, **settings.lora_arguments(args))
+    if args.init_from and not prepared.checkpoint:
+        load_lora(peft_model, Path(args.init_from))
+        print0(f"LoRA starts from the weights of {args.init_from}")
+    describe_lora(peft_model)
+    if not args.vision_cache:
+        return TreeModel(peft_model, prepared.images), None
+    cache = open_cache(args.vision_cache, peft_model.get_base_model().model.visual, prepared.config, prepared.images)
+    return TreeModel(peft_model, prepared.images, FeatureWriter(cache).put), cache
 
-    The step's loss is the weighted mean of all answer tokens' cross-entropy, over all ranks; DDP averages gradients,
-    hence the factor world_size. Dropout is seeded from (seed, step, micro-batch), never from a rank.
-    Returns the loss and the gradient norm, equal on all ranks, this rank's loss sum of each micro-batch, and whether
-    any rank was asked to stop. When loss or norm is not finite, nothing was changed.
+
+def rehearse(run: Run, progress: Progress, budgets: list[float]) -> None:
+    """Try the largest micro-batch, a save, and an evaluation of a few samples: none fails for the first time later."""
+    prepared, ranks = run.prepared, run.ranks
+    dataset = TreeDataset(prepared.train, prepared.images, padding(ranks.device))  # without the cache: the tower runs
+    rehearsal.rehearse_step(run.model, run.optimizer, dataset, prepared.largest, ranks, run.dtype, budgets)
+    dist_utils.from_rank0(
+        lambda: rehearsal.rehearse_save(run.output, run.model, run.args, checkpoint_state(run, progress))
+    )
+    if few := prepared.val_batches[: ranks.world_size]:
+        result = evaluate(unwrap(run.model), prepared.val, few, ranks, run.dtype, 0, Stop(), run.cache)
+        print0(f"evaluation tried on {result['questions']} questions: loss {result['loss']:.3f}")
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def fit(run: Run, progress: Progress) -> dict | None:
+    """Train until the last step, the end of --patience, or a stop. Returns the result of the last evaluation."""
+    args, metrics, steps = run.args, run.metrics, run.prepared.steps
+    result, stopping = None, bool(run.stop.agreed())
+    if progress.evaluation_due and not stopping:  # the run was stopped before this evaluation
+        result = evaluate_now(run, progress)
+        save(run, progress)
+        stopping = progress.evaluation_due
+    elif run.prepared.checkpoint and run.prepared.checkpoint.parent.resolve() != run.output:
+        save(run, progress)  # --resume auto looks for checkpoints in this run's folder
+    metrics.start(progress)
+    dist_utils.shorten_timeout()
+
+    for micro_batches, waited in [] if stopping or run.is_finished(progress) else steps_from(run, progress.step):
+        # Learning rate and step.
+        facts = micro_batches[0].assignment.step
+        lr = learning_rate(progress.step, steps, args)
+        with naming_samples(run, micro_batches):
+            loss, grad_norm, loss_sums, stopping = train_step(
+                run.model,
+                run.optimizer,
+                micro_batches,
+                lr,
+                args.max_grad_norm,
+                run.ranks,
+                run.dtype,
+                args.seed,
+                run.stop,
+            )
+        progress.step += 1
+
+        # Skip. A step with a non-finite loss or gradient changed nothing, on any rank.
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            progress.skipped = 0
+        else:
+            progress.skipped += 1
+            report_skipped(run, progress.step, loss, grad_norm, micro_batches, loss_sums)
+            if progress.skipped == SKIPPED_IN_A_ROW:
+                raise RuntimeError(f"stopped: {progress.skipped} steps in a row had a non-finite loss or gradient")
+
+        # Log.
+        is_logged = progress.step == steps or progress.step % args.log_every == 0
+        metrics.step(progress, facts, loss, grad_norm, lr, waited, is_logged)
+
+        # Evaluate and save.
+        with metrics.paused():
+            progress.evaluation_due = bool(run.prepared.val_batches) and settings.is_due(
+                args.eval_every, progress.step, steps
+            )
+            if progress.evaluation_due and not stopping:
+                result = evaluate_now(run, progress)
+                stopping = progress.evaluation_due
+            is_over = stopping or run.is_finished(progress)
+            if (
+                is_over
+                or progress.best.get("step") == progress.step
+                or settings.is_due(args.save_every, progress.step, steps)
+            ):
+                save(run, progress)
+        if is_over:
+            break
+    metrics.bar.close()
+    return result
+
+
+def steps_from(run: Run, first: int) -> Iterator[tuple[list[Batch], float]]:
+    """Yield this rank's micro-batches of each optimizer step from step `first` on, and the seconds it waited for them.
+
+    Goes on from epoch to epoch without an end: the caller stops.
     """
-    optimizer.zero_grad(set_to_none=True)
-    loss_sums = []
-    for batch in micro_batches:
-        assignment, batch = batch.assignment, batch.to(ranks.device)
-        seed_torch(seed, assignment.step.number, assignment.number)
-        with no_sync(model, skip=not assignment.last):
-            with autocast(ranks.device, dtype):
-                token_losses, _ = model(batch)
-            loss_sum = (token_losses * batch.weights).sum() * assignment.in_loss
-            (loss_sum * (ranks.world_size / assignment.step.answer_weight)).backward()
-        loss_sums.append(loss_sum.detach())
-    asked = loss_sums[0].new_tensor(float(bool(stop.reason)))
-    loss, stopping = dist_utils.all_reduce_sum(torch.stack([sum(loss_sums), asked]).double()).tolist()
-    loss /= assignment.step.answer_weight
-    trained = optimizer.param_groups[0]["params"]
-    grad_norm = clip_grad_norm_(trained, max_grad_norm or math.inf).item()  # of reduced gradients: equal everywhere
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    return loss, grad_norm, loss_sums, stopping > 0
+    prepared, args, device = run.prepared, run.args, run.ranks.device
+    dataset = TreeDataset(prepared.train, prepared.images, padding(device), cache=run.cache)
+    loader = make_loader(dataset, prepared.sampler, args.workers, device, persistent=True)
+    while True:
+        prepared.sampler.set_epoch(first // len(prepared.sampler))
+        prepared.sampler.first_step = first % len(prepared.sampler)
+        yield from by_step(loader)
+        first += len(prepared.sampler) - prepared.sampler.first_step
 
 
-def by_step(loader):
-    """Yield this rank's micro-batches of each optimizer step, and the seconds it waited for them."""
+def by_step(loader) -> Iterator[tuple[list[Batch], float]]:
+    """Gather a loader's micro-batches by optimizer step; with each step come the seconds it waited for them."""
     micro_batches, waited, started = [], 0.0, time.perf_counter()
     for batch in next_batches(loader):
         waited += time.perf_counter() - started
@@ -277,9 +247,40 @@ def by_step(loader):
         started = time.perf_counter()
 
 
-def is_better(result: dict, best: dict) -> bool:
-    """Whether an evaluation has the higher exact match or, at an equal one, the lower loss."""
-    return not best or (result["exact_match"], -result["loss"]) > (best["exact_match"], -best["loss"])
+def train_step(
+    model, optimizer, micro_batches, lr, max_grad_norm, ranks: Ranks, dtype, seed: int, stop: Stop
+) -> tuple[float, float, list[torch.Tensor], bool]:
+    """One optimizer step over this rank's micro-batches of it.
+
+    The step's loss is the weighted mean of all answer tokens' cross-entropy, over all ranks. Dropout is seeded from
+    (seed, step, micro-batch), never from a rank. When loss or gradient norm is not finite, nothing is changed.
+
+    Returns the loss and the gradient norm, equal on all ranks; this rank's loss sum of each micro-batch; and whether
+    any rank was asked to stop.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss_sums = []
+    for batch in micro_batches:
+        assignment, batch = batch.assignment, batch.to(ranks.device)
+        seed_torch(seed, assignment.step.number, assignment.number)
+        with no_sync(model, skip=not assignment.last):  # gradients are reduced once per step, in the last backward pass
+            with autocast(ranks.device, dtype):
+                token_losses, _ = model(batch)  # (N,)
+            loss_sum = (token_losses * batch.weights).sum() * assignment.in_loss
+            # DDP averages gradients over the ranks: world_size turns the average into the sum.
+            (loss_sum * (ranks.world_size / assignment.step.answer_weight)).backward()
+        loss_sums.append(loss_sum.detach())
+    # One collective tells the loss and whether to stop. Reading them waits for the GPU, once per step.
+    asked = loss_sums[0].new_tensor(float(bool(stop.reason)))
+    loss, stopping = dist_utils.all_reduce_sum(torch.stack([sum(loss_sums), asked]).double()).tolist()
+    loss /= assignment.step.answer_weight
+    trained = optimizer.param_groups[0]["params"]
+    grad_norm = clip_grad_norm_(trained, max_grad_norm or math.inf).item()  # of reduced gradients: equal on all ranks
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return loss, grad_norm, loss_sums, stopping > 0
 
 
 def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
@@ -292,117 +293,96 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     return args.lr * factor[args.schedule]
 
 
+# ------------------------------------------------------------------------------------------------ evaluating and saving
+
+
+def evaluate_on_validation(run: Run) -> dict | None:
+    """Loss and exact match on all validation rows. None when stopped, or without such rows."""
+    model, prepared = unwrap(run.model), run.prepared
+    if not prepared.val_batches:
+        return None
+    return evaluate(
+        model, prepared.val, prepared.val_batches, run.ranks, run.dtype, run.args.workers, run.stop, run.cache
+    )
+
+
+def evaluate_now(run: Run, progress: Progress) -> dict | None:
+    """Evaluate and count the result. When a stop comes first it stays due: a resumed run starts with it."""
+    result = evaluate_on_validation(run)
+    progress.evaluation_due = result is None
+    if result:
+        run.metrics.evaluation(progress, result, is_best=progress.count_evaluation(result))
+    return result
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Write a checkpoint on rank 0. After FAILED_SAVES_IN_A_ROW failures the run is asked to stop."""
+    if not run.ranks.is_main:
+        return
+    saved = checkpoints.save_checkpoint(run.output, run.model, checkpoint_state(run, progress), run.args.keep)
+    progress.failed_saves = 0 if saved else progress.failed_saves + 1
+    if progress.failed_saves == FAILED_SAVES_IN_A_ROW:
+        run.stop.reason = f"{progress.failed_saves} checkpoints in a row could not be saved"
+    run.metrics.status("running", progress)
+    run.metrics.draw()
+
+
+def checkpoint_state(run: Run, progress: Progress) -> dict:
+    """What state.pt holds."""
+    args, prepared = run.args, run.prepared
+    held_out = list(relative_names(prepared.val.grids, args.images)) if args.val_fraction else []
+    return progress.to_state() | {
+        "optimizer": run.optimizer.state_dict(),
+        "held_out": held_out,
+        "identity": run.identity,
+        "settings": vars(args) | {"image_settings": asdict(prepared.images)},
+    }
+
+
+# ------------------------------------------------------------------------------------------------- errors, and the end
+
+
 @contextmanager
-def naming(data: VQAData, micro_batches: list, ranks: Ranks):
+def naming_samples(run: Run, micro_batches: list[Batch]):
     """Add to an error which samples this rank was training on."""
     try:
         yield
     except Exception as error:
-        ids = ", ".join(data.samples[i].id for batch in micro_batches for i in batch.samples)
-        error.add_note(f"rank {ranks.rank}, step {micro_batches[0].assignment.step.number + 1}, samples {ids}")
+        ids = ", ".join(run.prepared.train.samples[i].id for batch in micro_batches for i in batch.samples)
+        error.add_note(f"rank {run.ranks.rank}, step {micro_batches[0].assignment.step.number + 1}, samples {ids}")
         raise
 
 
-def report_skipped(step, loss, grad_norm, micro_batches, loss_sums, data: VQAData, metrics: "Metrics") -> None:
-    """Log whose samples made a step non-finite: those of non-finite micro-batches, or of all when none is."""
-    mine = [b for b, value in zip(micro_batches, loss_sums) if not torch.isfinite(value)]
-    for batches in (mine, micro_batches):
-        shards = dist_utils.gather_to_all([data.samples[i].id for batch in batches for i in batch.samples])
-        if any(shards):
+def report_skipped(run: Run, step: int, loss: float, grad_norm: float, micro_batches: list[Batch], loss_sums) -> None:
+    """Log which samples made a step non-finite: those of non-finite micro-batches, else all. A collective."""
+    samples = run.prepared.train.samples
+    suspects = [batch for batch, loss_sum in zip(micro_batches, loss_sums) if not torch.isfinite(loss_sum)]
+    for batches in (suspects, micro_batches):
+        ids_by_rank = dist_utils.gather_to_all([samples[i].id for batch in batches for i in batch.samples])
+        if any(ids_by_rank):
             break
-    ids = sorted({name for shard in shards for name in shard})
-    metrics.write({"event": "skipped", "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": ids})
+    ids = sorted({sample_id for ids in ids_by_rank for sample_id in ids})
+    line = {"event": "skipped", "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": ids}
+    run.metrics.write(line)
     print0(f"\nstep {step} skipped on all ranks: loss {loss}, gradient norm {grad_norm}, samples {', '.join(ids)}")
 
 
-def plan_compile(args, peft_model, heavy: Assignment, ranks: Ranks) -> list[float]:
-    """Memory budgets to try, the most promising first; none where nothing is compiled."""
-    if not args.compile or args.dora or ranks.device.type != "cuda":
-        return []
-    if args.memory_budget != "auto":
-        return [args.memory_budget]
-    tokens = sum(tree.tokens for tree in heavy.trees)
-    chosen = choose_memory_budget(peft_model.get_base_model().config, tokens, ranks.device)
-    chosen = min(dist_utils.gather_to_all(chosen))
-    return [budget for budget in MEMORY_BUDGETS if budget <= chosen]
-
-
-def rehearse(model, optimizer, dataset: TreeDataset, heavy: Assignment, ranks: Ranks, dtype, budgets: list) -> None:
-    """Compile, and run the heaviest micro-batch before step 1, on all ranks at the highest memory budget that fits all.
-
-    Raises InputError when memory does not suffice and RuntimeError when a trained weight gets no finite gradient.
-    Leaves weights and optimizer as they were.
-    """
-    tokens, started = sum(tree.tokens for tree in heavy.trees), time.perf_counter()
-    batch = dataset[heavy].to(ranks.device)
-    for budget in budgets or [None]:
-        if budget is not None:
-            print0(f"compiling for a memory budget of {budget}: this takes one to three minutes")
-            compile_layers(unwrap(model).model, budget)
-        if fits := all(dist_utils.gather_to_all(_try_micro_batch(model, batch, ranks, dtype))):
-            break
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-    if not fits:
-        raise InputError(
-            f"the heaviest micro-batch ({tokens:,} tokens) does not fit: lower --max-tokens or --max-pixels"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.isfinite().all()):
-            raise RuntimeError(f"{name} gets no finite gradient from {dataset.data.samples[batch.samples[0]].where}")
-    optimizer.zero_grad(set_to_none=True)
-    text = f"rehearsed the heaviest micro-batch ({tokens:,} tokens) in {time.perf_counter() - started:.0f} s"
-    if ranks.device.type == "cuda":
-        text += ", not compiled" if budget is None else f", memory budget {budget}"
-        text += f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    print0(text)
-
-
-def _try_micro_batch(model, batch, ranks: Ranks, dtype) -> bool:
-    """Forward and backward without a collective, so that a rank that runs out of memory leaves none waiting."""
-    try:
-        with no_sync(model, skip=True):
-            with autocast(ranks.device, dtype):
-                token_losses, _ = model(batch)
-            token_losses.mean().backward()
-    except torch.OutOfMemoryError:
-        return False
-    return True
-
-
-# -------------------------------------------------------------------------------------------------------------- output
-
-
-def rehearse_save(output: Path, model, args: argparse.Namespace, state: dict) -> None:
-    """Write the settings, and a checkpoint that is dropped again. Raises InputError when the disk does not take it."""
-    folder = output / f"{PARTIAL}rehearsal"
-    try:
-        write_whole(output / "settings.toml", to_toml(args))
-        mark_best(output, state["best"])  # a kill may have come between the checkpoint and its mark
-        write_checkpoint(folder, model, state)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"a checkpoint can't be written to {output}: {error}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def conclude(metrics: Metrics, done: int, steps: int, stop: Stop, finished: bool, failed_saves: int) -> int:
-    """Say how the run ended, on paper and on screen, and return its exit code."""
+def conclude(run: Run, progress: Progress) -> int:
+    """Say on the screen and in `status` how the run ended. Returns its exit code."""
     faulthandler.cancel_dump_traceback_later()
-    reason, output = stop.agreed(), metrics.output
-    if dist_utils.from_rank0(lambda: failed_saves):
+    reason, output, steps = run.stop.agreed(), run.output, run.prepared.steps
+    if dist_utils.from_rank0(lambda: progress.failed_saves):
         state, code = "failed", 1
-        print0(f"error: stopped at step {done} of {steps}: the last checkpoint could not be saved to {output}")
-    elif not finished:
+        print0(f"error: stopped at step {progress.step} of {steps}: the last checkpoint was not saved to {output}")
+    elif progress.evaluation_due or not run.is_finished(progress):
         state, code = "stopped", STOPPED
-        print0(
-            f"stopped by {reason} at step {done} of {steps}; to go on: --config {output}/settings.toml --resume auto"
-        )
+        go_on = f"--config {output}/settings.toml --resume auto"
+        print0(f"stopped by {reason} at step {progress.step} of {steps}; to go on: {go_on}")
     else:
         state, code = "done", 0
-        early = f" of {steps}, --patience is used up" if done < steps else ""
-        print0(f"done: {done} steps{early}, {output}")
-    metrics.status(state, done)
+        early = f" of {steps}, --patience is used up" if progress.step < steps else ""
+        print0(f"done: {progress.step} steps{early}, {output}")
+    run.metrics.status(state, progress)
     return code
 
 

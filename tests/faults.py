@@ -93,7 +93,7 @@ def nan_loss(steps: range, rank: int = 0) -> None:
 
 def kill_in_save(place: str, step: int = 4) -> None:
     """SIGKILL at a place of the save of a step."""
-    real_write, real_rename, real_sync = checkpoints.write_checkpoint, os.rename, checkpoints.flush_to_disk
+    real_write, real_replace, real_sync = checkpoints.write_checkpoint, os.replace, checkpoints.flush_to_disk
 
     def write(folder, model, state):
         if state["step"] != step:
@@ -107,9 +107,9 @@ def kill_in_save(place: str, step: int = 4) -> None:
             Path.write_text = lambda path, *rest, **how: (path.name == "manifest.json" and kill_me(),
                                                           real_text(path, *rest, **how))  # fmt: skip
         if place == "before the rename":
-            os.rename = lambda *_: kill_me()
+            os.replace = lambda *_: kill_me()
         if place == "after the rename":
-            os.rename = lambda *names: (real_rename(*names), kill_me())
+            os.replace = lambda *names: (real_replace(*names), kill_me())
         if place == "before old ones are dropped":
             checkpoints.shutil.rmtree = lambda *_, **__: kill_me()
         real_write(folder, model, state)

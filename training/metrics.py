@@ -1,9 +1,13 @@
-"""What a run tells while it trains: metrics.jsonl, the progress bar, `status`, curves.svg, and trackers. All show the
-same numbers; rank 0 writes."""
+"""What a run reports while it trains: metrics.jsonl, the progress bar, `status`, curves.svg and trackers.
+
+All of them show the same numbers. Rank 0 writes.
+"""
 
 import json
 import math
+import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,58 +17,160 @@ from tqdm import tqdm
 from common import write_whole
 from dist_utils import Ranks, print0
 from evaluation import charts
-from training.checkpoints import write_or_warn
 from training.gpus import Gpu
+from training.progress import Progress
+from trees import StepFacts
 
-# since the last line; of steps that were not skipped the loss, the weight of answer tokens, the last gradient norm
+# Sums over the steps since the last line. Losses, weight (of answer tokens) and the last gradient norm leave out
+# steps that were skipped.
 SUMS = {"losses": 0.0, "weight": 0.0, "grad_norm": 0.0, "questions": 0, "images": 0}
-PACE = {"questions": 0, "tokens": 0, "flops": 0.0, "waited": 0.0}  # since `started`; tokens are all
+RATES = {"questions": 0, "tokens": 0, "flops": 0.0, "waited": 0.0}  # summed up since the clock was last reset
+BAR_SECONDS = 1, 30  # between updates of the bar on a terminal, and in a log, which keeps every one
 
 
 def read_metrics(path: Path) -> list[dict]:
     """All whole lines of a metrics.jsonl, none where there is no file; a kill may have cut the last one."""
-    found = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in found if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class Metrics:
-    """Sums up steps, writes a line now and then. `sums` is part of a checkpoint: a resumed run writes the same lines.
+    """Sums up steps and writes a line now and then.
 
-    A disk that is full keeps lines waiting in memory; neither that nor a tracker that fails stops the run.
+    The sums are part of a checkpoint's progress, so that a resumed run writes the lines of an undisturbed one. Neither
+    a full disk, whose lines wait in memory, nor a tracker that fails stops the run.
     """
 
     def __init__(
-        self, output: Path, start: dict, steps: int, an_epoch: int, gpu: Gpu | None, ranks: Ranks, trackers: list
+        self,
+        output: Path,
+        progress: Progress,
+        steps: int,
+        steps_per_epoch: int,
+        gpu: Gpu | None,
+        ranks: Ranks,
+        trackers: list,
     ):
-        """`start` is the checkpoint's state, `an_epoch` the steps of an epoch, `gpu` the card where its rate is known,
-        `trackers` what else gets every line: see watch.py."""
-        self.output, self.steps, self.an_epoch, self.gpu, self.ranks = output, steps, an_epoch, gpu, ranks
-        self.first, self.best, self.trackers = start.get("step", 0), start.get("best", {}), trackers
-        self.sums, self.last = SUMS | {"skipped": 0} | start.get("sums", {}), None
-        self.start_clock()
+        """`gpu` is the card, where its rate is known; `trackers` get every line as well: see trackers.py."""
+        self.output, self.steps, self.steps_per_epoch = output, steps, steps_per_epoch
+        self.gpu, self.ranks, self.trackers = gpu, ranks, trackers
+        self.first_step, self.last_line = progress.step, None
+        progress.sums = SUMS | {"skipped": 0} | progress.sums
         if ranks.is_main:
             path = output / "metrics.jsonl"
-            # later steps are made again, and so is an evaluation that the checkpoint has as due
-            again = ("eval", self.first) if start.get("evaluation_due") else None
-            kept = [line for line in read_metrics(path) if line["step"] <= self.first]
-            kept = [line for line in kept if (line["event"], line["step"]) != again]
-            self.last = next((line for line in reversed(kept) if line["event"] == "train"), None)
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            lines = [line for line in read_metrics(path) if line["step"] <= progress.step]  # later steps are run again
+            if progress.evaluation_due:  # and so is this evaluation
+                lines = [line for line in lines if (line["event"], line["step"]) != ("eval", progress.step)]
+            self.last_line = next((line for line in reversed(lines) if line["event"] == "train"), None)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
             self.file = open(path, "a", encoding="utf-8")
 
-    def start_clock(self) -> None:
-        """Speed and time left are counted from here."""
-        self.pace, self.began = dict(PACE), time.perf_counter()
-        self.started = self.began  # of what `pace` sums up
+    def start(self, progress: Progress) -> None:
+        """Show the bar, and count speed and time left from here."""
+        self.status("running", progress)
+        often = BAR_SECONDS[0] if sys.stderr.isatty() else BAR_SECONDS[1]
+        hidden = not self.ranks.is_main
+        self.bar = tqdm(
+            total=self.steps, initial=progress.step, unit="step", disable=hidden, mininterval=often, maxinterval=often
+        )
+        self._reset_clock()
+        self.began = self.started
+
+    def _reset_clock(self) -> None:
+        self.rates, self.started = dict(RATES), time.perf_counter()
+
+    @contextmanager
+    def paused(self):
+        """Leave the time of an evaluation or a save out of the speed, which is that of training alone."""
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
+
+    def step(
+        self, progress: Progress, facts: StepFacts, loss: float, grad_norm: float, lr: float, waited: float, is_logged
+    ) -> None:
+        """Count a step. Where it `is_logged`, write the mean loss and the speed since the line before."""
+        sums = progress.sums
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            sums["losses"] += loss * facts.answer_weight
+            sums["weight"] += facts.answer_weight
+            sums["grad_norm"] = grad_norm
+        else:
+            sums["skipped"] += 1
+        sums["questions"] += facts.questions
+        sums["images"] += facts.images
+        now = {"questions": facts.questions, "tokens": facts.tokens, "flops": facts.flops, "waited": waited}
+        self.rates = {name: value + now[name] for name, value in self.rates.items()}
+        self.bar.update(1)
+        if not is_logged or not sums["weight"]:
+            return
+        line = {"loss": sums["losses"] / sums["weight"], "grad_norm": sums["grad_norm"], "lr": lr} | self._speed()
+        line |= {"skipped": sums["skipped"], "epoch": progress.step / self.steps_per_epoch}
+        shown = {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for name, value in line.items()}
+        self.bar.set_postfix(shown, refresh=False)
+        line |= {"event": "train", "step": progress.step, "questions": sums["questions"], "images": sums["images"]}
+        # Unlike the speed, the time left includes evaluations and saves, at the pace of those so far.
+        seconds_per_step = (time.perf_counter() - self.began) / (progress.step - self.first_step)
+        line["eta_s"] = (self.steps - progress.step) * seconds_per_step
+        self.last_line = line
+        self.write(line)
+        self.status("running", progress)
+        progress.sums = SUMS | {"skipped": sums["skipped"]}
+        self._reset_clock()
+
+    def _speed(self) -> dict[str, float]:
+        """Rates since the clock was reset, over all ranks; operations are those of one GPU, memory is rank 0's."""
+        seconds = time.perf_counter() - self.started
+        speed = {f"{name}_per_s": self.rates[name] / seconds for name in ("questions", "tokens")}
+        if self.rates["flops"]:
+            speed["tflops_per_gpu"] = self.rates["flops"] / seconds / self.ranks.world_size / 1e12
+            if self.gpu:
+                speed["matmul_share"] = speed["tflops_per_gpu"] / self.gpu.tflops
+        speed["data_wait"] = self.rates["waited"] / seconds
+        if self.ranks.device.type == "cuda":
+            speed["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return speed
+
+    def evaluation(self, progress: Progress, result: dict, is_best: bool) -> None:
+        """Report an evaluation's result."""
+        self.write({"event": "eval", "step": progress.step, **result})
+        if self.ranks.is_main:
+            scores = f"validation loss {result['loss']:.4f}, exact match {100 * result['exact_match']:.1f}%"
+            tqdm.write(f"step {progress.step}: {scores}" + (" (best)" if is_best else ""))
+        self.status("running", progress)
+        self.draw()
 
     def write(self, line: dict) -> None:
-        if self.ranks.is_main:
-            try:
-                self.file.write(json.dumps(line) + "\n")
-                self.file.flush()
-            except OSError as error:
-                print0(f"warning: {self.file.name}: {error}")
-            self._each_tracker(lambda tracker: tracker.write(line))
+        """Add a line to metrics.jsonl, and give it to the trackers."""
+        if not self.ranks.is_main:
+            return
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            print0(f"warning: {self.file.name}: {error}")
+        self._each_tracker(lambda tracker: tracker.write(line))
+
+    def status(self, state: str, progress: Progress) -> None:
+        """Write `status`: the state (running, stopped, done, failed) and step for scripts, a sentence for people."""
+        if not self.ranks.is_main:
+            return
+        text = f"step {progress.step:,} of {self.steps:,}"
+        if self.last_line:
+            left = "" if state == "done" else f", {timedelta(seconds=round(self.last_line['eta_s']))} left"
+            text += f", epoch {progress.step / self.steps_per_epoch:.2f}{left}, loss {self.last_line['loss']:.4g}"
+        if best := progress.best:
+            text += f", best exact match {100 * best['exact_match']:.1f}% at step {best['step']:,}"
+        _write_or_warn(self.output / "status", f"{state} {progress.step}\n{text}\n")
+
+    def draw(self) -> None:
+        """Refresh curves.svg."""
+        if self.ranks.is_main and (figures := charts.curves(read_metrics(self.output / "metrics.jsonl"))):
+            _write_or_warn(self.output / "curves.svg", charts.sheet(figures))
+
+    def close(self, code: int) -> None:
+        """Tell the trackers the run's exit code. May wait for uploads."""
+        self._each_tracker(lambda tracker: tracker.close(code))
 
     def _each_tracker(self, act) -> None:
         for tracker in list(self.trackers):
@@ -74,74 +180,10 @@ class Metrics:
                 print0(f"warning: {type(tracker).__name__} gets nothing more until the run is resumed: {error!r}")
                 self.trackers.remove(tracker)
 
-    def step(self, done: int, facts, loss: float, grad_norm: float, lr: float, waited: float, bar: tqdm, last: bool):
-        """Count a step; when `last`, write the mean loss and the speed since the line before."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.sums["losses"] += loss * facts.answer_weight
-            self.sums["weight"] += facts.answer_weight
-            self.sums["grad_norm"] = grad_norm
-        else:
-            self.sums["skipped"] += 1
-        self.sums["questions"] += facts.questions
-        self.sums["images"] += facts.images
-        now = {"questions": facts.questions, "tokens": facts.tokens, "flops": facts.flops, "waited": waited}
-        self.pace = {name: value + now[name] for name, value in self.pace.items()}
-        bar.update(1)
-        if not last or not self.sums["weight"]:
-            return
-        line = {"loss": self.sums["losses"] / self.sums["weight"], "grad_norm": self.sums["grad_norm"], "lr": lr}
-        line |= self.speed() | {"skipped": self.sums["skipped"], "epoch": done / self.an_epoch}
-        shown = {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for name, value in line.items()}
-        bar.set_postfix(shown, refresh=False)
-        step_s = (time.perf_counter() - self.began) / (done - self.first)  # evaluations and checkpoints included
-        line |= {"event": "train", "step": done, "questions": self.sums["questions"], "images": self.sums["images"]}
-        line["eta_s"] = (self.steps - done) * step_s
-        self.last = line
-        self.write(line)
-        self.status("running", done)
-        self.sums = SUMS | {"skipped": self.sums["skipped"]}
-        self.pace, self.started = dict(PACE), time.perf_counter()
 
-    def speed(self) -> dict[str, float]:
-        """Over all ranks, but for operations, which are a GPU's, and memory, which is rank 0's."""
-        seconds = time.perf_counter() - self.started
-        found = {f"{name}_per_s": self.pace[name] / seconds for name in ("questions", "tokens")}
-        if self.pace["flops"]:
-            found["tflops_per_gpu"] = self.pace["flops"] / seconds / self.ranks.world_size / 1e12
-            if self.gpu:
-                found["matmul_share"] = found["tflops_per_gpu"] / self.gpu.tflops
-        found["data_wait"] = self.pace["waited"] / seconds
-        if self.ranks.device.type == "cuda":
-            found["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return found
-
-    def evaluation(self, done: int, result: dict, is_best: bool) -> None:
-        self.write({"event": "eval", "step": done, **result})
-        text = f"step {done}: validation loss {result['loss']:.4f}, exact match {100 * result['exact_match']:.1f}%"
-        if is_best:
-            self.best = {"exact_match": result["exact_match"], "step": done}
-        if self.ranks.is_main:
-            tqdm.write(text + (" (best)" if is_best else ""))
-        self.status("running", done)
-        self.draw()
-
-    def draw(self) -> None:
-        """Refresh curves.svg."""
-        if self.ranks.is_main and (figures := charts.curves(read_metrics(self.output / "metrics.jsonl"))):
-            write_or_warn(self.output / "curves.svg", charts.sheet(figures))
-
-    def status(self, state: str, done: int) -> None:
-        """Two lines: for scripts the state (running, stopped, done, failed) and the step, for people how it stands."""
-        if not self.ranks.is_main:
-            return
-        told = f"step {done:,} of {self.steps:,}"
-        if self.last:
-            left = "" if state == "done" else f", {timedelta(seconds=round(self.last['eta_s']))} left"
-            told += f", epoch {done / self.an_epoch:.2f}{left}, loss {self.last['loss']:.4g}"
-        if self.best:
-            told += f", best exact match {100 * self.best['exact_match']:.1f}% at step {self.best['step']:,}"
-        write_or_warn(self.output / "status", f"{state} {done}\n{told}\n")
-
-    def close(self, code: int) -> None:
-        """`code` is the run's exit code. May wait for uploads."""
-        self._each_tracker(lambda tracker: tracker.close(code))
+def _write_or_warn(path: Path, text: str) -> None:
+    """Write a file that a run can do without: a disk that does not take it is only reported."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        print0(f"warning: {path.name} not written: {error}")

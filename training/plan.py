@@ -15,10 +15,11 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 import trees
 from data import FLEX_BLOCK, VQAData, at_limit
+from dist_utils import print0
 from inputs.images import ImageSettings
 from modeling.lora import add_lora, lora_table
 from modeling.memory import MEMORY_BUDGETS, kept_bytes, memory_margin
-from training.costs import NOT_COMPILED, SLOWER, batch_seconds, tree_load
+from training.costs import NOT_COMPILED, SLOWER, batch_seconds, tree_load, uncounted
 from training.gpus import GPUS, Gpu
 from training.settings import count_steps, is_due, lora_arguments
 from trees import MicroBatch, PlanSettings, Step
@@ -162,6 +163,20 @@ def estimate(job: Job, gpu: Gpu, gpus: int) -> tuple[float, float]:
     """Hours of the whole run, and GiB that a GPU holds at its peak."""
     chosen = choose(budgets(job, gpu, job.heavy))
     return hours(job, pace(job, gpu, chosen.slower), gpus), chosen.peak / GIB
+
+
+def compare_with_plan(args: argparse.Namespace, prepared, gpu: Gpu | None, gpus: int, seconds: float) -> None:
+    """Print the planned hours and memory of a run beside what it took, where its costs are known. `prepared` is what
+    training.preparation.prepare gave."""
+    if not gpu or uncounted(prepared.config, args):
+        return
+    job = make_job(args, prepared.config, prepared.train, prepared.val, prepared.plan, prepared.largest)
+    hours_planned, peak_planned = estimate(job, gpu, gpus)
+    peak = torch.cuda.max_memory_allocated() / GIB
+    print0(
+        f"planned {hours_planned:.2f} h, took {seconds / 3600:.2f} h; "
+        f"planned peak {peak_planned:.1f} GiB, peak was {peak:.1f} GiB"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

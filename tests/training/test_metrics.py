@@ -15,7 +15,6 @@ import tiny
 import torch
 from runs import arguments, lines
 from steps import whole
-from tqdm import tqdm
 from transformers import AutoConfig
 
 import train
@@ -29,6 +28,7 @@ from training import trackers as watch
 from training.costs import tree_counter, tree_load
 from training.gpus import Gpu
 from training.metrics import Metrics, read_metrics
+from training.progress import Progress
 from training.settings import parse_settings
 from trees import Assignment, PlanSettings, StepFacts, StepSampler
 
@@ -59,16 +59,27 @@ def make(tmp_path, monkeypatch):
 
     def make(start: dict | None = None, gpu: Gpu | None = None, world_size: int = 1, trackers=()) -> Metrics:
         ranks = Ranks(0, world_size, torch.device("cpu"))
-        return Metrics(tmp_path, start or {}, 40, 10, gpu, ranks, list(trackers))
+        progress = Progress.from_state(start or {})
+        reported = Metrics(tmp_path, progress, 40, 10, gpu, ranks, list(trackers))
+        reported.start(progress)
+        reported.progress = progress
+        return reported
 
     return make
 
 
 def take(told: Metrics, done: int, loss: float = 2.0, grad_norm: float = 1.0, last: bool = True, facts=FACTS) -> dict:
     """One step; returns the last line."""
-    with tqdm(total=40, initial=done - 1, disable=True) as bar:
-        told.step(done, facts, loss, grad_norm, 1e-4, 0.5, bar, last)
+    told.progress.step = done
+    told.step(told.progress, facts, loss, grad_norm, 1e-4, 0.5, last)
     return (read_metrics(told.output / "metrics.jsonl") or [{}])[-1]
+
+
+def evaluated(told: Metrics, step: int, result: dict, is_best: bool) -> None:
+    told.progress.step = step
+    if is_best:
+        told.progress.best = {"exact_match": result["exact_match"], "step": step}
+    told.evaluation(told.progress, result, is_best)
 
 
 # ---------------------------------------------------------------------------------------------------------- the numbers
@@ -146,8 +157,7 @@ def test_operations_that_are_not_known_are_left_out(world, make):
 def test_speed_and_time_left_are_those_since_this_start(make):
     told = make()
     take(told, 1, last=False)
-    resumed = make({"step": 1, "sums": told.sums})
-    resumed.start_clock()
+    resumed = make({"step": 1, "sums": told.progress.sums})
     line = take(resumed, 2)
     assert line["questions"] == 16 and line["loss"] == 2 and line["questions_per_s"] == 8 / 4
     assert line["eta_s"] == 38 * 8  # eight seconds, two looks, a step
@@ -157,9 +167,9 @@ def test_set_up_evaluations_and_saves_take_from_the_time_left_and_not_from_the_s
     now, long = time.perf_counter, 1e6  # seconds
     ahead = []
     monkeypatch.setattr(time, "perf_counter", lambda: now() + sum(ahead))
-    for name in ("rehearse", "evaluate", "save_checkpoint"):
-        real = getattr(train, name)
-        monkeypatch.setattr(train, name, lambda *words, real=real: ahead.append(long) or real(*words))
+    for module, name in ((train, "rehearse"), (train, "evaluate"), (checkpoints, "save_checkpoint")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *words, real=real: ahead.append(long) or real(*words))
     train.main(arguments(world, tmp_path / "out"))
     found = lines(tmp_path / "out", "train")
     assert all(line["questions_per_s"] > 1e3 / long for line in found)
@@ -171,7 +181,7 @@ def test_skipped_steps_are_counted_over_lines_and_starts(make):
     take(told, 1, loss=float("nan"), last=False)
     take(told, 2, grad_norm=float("inf"), last=False)
     assert take(told, 3)["skipped"] == 2
-    assert take(make({"step": 3, "sums": told.sums}), 4)["skipped"] == 2
+    assert take(make({"step": 3, "sums": told.progress.sums}), 4)["skipped"] == 2
 
 
 @pytest.mark.parametrize("spoiled", [{"loss": float("nan"), "grad_norm": float("nan")}, {"grad_norm": float("inf")}])
@@ -187,10 +197,10 @@ def test_an_evaluation_that_is_still_due_is_written_once(make):
     """A run was stopped before it, went on with it, and was killed before the save that follows."""
     told, result = make(), {"loss": 1.5, "exact_match": 0.5}
     take(told, 5)
-    told.evaluation(5, result, is_best=True)
-    make({"step": 5}).evaluation(6, result, is_best=False)
+    evaluated(told, 5, result, is_best=True)
+    evaluated(make({"step": 5}), 6, result, is_best=False)
     assert [line["step"] for line in read_metrics(told.output / "metrics.jsonl")] == [5, 5, 6]
-    make({"step": 5, "evaluation_due": True}).evaluation(5, result, is_best=True)
+    evaluated(make({"step": 5, "evaluation_due": True}), 5, result, is_best=True)
     assert [line["event"] for line in read_metrics(told.output / "metrics.jsonl")] == ["train", "eval"]
 
 
@@ -199,18 +209,19 @@ def test_an_evaluation_that_is_still_due_is_written_once(make):
 
 def test_status_says_how_far_a_run_is(make):
     told = make()
-    told.status("running", 0)
+    told.status("running", told.progress)
     status = told.output / "status"
     assert status.read_text() == "running 0\nstep 0 of 40\n"
     take(told, 5)
     assert status.read_text() == "running 5\nstep 5 of 40, epoch 0.50, 0:00:56 left, loss 2\n"
-    told.evaluation(5, {"loss": 1.5, "exact_match": 0.625}, is_best=True)
-    told.evaluation(6, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
+    evaluated(told, 5, {"loss": 1.5, "exact_match": 0.625}, is_best=True)
+    evaluated(told, 6, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
     expected = "step 6 of 40, epoch 0.60, 0:00:56 left, loss 2, best exact match 62.5% at step 5"
     assert status.read_text() == f"running 6\n{expected}\n"
-    make({"step": 6, "best": told.best}).status("stopped", 6)
+    resumed = make({"step": 6, "best": told.progress.best})
+    resumed.status("stopped", resumed.progress)
     assert status.read_text() == f"stopped 6\n{expected}\n"
-    told.status("done", 6)  # by --patience
+    told.status("done", told.progress)  # by --patience
     assert status.read_text() == f"done 6\n{expected.replace(', 0:00:56 left', '')}\n"
 
 
@@ -218,7 +229,7 @@ def test_curves_are_redrawn_at_every_evaluation(make):
     told, drawn = make(), []
     for step in (1, 2, 3):
         take(told, step)
-        told.evaluation(step, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
+        evaluated(told, step, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
         root = ElementTree.parse(told.output / "curves.svg").getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         circles = root.findall(".//{*}circle[@class='k1']")
@@ -238,7 +249,7 @@ def test_a_full_disk_costs_status_and_curves_and_nothing_else(make, monkeypatch,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     told = make()
-    monkeypatch.setattr(checkpoints, "write_whole", full)
+    monkeypatch.setattr(metrics, "write_whole", full)
     take(told, 1)
     told.draw()
     printed = capsys.readouterr().out

@@ -1,0 +1,106 @@
+"""What a run says about its data and its model before it starts, and what is suspicious about its rows."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data import Sample, VQAData
+from dist_utils import print0
+from evaluation.scores import normalize
+from modeling.lora import lora_table
+from training.plan import GPU_COUNTS
+from trees import Step, group_samples, rank_efficiency
+
+LONG_ANSWER = 256  # trained tokens of a row, above which it is warned of
+
+
+def describe_data(train: VQAData, val: VQAData | None, plan: list[Step], tokenizer) -> None:
+    """Print what will be trained: sizes, warnings, lengths, the plan, and one sample with its trained tokens marked."""
+    for name, data in (("train", train), ("val", val)):
+        if data:
+            sizes = f"{len(data.samples):,} questions, {len(data.grids):,} images"
+            print0(f"{name}: {sizes}, {len(data.bad):,} rows left out")
+    for warning in data_warnings(train, val):
+        print0(f"warning: {warning}")
+    if weighted := sum(sample.weight != 1 for sample in train.samples):
+        print0(f"rows whose `weight` is not 1: {weighted:,}; the loss counts their answers by it")
+    groups = [len(group) for group in group_samples(train.samples)]
+    print0(f"questions per image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
+    print0("tokens per question (image included):\n" + length_histogram([sample.tokens for sample in train.samples]))
+    print0(describe_plan(train, plan))
+    print0(f"one sample, trained tokens in ⟦ ⟧:\n{describe_sample(train.samples[0], tokenizer)}")
+
+
+def describe_plan(train: VQAData, plan: list[Step]) -> str:
+    """An epoch's trees and steps, what sharing images saves, and how busy the steps keep several GPUs."""
+    trees = [tree for step in plan for batch in step for tree in batch]
+    alone = sum(train.samples[i].tokens for tree in trees for i in tree.samples)
+    shared = sum(tree.tokens for tree in trees)
+    efficiency = ", ".join(f"{100 * rank_efficiency(plan, n):.0f}% at {n}" for n in GPU_COUNTS)
+    return (
+        f"plan: {len(trees):,} trees in {len(plan):,} steps per epoch of {len(trees) / len(plan):.1f} images in "
+        f"{sum(map(len, plan)) / len(plan):.1f} micro-batches; trees need {shared:,} tokens per epoch, "
+        f"single questions {alone:,} ({alone / shared:.1f}x); rank efficiency {efficiency}"
+    )
+
+
+def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
+    """What may be wrong with rows that can be used: how many there are, and where the first one stands."""
+    warnings = []
+    if shared := set(train.grids) & set(val.grids) if val else set():
+        first, image = next((s, image) for s in val.samples for image in s.images if image in shared)
+        place = f"{first.where} {Path(image).name}"
+        warnings.append(f"validation images that are also trained on: {len(shared):,}, {place}")
+    return warnings + _row_warnings(train) + (_row_warnings(val) if val else [])
+
+
+def _row_warnings(data: VQAData) -> list[str]:
+    """Warnings of rows that repeat or contradict an earlier one, and of very long answers."""
+    answers_by_prompt, repeats, contradictions, long = {}, [], [], []
+    for sample in data.samples:
+        prompt = sample.ids[: sample.last_answer].tobytes()
+        answer, earlier = sample.fields["answer"], answers_by_prompt.setdefault((sample.images, prompt), {})
+        if answer in earlier:
+            repeats.append(f"{sample.where} repeats {earlier[answer].where}")
+        for other, row in earlier.items():
+            if normalize(other) != normalize(answer):
+                contradictions.append(f"{sample.where} says {answer[:40]!r}, {row.where} {other[:40]!r}")
+                break
+        earlier.setdefault(answer, sample)
+        if (count := sample.trained.sum()) > LONG_ANSWER:
+            long.append(f"{sample.where} has {count:,}")
+    kinds = {
+        "rows that repeat another in images, question and answer": repeats,
+        "rows that contradict another of the same images and question": contradictions,
+        f"rows of over {LONG_ANSWER} answer tokens": long,
+    }
+    return [f"{kind}: {len(rows):,}, {rows[0]}" for kind, rows in kinds.items() if rows]
+
+
+def describe_sample(sample: Sample, tokenizer) -> str:
+    """A sample's text as it is trained: trained tokens between ⟦ and ⟧, each image as its number of tokens."""
+    answer_edges = np.flatnonzero(np.diff(sample.trained)) + 1
+    cuts = sorted({*answer_edges, *sample.image_at, *(at + 1 for at in sample.image_at)})
+    text, counts = "", iter(sample.image_tokens)
+    for piece in np.split(np.arange(len(sample.ids)), cuts):
+        if not len(piece):
+            continue
+        is_image = piece[0] in sample.image_at
+        part = f"<{next(counts):,} image tokens>" if is_image else tokenizer.decode(sample.ids[piece].tolist())
+        text += f"⟦{part}⟧" if sample.trained[piece[0]] else part
+    return text
+
+
+def length_histogram(lengths: list[int]) -> str:
+    """One line per bin: its range in tokens, how many samples are in it, and a bar."""
+    counts, edges = np.histogram(lengths, bins=8)
+    bins = zip(counts, edges, edges[1:])
+    return "\n".join(f"  {a:7,.0f} to {b:7,.0f}  {n:7,}  {'█' * round(40 * n / max(counts))}" for n, a, b in bins)
+
+
+def describe_lora(model) -> None:
+    """Print the number of modules and parameters that are trained, by kind of layer."""
+    table = lora_table(model)
+    for kind, (modules, parameters) in table.items():
+        print0(f"  {kind:<38} {modules:>4} modules {parameters:>12,} parameters")
+    print0(f"  trained in all {sum(parameters for _, parameters in table.values()):,} parameters")
