@@ -18,7 +18,7 @@ from common import InputError
 from data import TreeDataset, VQAData, load_data
 from inputs.images import image_settings
 from inputs.rows import MAX_LISTED, stop_or_skip_bad
-from training.preparation import describe_sample
+from training.description import describe_sample
 from training.settings import parse_settings
 from trees import Assignment, PlanSettings, grow_tree, make_plan, rank_efficiency
 

@@ -25,6 +25,7 @@ from modeling import loading
 from modeling.lora import add_lora
 from training import checkpoints
 from training import preparation as prepare
+from training.settings import parse_settings
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_
     tracked = ["--tensorboard"] if find_spec("tensorboard") else []
     text = Run(arguments(world, output, **settings) + tracked, tmp_path / "log", ranks=2).succeed()
     assert len(list(output.glob("tensorboard/*"))) == len(tracked)  # by rank 0 alone
-    assert "⟦" in text and "rehearsed the heaviest micro-batch" in text and "q_proj" in text
+    assert "⟦" in text and "rehearsed the largest micro-batch" in text and "q_proj" in text
     alone = tmp_path / "alone"
     train.main(arguments(world, alone, **settings))
     losses, expected = ([line["loss"] for line in lines(folder, "train")] for folder in (output, alone))
@@ -289,17 +290,16 @@ def test_other_files_in_the_output_folder_stay(world, tmp_path):
 def test_resuming_before_the_newest_checkpoint_names_those_that_will_be_dropped(world, finished, tmp_path, capsys):
     output = shutil.copytree(finished, tmp_path / "out")
     train.main(arguments(world, output, resume=output / "checkpoint-000004"))
-    assert "checkpoint-000006 will be dropped at the next save" in capsys.readouterr().out
+    assert "checkpoint-000006 will be removed at the next save" in capsys.readouterr().out
 
 
 def test_no_epochs_are_planned_that_the_steps_do_not_reach(world, tmp_path, monkeypatch):
-    planned, real = [], train.make_plan
+    planned, real = [], prepare.make_plan
 
     def make_plan(samples, settings, epoch):
         planned.append(epoch)
         return real(samples, settings, epoch)
 
-    monkeypatch.setattr(train, "make_plan", make_plan)
     monkeypatch.setattr(prepare, "make_plan", make_plan)
     settings = {"max-steps": 6, "epochs": 1000, "eval-every": 0, "save-every": 0}  # 5 steps an epoch
     train.main(arguments(world, tmp_path / "out", **settings))
@@ -317,12 +317,12 @@ def test_resuming_on_other_rows_is_refused(world, finished, tmp_path):
 
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])
 def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
-    args = train.parse_settings(["--lr=1", "--warmup=10", f"--schedule={schedule}"])
+    args = parse_settings(["--lr=1", "--warmup=10", f"--schedule={schedule}"])
     rates = [train.learning_rate(step, 110, args) for step in range(110)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)]) and rates[10] == 1.0
     assert rates[-1] == pytest.approx(last, abs=0.02)
     assert rates[60] == pytest.approx(1.0 if schedule == "constant" else 0.5)
-    share = train.parse_settings(["--lr=1", "--warmup=0.1", "--schedule=constant"])
+    share = parse_settings(["--lr=1", "--warmup=0.1", "--schedule=constant"])
     assert train.learning_rate(5, 100, share) == pytest.approx(6 / 11)
 
 

@@ -26,9 +26,9 @@ from modeling.memory import MEMORY_BUDGETS, MEMORY_MARGIN, choose_memory_budget,
 from modeling.targets import DEFAULT_TARGETS
 from training import costs, plan
 from training import preparation as prepare
+from training.description import data_warnings
 from training.gpus import GPUS, Gpu
 from training.plan import GIB, budgets, choose, hours, make_job, pace, timeline
-from training.preparation import data_warnings
 from training.settings import parse_settings
 from trees import PlanSettings, grow_tree, largest_micro_batch, make_plan
 
