@@ -35,8 +35,8 @@ from trees import (
     StepSampler,
     largest_micro_batch,
     make_plan,
-    questions_by_file,
     plan_evaluation,
+    questions_by_file,
 )
 
 

@@ -16,7 +16,7 @@ from model import TreeModel, autocast
 from modeling.memory import MEMORY_BUDGETS, choose_memory_budget, compile_layers
 from training.checkpoints import mark_best, write_checkpoint
 from training.settings import to_toml
-from trees import MicroBatch, Assignment
+from trees import Assignment, MicroBatch
 
 
 def memory_budgets(args: argparse.Namespace, model: TreeModel, largest: MicroBatch, ranks: Ranks) -> list[float]:

@@ -83,7 +83,7 @@ def test_the_plan_needs_no_weights_and_no_pixels_and_leaves_nothing(bare, tmp_pa
         assert train.main([*arguments(bare, output), "--plan"]) == 0
     assert sorted(tmp_path.rglob("*")) == before
     told = capsys.readouterr().out
-    for expected in ("train: 33 questions, 4 images", "5 steps an epoch", "memory budget 0.2", "GPU hours", "disk:"):
+    for expected in ("train: 33 questions, 4 images", "5 steps per epoch", "memory budget 0.2", "GPU hours", "disk:"):
         assert told.count(expected) == 2
 
 
@@ -93,7 +93,7 @@ def test_rows_with_weights_of_their_own_are_reported(bare, capsys):
     rows[0]["weight"], rows[1]["weight"] = 2, 1
     (bare / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert train.main([*arguments(bare, ""), "--plan"]) == 0
-    assert "rows whose `weight` is not 1: 1, they count by it in the loss" in capsys.readouterr().out
+    assert "rows whose `weight` is not 1: 1; the loss counts their answers by it" in capsys.readouterr().out
 
 
 def test_rows_that_can_t_be_used_are_reported_as_by_a_run(bare):
