@@ -350,7 +350,7 @@ def test_a_run_of_two_files_is_logged_planned_held_out_resumed_and_evaluated(wor
     train.main(argv(output))
     told = capsys.readouterr().out
     assert f"{two[0]}: 17 questions, 8 an epoch" in told and f"{two[1]}: 11 questions, 22 an epoch" in told
-    assert "in 4 steps an epoch" in told and len(lines(output, "train")) == 4
+    assert "in 4 steps per epoch" in told and len(lines(output, "train")) == 4
     train.main(argv(tmp_path / "none") + ["--plan"])
     assert "17 questions, 8 an epoch" in capsys.readouterr().out
     train.main(argv(again, **{"max-steps": 4}))

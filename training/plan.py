@@ -197,7 +197,7 @@ def report(job: Job, images: ImageSettings) -> str:
         tokens = sum(tree.tokens for step in smaller.plan for batch in step for tree in batch)
         smaller_times = pace(smaller, gpu, chosen.slower)
         ends = [hours(smaller, smaller_times, gpus) for gpus in GPU_COUNTS]
-        lines.append(_columns(f"whole run with --max-pixels {limit}, {tokens:,} tokens an epoch", ends))
+        lines.append(_columns(f"whole run with --max-pixels {limit}, {tokens:,} tokens per epoch", ends))
     if args.time_limit:
         lines.append(limit_line(job, times))
     mib, count = job.checkpoint_bytes / 2**20, args.keep + 2
