@@ -1,4 +1,4 @@
-"""Data: rows to token ids with marked answers, and the batches that carry them and their images to the model.
+"""Data: rows become token ids with marked answers, and trees of them the batches that the model runs.
 
 `load_data` reads and checks everything before a GPU is touched. `trees.py` says which samples form a step;
 `TreeDataset` turns one micro-batch of that plan into a `Batch`.
@@ -7,7 +7,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -15,39 +15,33 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 import dist_utils
 from inputs import prompts
-from inputs.images import ImageSettings, check_images, find_images, load_patches
+from inputs.images import ImageSettings, check_images, find_images, load_patches, vision_inputs
 from inputs.rows import BadRow, Row, read_rows
 from inputs.vision_cache import VisionCache
-from trees import Assignment
+from trees import Assignment, tree_shape
 
-FLEX_BLOCK = 128  # on GPUs a batch is padded to whole blocks of FlexAttention's (pytorch#153799)
+FLEX_BLOCK = 128  # tokens per block of FlexAttention, of which a batch on a GPU has whole ones (pytorch#153799)
 STALLED_AFTER = 300  # seconds without a batch after which a data worker counts as stalled
 
 
 @dataclass
 class Sample:
-    """One question with its answer. `ids` hold one image token an image; `_expand` gives each its real number."""
+    """One question with its answer. `ids` has one image token per image; `_expand` repeats each as the image needs."""
 
     id: str
     where: str  # file:line
     images: tuple[str, ...]  # paths, in the order of their image tokens
     ids: np.ndarray  # (n,) int32
-    trained: np.ndarray  # (n,) bool: tokens of answers, end-of-turn included
+    trained: np.ndarray  # (n,) bool: tokens of answers, each with its end of turn
     image_at: tuple[int, ...]  # index of each image token in ids
     image_tokens: tuple[int, ...]  # language-model tokens of each image
     patches: tuple[int, ...]  # vision patches of each image
     fields: dict  # question, answer, question_type, options
-    weight: float = 1.0  # of its answers' tokens in the loss
-    file: int = 0  # number of the file of rows it is from
+    weight: float = 1.0  # of its answer tokens in the loss
+    file: int = 0  # number of its file of rows
 
     @property
     def tokens(self) -> int:
@@ -60,12 +54,12 @@ class Sample:
 
     def tokens_before(self, index: int) -> int:
         """Language-model tokens of the ids before `index`."""
-        return index + sum(n - 1 for at, n in zip(self.image_at, self.image_tokens) if at < index)
+        return index + sum(count - 1 for at, count in zip(self.image_at, self.image_tokens) if at < index)
 
 
 @dataclass
 class VQAData:
-    """All usable samples of one or several files of rows, the patch grid of every image, and what was not usable."""
+    """All usable samples of one or several files of rows, the patch grid of every image, and the unusable rows."""
 
     files: list[str]
     samples: list[Sample]
@@ -80,7 +74,7 @@ class VQAData:
         return replace(self, samples=samples, grids=grids, sizes=sizes)
 
     def of_files(self, first: int, end: int) -> "VQAData":
-        """The samples and bad rows of the files `first` to `end`, as if no other file had been read."""
+        """The samples and bad rows of files `first` to `end` - 1, as if no other file had been read."""
         samples, bad = (
             [replace(row, file=row.file - first) for row in rows if first <= row.file < end]
             for rows in (self.samples, self.bad)
@@ -88,7 +82,10 @@ class VQAData:
         return replace(self.only(samples), files=self.files[first:end], bad=bad)
 
     def fingerprint(self, folder: str) -> str:
-        """Changes when a sample's tokens, images (by their names below `folder`), weight, file or place change."""
+        """Changes with any sample's tokens, images (by name below `folder` and grid), weight, file or place.
+
+        Checkpoints hold it: a run whose fingerprint differs is not resumed.
+        """
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(sample.ids.tobytes() + sample.trained.tobytes())
@@ -128,38 +125,31 @@ def encode_rows(
     files: Iterable[str] = (),
     bad: Iterable[BadRow] = (),
 ) -> VQAData:
-    """Check the images of rows and tokenize their texts. Rows that can't be used join `bad`, with their reasons.
+    """Check the images of rows and tokenize their texts. Rows that can't be used join `bad`, each with its reason.
 
-    `system` is the system prompt of rows that have none. `prompt` is the text of a user turn, the row's own text
-    standing for {question}. `max_tokens` bounds a single sample. `headers_only` reads sizes of images and decodes none.
-    Raises InputError when `system` or `prompt` holds a special token.
+    `max_tokens` limits a single sample. `system` is the system prompt of rows that have none. `prompt` is put around
+    each question, in the place of its {question}. `headers_only` reads the sizes of images and decodes none. Raises
+    InputError when `system` or `prompt` holds a special token.
     """
-    special, bad = prompts.special_tokens(tokenizer), list(bad)
+    special, bad, grids = prompts.special_tokens(tokenizer), list(bad), {}
     prompts.refuse_special_settings(system, prompt, special)
-    located, usable, segments = [], [], []
-    for row in rows:
-        try:
-            row.images = find_images(row.images, Path(images_dir), allow_outside_images)
-            located.append(row)
-        except ValueError as reason:
-            bad.append(row.refused(reason))
-    sizes = check_images(sorted({image for row in located for image in row.images}), headers_only)
-    grids = {image: _grid(size, settings) for image, size in sizes.items()}
-    for row in located:
-        try:
-            for image in row.images:
-                if isinstance(grids[image], str):
-                    raise ValueError(f"image {image}: {grids[image]}")
-            messages = prompts.fill_template(row.messages, prompt)
-            prompts.refuse_special_tokens(messages, row.fields.get("options", []), special)
-            segments.append(prompts.render_segments(messages, tokenizer, system))
-            usable.append(row)
-        except ValueError as reason:
-            bad.append(row.refused(reason))
 
+    def locate(row: Row) -> None:
+        row.images = find_images(row.images, Path(images_dir), allow_outside_images)
+
+    def render(row: Row) -> list[tuple[str, bool]]:
+        grids.update((image, _grid(image, sizes[image], settings)) for image in row.images)
+        messages = prompts.fill_template(row.messages, prompt)
+        prompts.refuse_special_tokens(messages, row.fields.get("options", []), special)
+        return prompts.render_segments(messages, tokenizer, system)
+
+    located = [row for row, _ in _accept(rows, locate, bad)]
+    sizes = check_images(sorted({image for row in located for image in row.images}), headers_only)
+    rendered = _accept(located, render, bad)
+    token_ids = _token_ids({text for _, segments in rendered for text, _ in segments}, tokenizer)
     samples, image_token = [], tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    for row, pieces in zip(usable, _tokenize(segments, tokenizer)):
-        sample = _sample(row, pieces, image_token, grids, settings.merge_size)
+    for row, segments in rendered:
+        sample = _sample(row, segments, token_ids, image_token, grids, settings.merge_size)
         if sample.tokens <= max_tokens:
             samples.append(sample)
         else:
@@ -169,8 +159,19 @@ def encode_rows(
     return VQAData(list(map(str, files)), [], grids, bad, sizes).only(samples)
 
 
+def _accept(rows: list[Row], function: Callable, bad: list[BadRow]) -> list[tuple]:
+    """(row, function(row)) of each row. A row for which the function raises ValueError joins `bad` instead."""
+    accepted = []
+    for row in rows:
+        try:
+            accepted.append((row, function(row)))
+        except ValueError as reason:
+            bad.append(row.refused(reason))
+    return accepted
+
+
 def _distinct_names(paths: list[str]) -> list[str]:
-    """The shortest ends of paths that tell them apart: their last parts, as many of them as that takes."""
+    """The shortest ends of paths that tell them apart, in whole folder names."""
     names = []
     for path in paths:
         parts = Path(path).parts
@@ -180,50 +181,50 @@ def _distinct_names(paths: list[str]) -> list[str]:
     return names
 
 
-def _tokenize(segments: list[list[tuple[str, bool]]], tokenizer) -> list[list[tuple[list[int], bool]]]:
-    """Token ids for each segment's text. Every different text is tokenized once: many rows ask the same question."""
-    texts = list({text for pieces in segments for text, _ in pieces})
-    encoded = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []))
-    return [[(encoded[text], is_trained) for text, is_trained in pieces] for pieces in segments]
-
-
-def at_limit(data: VQAData, settings: ImageSettings, max_pixels: int) -> VQAData:
-    """The same samples with images of at most `max_pixels` pixels, as load_data would make them; nothing is read."""
-    limited = replace(settings, min_pixels=min(settings.min_pixels, max_pixels), max_pixels=max_pixels)
-    grids = {image: limited.grid(*size) for image, size in data.sizes.items()}
-    samples = [replace(one, **_image_sizes(one.images, grids, settings.merge_size)) for one in data.samples]
-    return replace(data, samples=samples, grids=grids)
-
-
-def _image_sizes(images: Iterable[str], grids: dict, merge_size: int) -> dict[str, tuple[int, ...]]:
-    """Vision patches and language-model tokens of each of a sample's images."""
-    patches = tuple(math.prod(grids[image]) for image in images)
-    return {"patches": patches, "image_tokens": tuple(count // merge_size**2 for count in patches)}
-
-
-def _grid(size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int] | str:
-    """The patch grid of a picture of this size, or what is wrong with the picture."""
+def _grid(image: str, size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int]:
+    """The patch grid of an image. Raises ValueError if `size` says what is wrong with it, or if it is too narrow."""
     try:
-        return size if isinstance(size, str) else settings.grid(*size)
-    except ValueError as error:
-        return str(error)
+        if isinstance(size, str):
+            raise ValueError(size)
+        return settings.grid(*size)
+    except ValueError as problem:
+        raise ValueError(f"image {image}: {problem}") from None
 
 
-def _sample(row: Row, pieces: list, image_token: int, grids: dict, merge_size: int) -> Sample:
-    ids = np.concatenate([piece for piece, _ in pieces]).astype(np.int32)
-    trained = np.concatenate([np.full(len(piece), is_trained) for piece, is_trained in pieces])
+def _token_ids(texts: set[str], tokenizer) -> dict[str, list[int]]:
+    """Token ids by text. Many rows ask the same question, so each text is tokenized once for all of them."""
+    texts = list(texts)
+    return dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []))
+
+
+def _sample(row: Row, segments: list, token_ids: dict, image_token: int, grids: dict, merge_size: int) -> Sample:
+    ids = np.concatenate([token_ids[text] for text, _ in segments]).astype(np.int32)
     return Sample(
         id=str(row.fields["id"]),
         where=row.where,
         images=tuple(row.images),
         ids=ids,
-        trained=trained,
+        trained=np.concatenate([np.full(len(token_ids[text]), is_trained) for text, is_trained in segments]),
         image_at=tuple(np.flatnonzero(ids == image_token).tolist()),
-        **_image_sizes(row.images, grids, merge_size),
+        **_image_lengths(row.images, grids, merge_size),
         fields=row.fields,
         weight=row.weight,
         file=row.file,
     )
+
+
+def _image_lengths(images: Iterable[str], grids: dict, merge_size: int) -> dict[str, tuple[int, ...]]:
+    """Vision patches and language-model tokens of each of a sample's images."""
+    patches = tuple(math.prod(grids[image]) for image in images)
+    return {"patches": patches, "image_tokens": tuple(count // merge_size**2 for count in patches)}
+
+
+def at_limit(data: VQAData, settings: ImageSettings, max_pixels: int) -> VQAData:
+    """The same samples as `load_data` would make them with images of at most `max_pixels` pixels. Reads no file."""
+    limited = replace(settings, min_pixels=min(settings.min_pixels, max_pixels), max_pixels=max_pixels)
+    grids = {image: limited.grid(*size) for image, size in data.sizes.items()}
+    samples = [replace(sample, **_image_lengths(sample.images, grids, settings.merge_size)) for sample in data.samples]
+    return replace(data, samples=samples, grids=grids)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -238,23 +239,23 @@ class Batch:
 
     ids: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (3, T) int64: rotary position in time, height and width
-    tree: torch.Tensor  # (T,) int32; padding is a tree of its own
+    tree: torch.Tensor  # (T,) int32; padding is tree -1
     branch: torch.Tensor  # (T,) int32: 0 in a prefix, from 1 in branches
     image_at: torch.Tensor  # (I,) int64: where the image tokens are
     answer_at: torch.Tensor  # (N,) int64: tokens whose next token is trained
     targets: torch.Tensor  # (N,) int64: those next tokens
-    weights: torch.Tensor  # (N,) float32: how much each counts in the loss
-    question: torch.Tensor  # (N,) int64: which of the batch's samples each belongs to
-    patches: torch.Tensor  # (sum of grids, 3, patch_size**2) uint8
+    weights: torch.Tensor  # (N,) float32: weight of each in the loss
+    question: torch.Tensor  # (N,) int64: place in `samples` of the one that each belongs to
+    patches: torch.Tensor  # (sum of grids, 3, patch_size**2) uint8: a quarter of float32's bytes on the way to the GPU
     grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
-    vision: dict  # what the vision tower derives from the grid, made here so that the GPU need not wait for it
+    vision: dict  # what the vision tower derives from the grid; made here, as on the GPU it would wait for each value
     samples: list[int]  # indices into VQAData.samples
     assignment: Assignment
     features: torch.Tensor | None = None  # (sets, I, width) from the vision cache, instead of patches
     cache_names: list[str] = field(default_factory=list)  # of the images' entries in the vision cache
     image_tokens: tuple[int, ...] = ()  # of each image
 
-    def _map(self, function) -> "Batch":
+    def _map(self, function: Callable) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         vision = {name: function(v) if torch.is_tensor(v) else v for name, v in self.vision.items()}
         return replace(self, **{name: function(v) for name, v in values.items() if torch.is_tensor(v)}, vision=vision)
@@ -264,21 +265,6 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         return self._map(torch.Tensor.pin_memory)
-
-
-def rotary_positions(sample: Sample, grids: dict[str, tuple[int, int]], merge_size: int) -> np.ndarray:
-    """(3, tokens) positions as Qwen-VL counts them: text advances all three axes together, an image spans a grid
-    and advances them by its longer side (transformers' `get_rope_index`, to which a test holds this equal)."""
-    pieces, start, at = [], 0, 0
-    for where, path in zip(sample.image_at, sample.images):
-        text = np.arange(start, start + where - at)
-        down, across = (side // merge_size for side in grids[path])
-        start += where - at
-        image = np.stack([np.zeros((down, across), int), *np.indices((down, across))]).reshape(3, -1) + start
-        pieces += [np.stack([text] * 3), image]
-        start, at = start + max(down, across), where + 1
-    text = np.arange(start, start + len(sample.ids) - at)
-    return np.concatenate([*pieces, np.stack([text] * 3)], axis=1)
 
 
 def build_batch(
@@ -291,79 +277,65 @@ def build_batch(
 ) -> Batch:
     """Pack the trees of `assignment` into a `Batch`, padded to a multiple of `pad_to` tokens.
 
-    `prompts_only` cuts every branch before its last answer, which is what generation starts from. With features of all
-    its images in the `cache` the batch has those and no patches.
+    `prompts_only` cuts every branch before its last answer, where generation starts. If the `cache` has the features of
+    all images, the batch brings them and no patches.
     """
-    parts, answers, samples, images, offset = [], [], [], [], 0
+    parts, samples, images, offset = [], [], [], 0
     for number, tree in enumerate(assignment.trees):
-        for branch, index in enumerate(tree.samples, start=1):
-            sample = data.samples[index]
-            ids, trained, is_image = _expand(sample)
-            prefix = sample.tokens_before(tree.prefix)
-            first = 0 if branch == 1 else prefix  # the first branch brings the prefix along
-            end = sample.tokens_before(sample.last_answer) if prompts_only else len(ids)
-            marked = np.array([end]) if prompts_only else np.flatnonzero(trained)
-            positions = rotary_positions(sample, data.grids, settings.merge_size)[:, first:end]
-            branch_ids = np.where(np.arange(first, end) < prefix, 0, branch)
-            parts.append((ids[first:end], positions, np.full(end - first, number), branch_ids, is_image[first:end]))
-            weights = np.full(len(marked), sample.weight, np.float32)
-            answers.append((marked - 1 - first + offset, ids[marked], weights, np.full(len(marked), len(samples))))
-            images += [path for path, at in zip(sample.images, sample.image_at) if branch == 1 or at >= tree.prefix]
-            samples.append(index)
-            offset += end - first
-    blocks = max(-(-offset // pad_to), 2)  # torch compiles anew for a size of 1
-    if pad_to > 1 and (padding := blocks * pad_to - offset):
-        zeros = np.zeros(padding, int)
-        parts.append((zeros, np.stack([np.arange(padding)] * 3), zeros - 1, zeros, zeros.astype(bool)))
-
-    ids, positions, tree, branch, is_image = (torch.from_numpy(np.concatenate(part, axis=-1)) for part in zip(*parts))
-    answer_at, targets, weights, question = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers))
-    names = [cache.name(path, data.grids[path]) for path in images] if cache else []
-    image_tokens = _image_sizes(images, data.grids, settings.merge_size)["image_tokens"]
-    features = cache.load(names, image_tokens) if names else None
-    seen = images if features is None else []
-    loaded = {path: load_patches(path, data.grids[path], settings) for path in dict.fromkeys(seen)}
-    grid = torch.tensor([(1, *data.grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
-    no_patches = np.zeros((0, 3, settings.patch_size**2), np.uint8)
+        chosen = [data.samples[index] for index in tree.samples]
+        shape = tree_shape(chosen, tree.prefix_ids)
+        for branch, sample in enumerate(chosen, start=1):
+            part = _branch_fields(sample, branch, shape.prefix, data.grids, settings.merge_size, prompts_only)
+            length = len(part["ids"])
+            part["tree"] = np.full(length, number, np.int32)
+            part["question"] = np.full(len(part["targets"]), len(samples) + branch - 1)
+            for name in ("image_at", "answer_at"):
+                part[name] += offset
+            parts.append(part)
+            offset += length
+        images += [chosen[place].images[image] for place, image in shape.encoded]
+        samples += tree.samples
+    if pad_to > 1:
+        parts.append(_padding_fields(offset, pad_to))
+    arrays = {name: np.concatenate([part[name] for part in parts if name in part], axis=-1) for name in parts[0]}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(
-        ids=ids.long(),
-        positions=positions,
-        tree=tree.int(),
-        branch=branch.int(),
-        image_at=is_image.nonzero().flatten(),
-        answer_at=answer_at,
-        targets=targets.long(),
-        weights=weights,
-        question=question,
-        patches=torch.from_numpy(np.concatenate([no_patches, *(loaded[path] for path in seen)])),
-        grid=grid,
-        vision=_vision_inputs(grid, settings) if seen else {},
-        samples=samples,
-        assignment=assignment,
-        features=features,
-        cache_names=names,
-        image_tokens=image_tokens,
+        **tensors, **_image_fields(images, data.grids, settings, cache), samples=samples, assignment=assignment
     )
 
 
-def _vision_inputs(grid: torch.Tensor, settings: ImageSettings) -> dict:
-    """The vision tower's keyword arguments for these images, by transformers' own functions."""
-    starts = get_vision_cu_seqlens(grid)
-    inputs = {
-        "position_ids": get_vision_position_ids(grid, settings.merge_size),
-        "cu_seqlens": starts,
-        "max_seqlen": int(starts.diff().max()),
-        "image_starts": starts.tolist(),
+def _branch_fields(
+    sample: Sample, branch: int, prefix: int, grids: dict, merge_size: int, prompts_only: bool
+) -> dict[str, np.ndarray]:
+    """A branch's part of the fields of `Batch`. Indices count from the part's first token; branch 1 holds the tree's
+    prefix of `prefix` tokens too."""
+    ids, trained, is_image = _expand(sample)
+    start = 0 if branch == 1 else prefix
+    end = sample.tokens_before(sample.last_answer) if prompts_only else len(ids)
+    # A prompt's last token predicts the first generated one; what it is compared with there does not matter.
+    answers = np.array([end]) if prompts_only else np.flatnonzero(trained)
+    return {
+        "ids": ids[start:end],
+        "positions": rotary_positions(sample, grids, merge_size)[:, start:end],
+        "branch": np.where(np.arange(start, end) < prefix, 0, branch).astype(np.int32),
+        "image_at": np.flatnonzero(is_image[start:end]),
+        "answer_at": answers - 1 - start,
+        "targets": ids[answers],
+        "weights": np.full(len(answers), sample.weight, np.float32),
     }
-    if settings.position_side:
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            grid, settings.position_side, align_corners=True, spatial_merge_size=settings.merge_size
-        )
-        inputs |= {"interp_indices": indices, "interp_weights": weights}
-    if settings.window_size:
-        index, starts = get_vision_window_index(grid, settings.merge_size, settings.window_size, settings.patch_size)
-        inputs |= {"window_index": index, "cu_window_seqlens": starts, "max_window_seqlen": int(starts.diff().max())}
-    return inputs
+
+
+def _padding_fields(length: int, pad_to: int) -> dict[str, np.ndarray]:
+    """What makes a batch of `length` tokens a multiple of `pad_to` long: a tree of its own, which no token sees."""
+    blocks = max(-(-length // pad_to), 2)  # never one block: torch.compile makes a size of 1 a constant and starts anew
+    padding = np.arange(blocks * pad_to - length)
+    zeros = np.zeros_like(padding)
+    return {
+        "ids": zeros,
+        "positions": np.stack([padding] * 3),
+        "branch": zeros.astype(np.int32),
+        "tree": zeros.astype(np.int32) - 1,
+    }
 
 
 def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -371,11 +343,53 @@ def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     repeats = np.ones(len(sample.ids), int)
     repeats[list(sample.image_at)] = sample.image_tokens
     is_image = np.isin(np.arange(len(sample.ids)), sample.image_at)
-    return np.repeat(sample.ids, repeats), np.repeat(sample.trained, repeats), np.repeat(is_image, repeats)
+    ids, trained, is_image = (np.repeat(values, repeats) for values in (sample.ids, sample.trained, is_image))
+    return ids.astype(np.int64), trained, is_image
+
+
+def rotary_positions(sample: Sample, grids: dict[str, tuple[int, int]], merge_size: int) -> np.ndarray:
+    """(3, tokens) positions in time, height and width as Qwen-VL counts them (transformers' `get_rope_index`).
+
+    Text advances all three together. An image spans a grid and advances them by its longer side. A branch's positions
+    so continue from its prefix, whatever branches stand between them in a batch.
+    """
+    pieces, position, start = [], 0, 0  # of the next token; index in `ids` behind the last image
+    for at, path in zip(sample.image_at, sample.images):
+        rows, columns = (side // merge_size for side in grids[path])
+        pieces.append(np.stack([np.arange(position, position + at - start)] * 3))
+        position += at - start
+        pieces.append(
+            position + np.stack([np.zeros((rows, columns), int), *np.indices((rows, columns))]).reshape(3, -1)
+        )
+        position, start = position + max(rows, columns), at + 1
+    pieces.append(np.stack([np.arange(position, position + len(sample.ids) - start)] * 3))
+    return np.concatenate(pieces, axis=1)
+
+
+def _image_fields(images: list[str], grids: dict, settings: ImageSettings, cache: VisionCache | None) -> dict:
+    """The fields of `Batch` about its images: their patches, or their features if the cache has those of all."""
+    image_tokens = _image_lengths(images, grids, settings.merge_size)["image_tokens"]
+    names = [cache.name(path, grids[path]) for path in images] if cache else []
+    features = cache.load(names, image_tokens) if names else None
+    encoded = images if features is None else []
+    patches = {path: load_patches(path, grids[path], settings) for path in dict.fromkeys(encoded)}
+    no_patches = np.zeros((0, 3, settings.patch_size**2), np.uint8)
+    grid = torch.tensor([(1, *grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
+    return {
+        "patches": torch.from_numpy(np.concatenate([no_patches, *(patches[path] for path in encoded)])),
+        "grid": grid,
+        "vision": vision_inputs(grid, settings) if encoded else {},
+        "features": features,
+        "cache_names": names,
+        "image_tokens": image_tokens,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- loader
 
 
 class TreeDataset(Dataset):
-    """Items are micro-batches: a sampler yields `Assignment`, an item is its `Batch`."""
+    """Items are micro-batches: a sampler yields an `Assignment`, an item is its `Batch`."""
 
     def __init__(self, data: VQAData, settings: ImageSettings, pad_to: int = 1, **options):
         """`options`: the other arguments of `build_batch`."""
@@ -386,22 +400,18 @@ class TreeDataset(Dataset):
             return build_batch(self.data, assignment, self.settings, **self.options)
         except OSError as error:  # checked before training, so it has changed since
             first = self.data.samples[assignment.trees[0].samples[0]].where
-            raise RuntimeError(f"an image of {first} or what follows can't be read any more: {error}") from error
-
-
-# ----------------------------------------------------------------------------------------------------------- loader
+            raise RuntimeError(f"an image of {first} or of a row after it can no longer be read: {error}") from error
 
 
 def make_loader(
     dataset: TreeDataset, sampler, workers: int, device: torch.device, persistent: bool = False
 ) -> DataLoader:
-    """One item is one micro-batch: `batch_size` is the plan's business."""
     return DataLoader(
         dataset,
         sampler=sampler,
-        batch_size=None,
+        batch_size=None,  # an item is a micro-batch already
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda",  # only from pinned memory does a copy to the GPU run beside the step
         persistent_workers=persistent and workers > 0,
         worker_init_fn=dist_utils.ignore_signals,
         timeout=STALLED_AFTER if workers else 0,
@@ -418,8 +428,8 @@ def next_batches(loader: DataLoader):
             assignment = next(islice(iter(loader.sampler), number, None))
             samples = [loader.dataset.data.samples[i] for tree in assignment.trees for i in tree.samples]
             images = dict.fromkeys(image for sample in samples for image in sample.images)
-            worker = f"data worker {number % loader.num_workers}" if loader.num_workers else "this process"
-            error.add_note(f"{worker} was to read {', '.join(images)} for {samples[0].where} and what follows")
+            reader = f"data worker {number % loader.num_workers}" if loader.num_workers else "this process"
+            error.add_note(f"{reader} was reading {', '.join(images)} for {samples[0].where} and rows after it")
             raise
         if batch is None:
             return
@@ -428,4 +438,5 @@ def next_batches(loader: DataLoader):
 
 
 def padding(device: torch.device) -> int:
+    """Tokens of which a batch on this device has a multiple."""
     return FLEX_BLOCK if device.type == "cuda" else 1

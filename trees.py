@@ -1,33 +1,44 @@
 """Trees and the step plan: which samples form optimizer step s, and how they are packed into micro-batches.
 
-A tree is one list of images with questions about it. The plan is a pure function of (samples, settings, seed, epoch);
-ranks only share out a step's micro-batches, so the number of GPUs changes no loss.
+A tree is one list of images with the questions about it. The plan is a pure function of (samples, settings, seed,
+epoch). Ranks only share out a step's micro-batches, so the number of GPUs changes no loss.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import numpy as np
 from torch.utils.data import DistributedSampler
 
 # Cost of a tree in units of one language-model token's matrix products, forward and backward, for Qwen3-VL-8B:
 # a token 4 x 6.95e9 FLOP (frozen weights: no weight gradient), a vision patch 2 x 0.57e9 FLOP forward only, a pair of
-# patches 4 x 1152 x 27 layers, a visible pair of tokens 3.5 x 4 x 4096 x 36 layers. Only ratios matter, for balance.
+# patches 4 x 1152 x 27 layers, a visible pair of tokens 3.5 x 4 x 4096 x 36 layers. Only ratios matter: the plan
+# balances costs, and other models would change the balance little. A changed value changes every plan.
 PATCH_COST = 0.041
 PATCH_PAIR_COST = 4.5e-6
 TOKEN_PAIR_COST = 7.4e-5
 
-LOOK_AHEAD = 64  # trees that a step is drawn from, in random order
-DRAWS = 32  # draws of a step, the best balanced of which is kept
-RANK_MULTIPLE = 4  # a step has a multiple of this many micro-batches, and is one that so many ranks share evenly
+LOOK_AHEAD = 64  # groups of questions that a step is drawn from, in random order
+DRAWS = 32  # random draws for a step, of which the best balanced is kept
+RANK_MULTIPLE = 4  # a step has a multiple of this many micro-batches and is balanced for this many ranks
 
 
 @dataclass(frozen=True)
 class Tree:
     samples: tuple[int, ...]  # indices into VQAData.samples, one branch each
-    prefix: int  # ids that all branches share (an image counts as one)
+    prefix_ids: int  # ids that all branches share; an image counts as one
     tokens: int  # language-model tokens of the whole tree
     cost: float
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How a tree's tokens are laid out: the prefix, from its first sample, then what each sample adds to it."""
+
+    prefix: int  # language-model tokens that all branches share
+    branches: np.ndarray  # (samples,) language-model tokens of each branch behind the prefix
+    encoded: list[tuple[int, int]]  # (sample, image) of each image that the vision tower encodes, as places in lists
 
 
 MicroBatch = tuple[Tree, ...]
@@ -41,63 +52,70 @@ class StepFacts:
     number: int  # over all epochs, from 0
     questions: int
     images: int  # trees
-    answer_weight: float  # what the step's loss is divided by: its answer tokens, each times its row's weight
-    tokens: int = 0  # of the language model: a prefix counts once
+    answer_weight: float  # divides the step's loss: the number of answer tokens, each times its row's weight
+    tokens: int = 0  # of the language model; a prefix counts once
     flops: float = 0.0  # operations without recomputation; 0 where the model's are not known
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One micro-batch for one rank. `number` is its place in its step, the same for any number of ranks."""
+    """A micro-batch that a rank runs."""
 
     trees: MicroBatch
-    number: int = 0
+    number: int = 0  # place in the step, the same for any number of ranks: dropout is seeded from it
     step: StepFacts | None = None  # None in evaluation
-    in_loss: bool = True  # False: repeated with weight 0 by a rank that has no other, for it to join the all-reduce
+    in_loss: bool = True  # False: repeated with weight 0, so that a rank without work joins the all-reduce
     last: bool = True  # the rank's last of this step
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    batch_size: int  # questions an optimizer step
-    questions_per_image: int  # branches a tree at most; 0: all
-    max_tokens: int  # of a micro-batch
+    batch_size: int  # questions per optimizer step
+    questions_per_image: int  # at most so many branches per tree; 0: all
+    max_tokens: int  # per micro-batch
     seed: int
-    weights: tuple[float, ...] = ()  # of each file of rows: how often an epoch asks its questions; empty: once
+    weights: tuple[float, ...] = ()  # how often an epoch asks the questions of each file of rows; empty: once
 
     @classmethod
     def of(cls, args) -> "PlanSettings":
         """From the settings of a run."""
-        names = ("batch_size", "questions_per_image", "max_tokens", "seed")
-        return cls(*(getattr(args, name) for name in names), tuple(args.train_weights))
+        return cls(args.batch_size, args.questions_per_image, args.max_tokens, args.seed, tuple(args.train_weights))
+
+
+# ------------------------------------------------------------------------------------------------------------ geometry
 
 
 def grow_tree(samples: list, indices: list[int]) -> Tree:
-    """The tree of these samples: its prefix is what their ids share, short of the token that predicts an answer."""
+    """The tree of these samples, with the longest prefix that they can share."""
     chosen = [samples[i] for i in indices]
-    length = min(int(sample.trained.argmax()) for sample in chosen) - 1
+    # The token before an answer predicts the answer's first token, so it must stay in the branch.
+    shared = min(int(sample.trained.argmax()) for sample in chosen) - 1
     for sample in chosen[1:]:
-        differs = chosen[0].ids[:length] != sample.ids[:length]
-        length = int(differs.argmax()) if differs.any() else length
-    prefix, branches, patches = tree_shape(chosen, length)
+        differs = chosen[0].ids[:shared] != sample.ids[:shared]
+        shared = int(differs.argmax()) if differs.any() else shared
+    shape = tree_shape(chosen, shared)
+    prefix, branches = shape.prefix, shape.branches
+    patches = np.array([chosen[sample].patches[image] for sample, image in shape.encoded])
+    # A prefix token sees half of the prefix on average; a branch token all of it and half of its own branch.
     pairs = prefix**2 / 2 + (branches * (prefix + branches / 2)).sum()
     cost = prefix + branches.sum() + TOKEN_PAIR_COST * pairs
     cost += (PATCH_COST * patches + PATCH_PAIR_COST * patches**2).sum()
-    return Tree(tuple(indices), length, int(prefix + branches.sum()), float(cost))
+    return Tree(tuple(indices), shared, int(prefix + branches.sum()), float(cost))
 
 
-def tree_shape(chosen: list, length: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Tokens of the prefix, tokens of each branch, and patches of each image that is encoded, of a tree of the samples
-    `chosen`, which share their first `length` ids."""
-    prefix = chosen[0].tokens_before(length)
-    branches = np.array([sample.tokens for sample in chosen]) - prefix
-    patches = [n for k, s in enumerate(chosen) for n, at in zip(s.patches, s.image_at) if not k or at >= length]
-    return prefix, branches, np.array(patches)
+def tree_shape(samples: list, prefix_ids: int) -> TreeShape:
+    """The shape of a tree of these samples, which share their first `prefix_ids` ids."""
+    prefix = samples[0].tokens_before(prefix_ids)
+    branches = np.array([sample.tokens for sample in samples]) - prefix
+    # An image of the prefix is encoded once, for the first sample. One behind it, say after a first answer, is encoded
+    # for each branch that shows it, as each has image tokens of its own.
+    places = ((k, image, at) for k, sample in enumerate(samples) for image, at in enumerate(sample.image_at))
+    return TreeShape(prefix, branches, [(k, image) for k, image, at in places if k == 0 or at >= prefix_ids])
 
 
 def group_samples(samples: list, among: Iterable[int] | None = None) -> list[list[int]]:
-    """Samples (`among` those of these indices) that can share a tree: the same images in the same rendering, all of
-    them before the first answer."""
+    """Indices of samples that can share a tree, group by group: those with the same images, all of them before the
+    first answer, in the same rendering. `among` limits them to these indices."""
     groups = {}
     for index in range(len(samples)) if among is None else among:
         sample = samples[index]
@@ -108,9 +126,23 @@ def group_samples(samples: list, among: Iterable[int] | None = None) -> list[lis
     return list(groups.values())
 
 
+def _within_budget(samples: list, indices: list[int], max_tokens: int) -> list[Tree]:
+    """One tree of these samples or, where it has over `max_tokens` tokens, several: halves of halves."""
+    tree = grow_tree(samples, indices)
+    if tree.tokens <= max_tokens or len(indices) == 1:
+        return [tree]
+    half = len(indices) // 2
+    return _within_budget(samples, indices[:half], max_tokens) + _within_budget(samples, indices[half:], max_tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------- the epoch
+
+
 def questions_by_file(samples: list, settings: PlanSettings) -> list[tuple[list[int], int]]:
-    """Of each file of rows: the indices of its samples, and how many questions an epoch asks of it, the same in every
-    epoch."""
+    """For each file of rows: the indices of its samples, and how many questions an epoch asks of it.
+
+    The number is the same in every epoch. Files without samples are left out.
+    """
     files = [[] for _ in settings.weights or range(1 + max((sample.file for sample in samples), default=0))]
     for index, sample in enumerate(samples):
         files[sample.file].append(index)
@@ -119,84 +151,92 @@ def questions_by_file(samples: list, settings: PlanSettings) -> list[tuple[list[
 
 
 def epoch_passes(samples: list, settings: PlanSettings, epoch: int) -> list[list[int]]:
-    """The samples of an epoch in passes, each sample once a pass at most.
+    """Indices of an epoch's samples in passes, each sample at most once per pass.
 
-    A file's samples stand in a fixed order, in which those of an image are neighbours. An epoch goes on in it where
-    the one before ended, and round again: all samples of a file are trained equally often.
+    A file's samples have a fixed order that keeps those of an image together. Each epoch continues in it where the one
+    before ended and starts over at its end, so all samples of a file are trained equally often.
     """
-    passes = []
+    chunks_by_file = []
     for number, (own, count) in enumerate(questions_by_file(samples, settings)):
         groups = group_samples(samples, own)
-        places = np.random.default_rng([settings.seed, number]).permutation(len(groups))
-        order = np.concatenate([groups[place] for place in places])
-        turns = order[np.arange(epoch * count, (epoch + 1) * count) % len(own)]
-        for part, start in enumerate(range(0, count, len(own))):
-            passes += [[]] * (part == len(passes))
-            passes[part] = passes[part] + turns[start : start + len(own)].tolist()
-    return [sorted(indices) for indices in passes]
+        order = np.random.default_rng([settings.seed, number]).permutation(len(groups))
+        in_order = np.concatenate([groups[place] for place in order])
+        asked = in_order[np.arange(epoch * count, (epoch + 1) * count) % len(own)]
+        chunks_by_file.append([asked[start : start + len(own)].tolist() for start in range(0, count, len(own))])
+    return [sorted(chain(*chunks)) for chunks in zip_longest(*chunks_by_file, fillvalue=[])]
+
+
+class _Group:
+    """Questions of one image that enter a step together, and their tree, or trees where one is over budget."""
+
+    def __init__(self, samples: list, indices: list[int], max_tokens: int):
+        self.indices, self.trees = indices, _within_budget(samples, indices, max_tokens)
 
 
 def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
     """The steps of an epoch, ceil(questions / batch_size) of them, each sample as often as its file's weight says.
 
-    Images are shuffled, and the questions of each. A step takes the tree that has waited longest and others drawn
-    from the next LOOK_AHEAD, until it holds `batch_size` questions; of DRAWS such draws the one that RANK_MULTIPLE
-    ranks share most evenly is kept. Where no tree fits the last places, one is split over two steps.
+    Images are shuffled, and so are the questions of each. A step takes the group that has waited longest and random
+    ones of the next LOOK_AHEAD until it holds `batch_size` questions. Where no group fits the last places, one is split
+    over two steps.
     """
     random = np.random.default_rng([settings.seed, epoch])
-    cap = min(settings.questions_per_image or settings.batch_size, settings.batch_size)
-    waiting = []
-    passes = epoch_passes(samples, settings, epoch)
-    for group in (group for indices in passes for group in group_samples(samples, indices)):
-        order = random.permutation(group).tolist()
-        waiting += [order[start : start + cap] for start in range(0, len(order), cap)]
-    waiting = [_Part(samples, waiting[i], settings.max_tokens) for i in random.permutation(len(waiting))]
-
-    steps = []
-    while waiting:
-        draws = [_draw(waiting, settings.batch_size, random) for _ in range(DRAWS)]
-        packed = [pack([tree for i in draw for tree in waiting[i].trees], settings.max_tokens) for draw in draws]
-        full = [sum(len(waiting[i].indices) for i in draw) == settings.batch_size for draw in draws]
-        best = max(range(DRAWS), key=lambda n: (full[n], rank_efficiency([packed[n]], RANK_MULTIPLE)))
-        step, taken = packed[best], set(draws[best])
-        waiting = [part for i, part in enumerate(waiting) if i not in taken]
-        room = settings.batch_size - sum(len(tree.samples) for batch in step for tree in batch)
-        if room and waiting:
-            head, tail = waiting[0].indices[:room], waiting[0].indices[room:]
-            trees = [tree for batch in step for tree in batch] + _within(samples, head, settings.max_tokens)
-            step, waiting[0] = pack(trees, settings.max_tokens), _Part(samples, tail, settings.max_tokens)
+    queue, steps = _shuffled_groups(samples, settings, epoch, random), []
+    while queue:
+        step, drawn = _best_draw(queue, settings, random)
+        queue = [group for place, group in enumerate(queue) if place not in drawn]
+        room = settings.batch_size - sum(len(tree.samples) for tree in trees_of(step))
+        if room and queue:
+            # A step that is not full would change the number of steps, and the weight of each question with it.
+            head, tail = queue[0].indices[:room], queue[0].indices[room:]
+            step = pack(trees_of(step) + _within_budget(samples, head, settings.max_tokens), settings.max_tokens)
+            queue[0] = _Group(samples, tail, settings.max_tokens)
         steps.append(step)
     return steps
 
 
-class _Part:
-    """Questions of one image that wait for a step, with the tree (trees, where over budget) that they make."""
+def _shuffled_groups(samples: list, settings: PlanSettings, epoch: int, random: np.random.Generator) -> list[_Group]:
+    """An epoch's questions in random order, in groups of at most `questions_per_image` of the same image."""
+    limit = min(settings.questions_per_image or settings.batch_size, settings.batch_size)
+    parts = []
+    for indices in epoch_passes(samples, settings, epoch):
+        for group in group_samples(samples, indices):
+            order = random.permutation(group).tolist()
+            parts += [order[start : start + limit] for start in range(0, len(order), limit)]
+    return [_Group(samples, parts[place], settings.max_tokens) for place in random.permutation(len(parts))]
 
-    def __init__(self, samples: list, indices: list[int], max_tokens: int):
-        self.indices, self.trees = indices, _within(samples, indices, max_tokens)
+
+def _best_draw(queue: list[_Group], settings: PlanSettings, random: np.random.Generator) -> tuple[Step, set[int]]:
+    """A step, and the places in the queue of its groups: of DRAWS draws a full one before others, then the one that
+    RANK_MULTIPLE ranks share most evenly. Sizes of images vary, and every rank waits for the slowest."""
+    draws = [_draw(queue, settings.batch_size, random) for _ in range(DRAWS)]
+    steps = [pack([tree for place in draw for tree in queue[place].trees], settings.max_tokens) for draw in draws]
+    is_full = [sum(len(queue[place].indices) for place in draw) == settings.batch_size for draw in draws]
+    best = max(range(DRAWS), key=lambda n: (is_full[n], rank_efficiency([steps[n]], RANK_MULTIPLE)))
+    return steps[best], set(draws[best])
 
 
-def _draw(waiting: list[_Part], room: int, random: np.random.Generator) -> list[int]:
-    """Places of parts that fill a step: the first, others of the next LOOK_AHEAD in random order, and where all of
-    these fit in, those that follow."""
-    draw, near = [], min(len(waiting), LOOK_AHEAD)
-    for place in [0, *(1 + random.permutation(near - 1)), *range(near, min(len(waiting), room))]:
-        if place == near and len(draw) < near:  # one of these is split to fill the step
+def _draw(queue: list[_Group], room: int, random: np.random.Generator) -> list[int]:
+    """Places in the queue of groups with at most `room` questions in all: the first, so that none waits for long,
+    others of the next LOOK_AHEAD in random order and, where all of these fit, those that follow."""
+    drawn, near = [], min(len(queue), LOOK_AHEAD)
+    for place in [0, *(1 + random.permutation(near - 1)), *range(near, min(len(queue), room))]:
+        if place == near and len(drawn) < near:  # a near one did not fit: the step is filled with a part of it
             break
-        if len(waiting[place].indices) <= room:
-            draw.append(place)
-            room -= len(waiting[place].indices)
-    return draw
+        if len(queue[place].indices) <= room:
+            drawn.append(place)
+            room -= len(queue[place].indices)
+    return drawn
 
 
 def plan_evaluation(samples: list, max_tokens: int, max_trees: int = 0) -> list[MicroBatch]:
-    """Every sample once, in order, in as few micro-batches as the budgets allow: the plan of an evaluation.
+    """Every sample once, in order, in as few micro-batches as the budgets allow.
 
-    `max_trees` bounds a micro-batch's trees; 0: no bound.
+    `max_trees` limits the trees of a micro-batch; 0: no limit.
     """
     batches, tokens = [[]], 0
     for group in group_samples(samples):
-        for tree in _within(samples, group, max_tokens):
+        for tree in _within_budget(samples, group, max_tokens):
             if batches[-1] and (tokens + tree.tokens > max_tokens or len(batches[-1]) == max_trees):
                 batches.append([])
                 tokens = 0
@@ -205,12 +245,7 @@ def plan_evaluation(samples: list, max_tokens: int, max_trees: int = 0) -> list[
     return [tuple(batch) for batch in batches if batch]
 
 
-def _within(samples: list, indices: list[int], max_tokens: int) -> list[Tree]:
-    tree = grow_tree(samples, indices)
-    if tree.tokens <= max_tokens or len(indices) == 1:
-        return [tree]
-    half = len(indices) // 2
-    return _within(samples, indices[:half], max_tokens) + _within(samples, indices[half:], max_tokens)
+# ------------------------------------------------------------------------------------------- micro-batches and ranks
 
 
 def pack(trees: list[Tree], max_tokens: int) -> Step:
@@ -219,11 +254,12 @@ def pack(trees: list[Tree], max_tokens: int) -> Step:
     while True:
         count = min(len(trees), -(-count // RANK_MULTIPLE) * RANK_MULTIPLE)
         bins, tokens, costs = [[] for _ in range(count)], [0] * count, [0.0] * count
+        # Longest processing time first (Graham 1969): the costliest tree to the cheapest bin that has room for it.
         for tree in sorted(trees, key=lambda tree: -tree.cost):
-            free = [b for b in range(count) if tokens[b] + tree.tokens <= max_tokens]
-            if not free and count < len(trees):
+            open_bins = [b for b in range(count) if tokens[b] + tree.tokens <= max_tokens]
+            if not open_bins and count < len(trees):
                 break
-            cheapest = min(free or range(count), key=costs.__getitem__)
+            cheapest = min(open_bins or range(count), key=costs.__getitem__)
             bins[cheapest].append(tree)
             tokens[cheapest] += tree.tokens
             costs[cheapest] += tree.cost
@@ -232,12 +268,16 @@ def pack(trees: list[Tree], max_tokens: int) -> Step:
         count += 1
 
 
-def cost_of(batch) -> float:
+def trees_of(step: Step) -> list[Tree]:
+    return [tree for batch in step for tree in batch]
+
+
+def cost_of(batch: Iterable[Tree]) -> float:
     return sum(tree.cost for tree in batch)
 
 
 def largest_micro_batch(plans: Iterable[list[Step]]) -> MicroBatch:
-    """The micro-batch of most tokens."""
+    """The micro-batch of most tokens, which needs the most memory."""
     batches = (batch for plan in plans for step in plan for batch in step)
     return max(batches, key=lambda batch: sum(tree.tokens for tree in batch))
 
@@ -258,48 +298,45 @@ def evaluation_share(batches: list[MicroBatch], rank: int, world_size: int) -> l
 
 
 def rank_efficiency(plan: list[Step], ranks: int) -> float:
-    """Mean cost over greatest cost of the ranks in a step, over the plan: the share of GPU time that is not waiting."""
+    """Share of GPU time that is not spent waiting for the slowest rank of a step: the ranks' mean cost over their
+    greatest, both summed over the plan."""
     busy = sum(cost_of(batch) for step in plan for batch in step)
     longest = sum(max(sum(cost_of(step[i]) for i in share) for share in share_out(step, ranks)) for step in plan)
     return busy / (ranks * longest)
 
 
 class StepSampler(DistributedSampler):
-    """This rank's micro-batches of an epoch, step by step, as `Assignment`. `first_step` skips an epoch's done part,
-    `tree_flops` counts a tree's operations."""
+    """A rank's micro-batches of an epoch, step by step, each as an `Assignment`.
+
+    `first_step` skips the part of an epoch that is done. `tree_flops` counts a tree's operations.
+    """
 
     def __init__(
-        self,
-        samples: list,
-        settings: PlanSettings,
-        rank: int,
-        world_size: int,
-        tree_flops: Callable[[Tree], float] = lambda tree: 0.0,
+        self, samples: list, settings: PlanSettings, rank: int, world_size: int, tree_flops: Callable = lambda tree: 0.0
     ):
         super().__init__(samples, num_replicas=world_size, rank=rank, seed=settings.seed)
         self.settings, self.tree_flops = settings, tree_flops
-        self.questions = sum(count for _, count in questions_by_file(samples, settings))  # of an epoch
+        self.questions = sum(count for _, count in questions_by_file(samples, settings))  # per epoch
         self.first_step = 0
 
     def plan(self) -> list[Step]:
         return make_plan(self.dataset, self.settings, self.epoch)
 
     def __iter__(self):
-        steps = self.plan()
-        for number in range(self.first_step, len(steps)):
-            step, facts = steps[number], self._facts(steps[number], number)
-            share = share_out(step, self.num_replicas)[self.rank]
+        # Every rank makes the whole plan: it takes seconds, and no rank has to send it to the others.
+        for number, step in enumerate(self.plan()[self.first_step :], start=self.first_step):
+            facts, share = self._facts(step, number), share_out(step, self.num_replicas)[self.rank]
             for index in share:
                 yield Assignment(step[index], index, facts, last=index == share[-1])
-            if not share:  # fewer micro-batches than ranks: take part in the all-reduce with the cheapest one
+            if not share:  # fewer micro-batches than ranks: the all-reduce needs every rank, so run the cheapest again
                 yield Assignment(step[-1], len(step) - 1, facts, in_loss=False)
 
     def _facts(self, step: Step, number: int) -> StepFacts:
-        trees = [tree for batch in step for tree in batch]
-        indices = [i for tree in trees for i in tree.samples]
-        weight = sum(self.dataset[i].weight * int(self.dataset[i].trained.sum()) for i in indices)
+        trees = trees_of(step)
+        samples = [self.dataset[i] for tree in trees for i in tree.samples]
+        weight = sum(sample.weight * int(sample.trained.sum()) for sample in samples)
         tokens, flops = sum(tree.tokens for tree in trees), sum(map(self.tree_flops, trees))
-        return StepFacts(self.epoch * len(self) + number, len(indices), len(trees), weight, tokens, flops)
+        return StepFacts(self.epoch * len(self) + number, len(samples), len(trees), weight, tokens, flops)
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank (not micro-batches, whose number differs)."""

@@ -11,10 +11,17 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from common import InputError
 
@@ -175,3 +182,23 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def vision_inputs(grid: torch.Tensor, settings: ImageSettings) -> dict:
+    """The vision tower's keyword arguments for these images, by transformers' own functions."""
+    starts = get_vision_cu_seqlens(grid)
+    inputs = {
+        "position_ids": get_vision_position_ids(grid, settings.merge_size),
+        "cu_seqlens": starts,
+        "max_seqlen": int(starts.diff().max()),
+        "image_starts": starts.tolist(),
+    }
+    if settings.position_side:
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid, settings.position_side, align_corners=True, spatial_merge_size=settings.merge_size
+        )
+        inputs |= {"interp_indices": indices, "interp_weights": weights}
+    if settings.window_size:
+        index, starts = get_vision_window_index(grid, settings.merge_size, settings.window_size, settings.patch_size)
+        inputs |= {"window_index": index, "cu_window_seqlens": starts, "max_window_seqlen": int(starts.diff().max())}
+    return inputs

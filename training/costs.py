@@ -73,9 +73,10 @@ def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True
 def tree_load(config: PretrainedConfig, samples: list, tree: Tree) -> tuple[Flops, int]:
     """A tree's operations and its number of images."""
     chosen = [samples[i] for i in tree.samples]
-    prefix, branches, patches = trees.tree_shape(chosen, tree.prefix)
+    shape = trees.tree_shape(chosen, tree.prefix_ids)
+    patches = [chosen[sample].patches[image] for sample, image in shape.encoded]
     answers = sum(int(sample.trained.sum()) for sample in chosen)
-    return step_flops(config, patches.tolist(), prefix, branches.tolist(), answers), len(patches)
+    return step_flops(config, patches, shape.prefix, shape.branches.tolist(), answers), len(patches)
 
 
 def tree_counter(config: PretrainedConfig, samples: list, known: bool, tower: bool = True) -> Callable[[Tree], float]:
