@@ -104,8 +104,8 @@ def kill_in_save(place: str, step: int = 4) -> None:
             checkpoints.torch.save = lambda _state, file: (file.write(b"half of it"), file.flush(), kill_me())
         if place == "before the manifest":
             real_text = Path.write_text
-            Path.write_text = lambda path, *rest, **how: (path.name == "manifest.json" and kill_me(),
-                                                          real_text(path, *rest, **how))  # fmt: skip
+            Path.write_text = lambda path, *rest, **options: (path.name == "manifest.json" and kill_me(),
+                                                          real_text(path, *rest, **options))  # fmt: skip
         if place == "before the rename":
             os.replace = lambda *_: kill_me()
         if place == "after the rename":

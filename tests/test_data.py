@@ -126,8 +126,8 @@ def test_literal_special_tokens_are_refused(load, token):
     rows += [json.loads(json.dumps(FORMATS[n][0]).replace("Be brief", f"B{token}")) for n in FORMATS if "system" in n]
     rows.append(parts([f"What is {token[:4]}", f"{token[4:]}?"], ["two"]))
     data = load([*rows, flat()])
-    assert [one.where for one in data.bad] == [f"rows.jsonl:{n + 1}" for n in range(len(rows))]
-    assert all(f"special token {token}" in one.reason for one in data.bad) and len(data.samples) == 1
+    assert [bad_row.where for bad_row in data.bad] == [f"rows.jsonl:{n + 1}" for n in range(len(rows))]
+    assert all(f"special token {token}" in bad_row.reason for bad_row in data.bad) and len(data.samples) == 1
     with pytest.raises(InputError, match="system prompt"):
         load([flat()], system=f"Say {token}.")
     with pytest.raises(InputError, match="--prompt template"):
@@ -203,14 +203,14 @@ def test_bad_rows_and_images_are_reported_together_in_the_order_of_the_file(load
         good,
     ]
     data = load([line if isinstance(line, str) else json.dumps(line) for line in lines])
-    assert [one.where for one in data.bad] == [f"rows.jsonl:{n}" for n in range(2, len(lines))]
+    assert [bad_row.where for bad_row in data.bad] == [f"rows.jsonl:{n}" for n in range(2, len(lines))]
     assert [sample.where for sample in data.samples] == ["rows.jsonl:1", f"rows.jsonl:{len(lines)}"]
     with pytest.raises(InputError) as caught:
         stop(data, False, tmp_path)
-    told = str(caught.value).split("\n  ")
-    assert f"{len(data.bad)} rows can't be used" in told[0] and "--skip-bad" in told[0]
-    assert told[1:51] == [f"{one.where}: {one.reason}" for one in data.bad[:MAX_LISTED]]
-    assert told[51:] == [f"and {len(data.bad) - MAX_LISTED} more, see {tmp_path / 'bad_rows.jsonl'}"]
+    message = str(caught.value).split("\n  ")
+    assert f"{len(data.bad)} rows can't be used" in message[0] and "--skip-bad" in message[0]
+    assert message[1:51] == [f"{bad_row.where}: {bad_row.reason}" for bad_row in data.bad[:MAX_LISTED]]
+    assert message[51:] == [f"and {len(data.bad) - MAX_LISTED} more, see {tmp_path / 'bad_rows.jsonl'}"]
 
 
 def test_bad_rows_jsonl_holds_all_of_them_and_good_ones_survive_skip_bad(load, tmp_path):
@@ -232,7 +232,7 @@ def test_a_bad_row_of_a_one_line_array_spoils_no_other(world, tmp_path, tokenize
     path.write_text(json.dumps([flat(image="gone.png"), flat(image="a.png"), flat(image="lost.png"), flat()]))
     data = load_data([path], world / "images", tokenizer, settings, 1000)
     assert [sample.where for sample in data.samples] == ["rows.json:1 row 2", "rows.json:1 row 4"]
-    assert [one.where for one in data.bad] == ["rows.json:1", "rows.json:1 row 3"]
+    assert [bad_row.where for bad_row in data.bad] == ["rows.json:1", "rows.json:1 row 3"]
 
 
 def test_without_bad_rows_nothing_is_written_and_an_old_list_goes(load, tmp_path):
@@ -295,7 +295,7 @@ def test_four_ranks_wait_little_for_each_other_on_kvasir_vqa(kvasir, image_token
     batch_size = parse_settings([]).batch_size
     samples = kvasir[1].samples
     if image_tokens:
-        samples = [replace(one, image_tokens=(image_tokens,), patches=(4 * image_tokens,)) for one in samples]
+        samples = [replace(sample, image_tokens=(image_tokens,), patches=(4 * image_tokens,)) for sample in samples]
     plan = make_plan(samples, PlanSettings(batch_size, 0, 8192, seed=0), epoch=0)
     assert len(plan) == -(-8786 // batch_size)
     assert rank_efficiency(plan, 4) >= 0.94

@@ -137,9 +137,9 @@ def test_the_first_hour_runs_from_a_csv_file_to_a_merged_model(world, tmp_path, 
             continue
         capsys.readouterr()
         run_command(shlex.split(line), world / "model")
-        told = capsys.readouterr().out
+        printed = capsys.readouterr().out
         if "--question" in line:
-            assert re.fullmatch(r".*\nconfidence [01]\.\d{4}\n", told)
+            assert re.fullmatch(r".*\nconfidence [01]\.\d{4}\n", printed)
     assert Path("runs/first/status").read_text().startswith("done 2\n")
     assert list(Path("runs/first").glob("eval/checkpoint-*/report.html")) and Path("merged/config.json").is_file()
 
@@ -175,7 +175,7 @@ def test_rows_of_other_trainers_are_the_same_row_here(tmp_path):
     examples = "".join(blocks(section(text_of("coming-from.md"), "Rows that are read as they are"), "json"))
     (tmp_path / "rows.jsonl").write_text(examples)
     first, *others = parsed(tmp_path / "rows.jsonl")
-    assert len(others) == 6 and all(one == first for one in others)
+    assert len(others) == 6 and all(row == first for row in others)
     assert first[1] == ["a.jpg"]
 
 

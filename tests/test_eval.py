@@ -32,16 +32,16 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 def plain_answers(world, ours, adapter, stop_token: int) -> tuple[list[list[int]], list[float]]:
     """Greedy decoding of each row alone by transformers' own generate, up to the stop token, and its probabilities."""
     reference = tiny.Reference(world, ours, adapter)
-    found, probabilities = [], []
+    answers_found, probabilities = [], []
     for line in (world / "rows.jsonl").read_text().splitlines():
         inputs = reference.inputs(json.loads(line), answered=False)
         del inputs["labels"]
-        how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": stop_token}
-        out = reference.model.generate(**inputs, **how, output_logits=True, return_dict_in_generate=True)
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": stop_token}
+        out = reference.model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
         new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        found.append(new[: new.index(stop_token)] if stop_token in new else new)
+        answers_found.append(new[: new.index(stop_token)] if stop_token in new else new)
         probabilities.append(math.prod(step.softmax(-1).max().item() for step in out.logits))
-    return found, probabilities
+    return answers_found, probabilities
 
 
 @pytest.mark.parametrize("budget", [500, 5000])
@@ -69,8 +69,8 @@ def test_an_answer_ends_at_any_token_that_ends_it_for_generate(world):
     model.base.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     model.base.lm_head.register_forward_hook(lambda _module, _inputs, out: out.index_fill(-1, torch.tensor([end]), 99))
     batch = build_batch(data, Assignment(plan_evaluation(data.samples, 700)[0]), dataset.settings, prompts_only=True)
-    found = answers.answer_batch(model, batch, tokenizer, 5)
-    assert {one["prediction"] for one in found} == {""}
+    answered = answers.answer_batch(model, batch, tokenizer, 5)
+    assert {answer["prediction"] for answer in answered} == {""}
 
 
 def test_merged_weights_give_the_same_answers(world):
@@ -108,7 +108,7 @@ def test_options_are_scored_as_if_each_were_the_answer_of_its_own_row(world, tmp
         assert list(scored[index]["options"]) == texts
         assert list(scored[index]["options"].values()) == pytest.approx(expected, rel=1e-3)
         assert scored[index]["option"] == texts[expected.index(max(expected))]
-    assert all(("options" in one) == (index in chosen) for index, one in enumerate(scored))
+    assert all(("options" in scores_of_row) == (index in chosen) for index, scores_of_row in enumerate(scored))
 
 
 def test_an_option_takes_the_place_of_the_last_answer_only(world):
@@ -151,8 +151,8 @@ def run(world, tmp_path_factory):
 def prompted(world, tmp_path_factory):
     """A run with a system prompt and pixel limits of its own."""
     output = tmp_path_factory.mktemp("prompted") / "out"
-    given = {"max_steps": 20, "epochs": 9, "lr": 0.005, "val": "", "system": "Be brief."}
-    assert train.main(arguments(world, output, **given, min_pixels=1024, max_pixels=4096)) == 0
+    settings = {"max_steps": 20, "epochs": 9, "lr": 0.005, "val": "", "system": "Be brief."}
+    assert train.main(arguments(world, output, **settings, min_pixels=1024, max_pixels=4096)) == 0
     return output
 
 
@@ -164,12 +164,12 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
     assert answer(run, "--output", tmp_path, "--with-base") == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     tuned, base = summary["scores"]["tuned"], summary["scores"]["base"]
-    found = tuned["all"]["exact_match"]
-    assert 0 <= found["low"] <= found["mean"] <= found["high"] <= 1 and found["questions"] == 33
+    exact_match = tuned["all"]["exact_match"]
+    assert 0 <= exact_match["low"] <= exact_match["mean"] <= exact_match["high"] <= 1 and exact_match["questions"] == 33
     assert {"yes/no", "count", "location"} <= tuned["by_type"].keys()
     assert {"command", "facts", "settings", "comparison"} <= summary.keys() and summary["facts"]["data"]
     gain = summary["comparison"]["difference"]["mean"]
-    assert gain == pytest.approx(found["mean"] - base["all"]["exact_match"]["mean"]) and gain > 0
+    assert gain == pytest.approx(exact_match["mean"] - base["all"]["exact_match"]["mean"]) and gain > 0
     assert "McNemar p = " in capsys.readouterr().out and not list(tmp_path.glob("partial-*"))
     files = tmp_path / "predictions-base.jsonl", tmp_path / "predictions.jsonl"
     data, _ = tiny.load_world(world)
@@ -193,12 +193,12 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
 
 
 def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
-    told, path = (
+    prediction, path = (
         {"where": "val.jsonl:1", "right": True, "prediction": "a\u2028b\u0085c"},
         tmp_path / "predictions.jsonl",
     )
-    path.write_text(2 * (json.dumps(told, ensure_ascii=False) + "\n"), encoding="utf-8")
-    assert evaluation.read_predictions(path) == [told, told]
+    path.write_text(2 * (json.dumps(prediction, ensure_ascii=False) + "\n"), encoding="utf-8")
+    assert evaluation.read_predictions(path) == [prediction, prediction]
 
 
 def test_predictions_distinguish_pictures_of_the_same_name(world, run, tmp_path):
@@ -208,8 +208,8 @@ def test_predictions_distinguish_pictures_of_the_same_name(world, run, tmp_path)
         (tmp_path / row["image"]).write_bytes((world / "images" / "a.png").read_bytes())
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert answer(run, "--data", tmp_path / "rows.jsonl", "--images", tmp_path, "--output", tmp_path / "out") == 0
-    found = [one["images"] for one in evaluation.read_predictions(tmp_path / "out" / "predictions.jsonl")]
-    assert found == [["one/a.png"], ["two/a.png"]]
+    shown = [prediction["images"] for prediction in evaluation.read_predictions(tmp_path / "out" / "predictions.jsonl")]
+    assert shown == [["one/a.png"], ["two/a.png"]]
 
 
 def test_rows_in_place_of_predictions_are_refused(world):
@@ -232,15 +232,15 @@ def test_closed_questions_are_scored_by_their_options(world, run, tmp_path):
     assert len(asked) == 4 and list(asked[0]["options"]) == ["0", "1"]
     assert {option for line in asked[1:] for option in line["options"]} == {"yes", "no", "no text"}
     assert all(sum(line["options"].values()) == pytest.approx(1) for line in asked)
-    found = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]["tuned"]["options"]
+    option_scores = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]["tuned"]["options"]
     right = [line["option"] == line["answer"] for line in asked]
-    assert found["top1"]["mean"] == sum(right) / 4 and found["yes/no"]["questions"] == 2
+    assert option_scores["top1"]["mean"] == sum(right) / 4 and option_scores["yes/no"]["questions"] == 2
     assert answer(run, *words, "--closed-set=2") == 0  # the three answers are too many
     assert '"options"' not in (tmp_path / "out" / "predictions.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "messages"),
     [
         (["--max-tokens=none", "--workers=-1"], ["--max-tokens: 'none'", "--workers: -1 is not"]),
         (["--with-base"], ["--with-base: needs --ckpt"]),
@@ -248,10 +248,10 @@ def test_closed_questions_are_scored_by_their_options(world, run, tmp_path):
         (["--what"], ["--what: no such flag"]),
     ],
 )
-def test_wrong_settings_are_named_all_at_once(words, told):
+def test_wrong_settings_are_named_all_at_once(words, messages):
     with pytest.raises(InputError) as error:
         evaluation.parse(words)
-    assert all(text in str(error.value) for text in told)
+    assert all(text in str(error.value) for text in messages)
 
 
 def test_base_answers_are_those_of_the_model_without_an_adapter(world, run, tmp_path):
@@ -310,8 +310,8 @@ def test_partial_answers_of_other_weights_or_pictures_are_not_reused(world, tmp_
 
 def test_results_do_not_go_where_they_can_t_or_where_a_run_lies(world, run, tmp_path):
     (tmp_path / "file").touch()
-    for output, told in ((tmp_path / "file", "can't make .*file"), (run, "is the folder of a training run")):
-        with pytest.raises(InputError, match=f"--output: .*{told}"):
+    for output, message in ((tmp_path / "file", "can't make .*file"), (run, "is the folder of a training run")):
+        with pytest.raises(InputError, match=f"--output: .*{message}"):
             answer(run, "--output", output)
 
 
@@ -368,14 +368,14 @@ def test_one_answer_equals_plain_generation(world, prompted, capsys):
     """Of transformers and peft with the run's system prompt and pixel limits, and of the base model without them."""
     adapter = checkpoints(prompted)[-1]
     row = QUESTIONS["two pictures in order"]
-    told = {"messages": [tiny.turn("system", "Be brief."), tiny.turn("user", row["question"], 2),
+    prompted_row = {"messages": [tiny.turn("system", "Be brief."), tiny.turn("user", row["question"], 2),
                          tiny.turn("assistant", row["answer"])], "images": row["image"]}  # fmt: skip
     reference = tiny.Reference(world, tiny.lora_model(world), prompted.parent / "any")
     small = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     reference.processor = type(reference.processor).from_pretrained(world / "model", size=small)
     base = reference.model.unload()
     reference.model = PeftModel.from_pretrained(base, adapter)
-    inputs = reference.inputs(told, answered=False)
+    inputs = reference.inputs(prompted_row, answered=False)
     assert answer(prompted, *asked(world, row)) == 0
     assert printed(capsys) == plainly(reference, inputs)
     reference.model = reference.model.unload()
@@ -394,15 +394,15 @@ def printed(capsys) -> tuple:
 def plainly(reference, inputs: dict) -> tuple[str, float]:
     """Text and probability of transformers' own greedy generation."""
     del inputs["labels"]
-    how = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    out = reference.model.generate(**inputs, **how)
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    out = reference.model.generate(**inputs, **options)
     text = reference.tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     probability = math.prod(step.softmax(-1).max().item() for step in out.logits)
     return text, probability
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--question=Sharp?", "--image=nowhere.png"], "--image: nowhere.png: .*No such file"),
         (["--question=Sharp?", "--image={world}/rows.jsonl"], "--image: .*rows.jsonl: .*cannot identify image file"),
@@ -417,6 +417,6 @@ def plainly(reference, inputs: dict) -> tuple[str, float]:
         (["--question=Sharp?", "--max-tokens=3"], "--question: .* tokens, over --max-tokens 3"),
     ],
 )
-def test_a_question_that_can_t_be_asked_is_refused(world, words, told):
-    with pytest.raises(InputError, match=told):
+def test_a_question_that_can_t_be_asked_is_refused(world, words, message):
+    with pytest.raises(InputError, match=message):
         evaluation.main([f"--model={world / 'model'}", *(word.format(world=world) for word in words)])

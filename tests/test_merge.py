@@ -96,7 +96,7 @@ def test_a_checkpoint_has_the_names_and_the_configuration_that_vllm_reads(run):
     folder = run / "checkpoint-000020"
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         names = [re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name) for name in file.keys()]
-    modules = {found[1].replace("model.language_model.", "language_model.model.", 1) for found in names}
+    modules = {match[1].replace("model.language_model.", "language_model.model.", 1) for match in names}
     layers = {
         re.fullmatch(r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\.(\w+)", module)[2] for module in modules
     }

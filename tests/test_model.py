@@ -129,8 +129,8 @@ def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world,
     again = run_step(world, [trees], dropout=0.2, seed=0, hashed=hashed)[1]
     assert tiny.relative_error(again, draws[0]) == 0
     mean = {name: torch.stack([draw[name] for draw in draws]).mean(0) for name in again}
-    one = tiny.relative_error(draws[0], reference[1])
-    assert 0.01 < tiny.relative_error(mean, reference[1]) < one / 2
+    error_of_one = tiny.relative_error(draws[0], reference[1])
+    assert 0.01 < tiny.relative_error(mean, reference[1]) < error_of_one / 2
 
 
 @pytest.mark.parametrize("hashed", [False, True])

@@ -154,8 +154,8 @@ def without_slurm(program: Path, words: list[str], **more) -> subprocess.Complet
     for name, text in {"srun": "echo $@ >started\nexit 1", "scontrol": "echo $@ >>calls"}.items():
         (bin / name).write_text(f"#!/bin/sh\n{text}\n")
         (bin / name).chmod(0o755)
-    given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": program}
-    environment = os.environ | given | more | {"PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": program}
+    environment = os.environ | job | more | {"PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["bash", "run.slurm", *words]
     return subprocess.run(command, cwd=program, env=environment, capture_output=True, text=True, check=False)
 

@@ -78,8 +78,8 @@ def test_a_checkpoint_is_a_plain_adapter_with_the_same_logits(world, finished, t
         batch = build_batch(data, Assignment((grow_tree(data.samples, [index]),)), dataset.settings)
         inputs = reference.inputs(rows[index])
         plain = reference.model(**inputs).loss
-        mine, _ = ours(batch)
-        torch.testing.assert_close(mine.mean(), plain, rtol=1e-5, atol=1e-6)
+        token_losses, _ = ours(batch)
+        torch.testing.assert_close(token_losses.mean(), plain, rtol=1e-5, atol=1e-6)
     assert AutoTokenizer.from_pretrained(world / "model")
 
 
@@ -94,8 +94,8 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(world, finished, t
     resumed, undisturbed = adapter(output, 6), adapter(finished, 6)
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
     for event in ("train", "eval"):
-        mine, theirs = lines(output, event), lines(finished, event)
-        assert [(line["step"], line["loss"]) for line in mine] == [(line["step"], line["loss"]) for line in theirs]
+        ours, theirs = lines(output, event), lines(finished, event)
+        assert [(line["step"], line["loss"]) for line in ours] == [(line["step"], line["loss"]) for line in theirs]
 
 
 def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_path):
@@ -126,8 +126,8 @@ def test_eval_asks_questions_as_the_run_did(world, tmp_path):
     evaluation.main(["--ckpt", str(output), "--max-new-tokens=1", "--workers=0"])
     file = output / "eval" / "checkpoint-000001" / "predictions.jsonl"
     predictions = [json.loads(line) for line in file.read_text().splitlines()]
-    loss = sum(one["loss"] for one in predictions) / sum(one["answer_tokens"] for one in predictions)
-    assert loss == pytest.approx(lines(output, "eval")[-1]["loss"], rel=1e-4)
+    loss, tokens = (sum(prediction[key] for prediction in predictions) for key in ("loss", "answer_tokens"))
+    assert loss / tokens == pytest.approx(lines(output, "eval")[-1]["loss"], rel=1e-4)
     assert predictions[17]["question"] == "Where is finding 0?"
 
 
@@ -148,12 +148,12 @@ def test_a_run_out_of_patience_is_done_with_its_best_checkpoint_and_resumed_like
 
     def run(evaluated: int, **settings) -> int:
         """From the seventh, eighth ... step on the scores are (0, 0); the first call is the rehearsal's."""
-        found = iter([(0.0, 0.0), *scores[evaluated:], *[(0.0, 0.0)] * 9])
+        results = iter([(0.0, 0.0), *scores[evaluated:], *[(0.0, 0.0)] * 9])
         keys = ("exact_match", "loss")
         fixed = {"questions": 1, "by_type": {}}
-        monkeypatch.setattr(train, "evaluate", lambda *_: dict(zip(keys, next(found))) | fixed)
-        given = {"patience": 3, "eval-every": 1, "save-every": 4, "max-steps": 9, "epochs": 9, "keep": 9}
-        return train.main(arguments(world, output, **(given | settings)))
+        monkeypatch.setattr(train, "evaluate", lambda *_: dict(zip(keys, next(results))) | fixed)
+        run_settings = {"patience": 3, "eval-every": 1, "save-every": 4, "max-steps": 9, "epochs": 9, "keep": 9}
+        return train.main(arguments(world, output, **(run_settings | settings)))
 
     def ended() -> tuple:
         state = torch.load(output / "checkpoint-000006/state.pt", weights_only=True)
@@ -344,13 +344,13 @@ def test_a_run_of_two_files_is_logged_planned_held_out_resumed_and_evaluated(wor
     output, again = tmp_path / "out", tmp_path / "again"
 
     def argv(output, **settings):
-        given = {"val": "", "val-fraction": 0.5, "seed": 3, "max-steps": 4, "epochs": 2} | settings
-        return [word for word in arguments(world, output, **given) if not word.startswith("--train=")] + words
+        run_settings = {"val": "", "val-fraction": 0.5, "seed": 3, "max-steps": 4, "epochs": 2} | settings
+        return [word for word in arguments(world, output, **run_settings) if not word.startswith("--train=")] + words
 
     train.main(argv(output))
-    told = capsys.readouterr().out
-    assert f"{two[0]}: 17 questions, 8 an epoch" in told and f"{two[1]}: 11 questions, 22 an epoch" in told
-    assert "in 4 steps per epoch" in told and len(lines(output, "train")) == 4
+    printed = capsys.readouterr().out
+    assert f"{two[0]}: 17 questions, 8 an epoch" in printed and f"{two[1]}: 11 questions, 22 an epoch" in printed
+    assert "in 4 steps per epoch" in printed and len(lines(output, "train")) == 4
     train.main(argv(tmp_path / "none") + ["--plan"])
     assert "17 questions, 8 an epoch" in capsys.readouterr().out
     train.main(argv(again, **{"max-steps": 4}))

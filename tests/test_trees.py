@@ -52,7 +52,7 @@ def test_four_ranks_wait_little_for_each_other(limit, batch_size):
     """Also where a step has four trees or a few more: whole ones of four questions, or many smaller ones."""
     samples = []
     for asked in range(1, 18):
-        samples += [replace(one, images=(f"{one.images[0]} of {asked}",)) for one in make_samples(25, asked)]
+        samples += [replace(sample, images=(f"{sample.images[0]} of {asked}",)) for sample in make_samples(25, asked)]
     plan = make_plan(samples, PlanSettings(batch_size, limit, 8192, seed=0), epoch=0)
     assert rank_efficiency(plan, 4) >= 0.93
 
@@ -82,11 +82,11 @@ def settings_of(*weights: float, seed: int = 0) -> PlanSettings:
 def test_an_epoch_takes_a_file_s_questions_by_its_weight_and_all_get_their_turn(samples, weight, count):
     settings, total = settings_of(1.0, weight), Counter()
     for epoch in range(4):
-        found = asked(samples, settings, epoch)
-        assert all(found[i] == 1 for i in range(33))  # a weight of 1: each exactly once
-        assert sum(found[i] for i in range(33, 73)) == count
-        assert {found[i] for i in range(33, 73)} <= {int(weight), int(weight) + 1}
-        total += found
+        counts = asked(samples, settings, epoch)
+        assert all(counts[i] == 1 for i in range(33))  # a weight of 1: each exactly once
+        assert sum(counts[i] for i in range(33, 73)) == count
+        assert {counts[i] for i in range(33, 73)} <= {int(weight), int(weight) + 1}
+        total += counts
     times = [total[i] for i in range(33, 73)]
     assert max(times) - min(times) <= 1 and (min(times) > 0 or weight == 0.001)
 
@@ -105,18 +105,18 @@ def test_the_plan_follows_from_rows_settings_seed_and_epoch_and_not_from_the_ran
         assert plan == make_plan(samples, settings, epoch) != make_plan(samples, settings, epoch + 1)
         assert plan != make_plan(samples, settings_of(0.5, 2.5, seed=1), epoch)
         for ranks in (1, 2, 4):
-            found = [[] for _ in plan]
+            shared = [[] for _ in plan]
             for rank in range(ranks):
                 sampler = StepSampler(samples, settings, rank, ranks)
                 sampler.set_epoch(epoch)
                 assert len(sampler) == len(plan) == -(-(16 + 100) // 8)
                 for assignment in sampler:
-                    found[assignment.step.number - epoch * len(plan)] += [assignment.trees] * assignment.in_loss
-            assert [sorted(step, key=repr) for step in found] == [sorted(step, key=repr) for step in plan]
+                    shared[assignment.step.number - epoch * len(plan)] += [assignment.trees] * assignment.in_loss
+            assert [sorted(step, key=repr) for step in shared] == [sorted(step, key=repr) for step in plan]
 
 
 def test_files_of_weight_1_are_trained_as_one_file_of_all_rows(samples):
-    one = [replace(sample, file=0) for sample in samples]
+    one_file = [replace(sample, file=0) for sample in samples]
     for epoch in (0, 1):
-        assert make_plan(samples, settings_of(1.0, 1.0), epoch) == make_plan(one, settings_of(), epoch)
-        assert make_plan(samples, settings_of(), epoch) == make_plan(one, settings_of(), epoch)
+        assert make_plan(samples, settings_of(1.0, 1.0), epoch) == make_plan(one_file, settings_of(), epoch)
+        assert make_plan(samples, settings_of(), epoch) == make_plan(one_file, settings_of(), epoch)

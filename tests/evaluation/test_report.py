@@ -28,16 +28,16 @@ METRICS += [{"event": "skipped", "step": 5, "loss": "nan", "grad_norm": "nan", "
 def answered(number: int, prediction: str, **changes) -> dict:
     """Prediction `number`: of four types and questions in turns, four to a picture; the truth is "yes"."""
     kind = ("yes/no", "count", "size", "colour")[number % 4]
-    one = {
+    answer = {
         "id": f"r{number}",
         "where": f"val.jsonl:{number + 1}",
         "images": [f"{number // 4}.png"],
         "question_type": kind,
     }
-    one |= {"question": f"Question about {kind}?", "answer": "yes", "prediction": prediction, "confidence": 0.75}
-    one |= {"loss": 0.3, "answer_tokens": 2, "teacher_forced": prediction == "yes"}  # as eval.py writes them
-    one |= changes
-    return one | {"right": scores.normalize(one["prediction"]) == scores.normalize(one["answer"])}
+    answer |= {"question": f"Question about {kind}?", "answer": "yes", "prediction": prediction, "confidence": 0.75}
+    answer |= {"loss": 0.3, "answer_tokens": 2, "teacher_forced": prediction == "yes"}  # as eval.py writes them
+    answer |= changes
+    return answer | {"right": scores.normalize(answer["prediction"]) == scores.normalize(answer["answer"])}
 
 
 def pair() -> dict[str, list[dict]]:
@@ -56,15 +56,15 @@ def write(tmp_path):
         predictions: dict, metrics=(), facts: dict | None = None, extra: dict | None = None, pictures=True
     ) -> str:
         main, *others = predictions.values()
-        images = [[str(tmp_path / name) for name in one["images"]] for one in main]
+        images = [[str(tmp_path / name) for name in answer["images"]] for answer in main]
         for number, path in enumerate(sorted({path for paths in images for path in paths}) if pictures else ()):
             Image.new("RGB", (64, 48), (number, 90, 90)).save(path)
-        found = {kind: scores.summarize(part, 0.05) | (extra or {}) for kind, part in predictions.items()}
+        summaries = {kind: scores.summarize(part, 0.05) | (extra or {}) for kind, part in predictions.items()}
         summary = {
             "command": "eval.py --ckpt x",
             "facts": {"model": "m/Qwen", "checkpoint": "runs/a/checkpoint-000020"},
         }
-        summary |= {"facts": summary["facts"] | (facts or {}), "settings": {"max_tokens": 4321}, "scores": found}
+        summary |= {"facts": summary["facts"] | (facts or {}), "settings": {"max_tokens": 4321}, "scores": summaries}
         if others:
             summary["comparison"] = scores.compare(*others, main)
         report.write_report(tmp_path / "report.html", summary, predictions, images, list(metrics))
@@ -78,20 +78,20 @@ class Elements(HTMLParser):
 
     def __init__(self, page: str):
         super().__init__()
-        self.found = []
+        self.elements = []
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
     def cards(self, shown: bool = True) -> list[dict]:
-        return [attrs for tag, attrs in self.found if tag == "article" and ("hidden" not in attrs or not shown)]
+        return [attrs for tag, attrs in self.elements if tag == "article" and ("hidden" not in attrs or not shown)]
 
 
 def section(page: str, name: str) -> str:
     """The HTML of a section, empty where there is none."""
-    found = re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL)
-    return found[1] if found else ""
+    match = re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL)
+    return match[1] if match else ""
 
 
 def words(page: str) -> str:
@@ -101,8 +101,8 @@ def words(page: str) -> str:
 
 def rows(part: str) -> dict[str, str]:
     """The rows of a table by their heading."""
-    found = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', part)
-    return {words(head): words(cells) for head, cells in found}
+    cells_by_heading = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', part)
+    return {words(head): words(cells) for head, cells in cells_by_heading}
 
 
 # -------------------------------------------------------------------------------------------------------------- content
@@ -118,10 +118,10 @@ def test_the_headline_has_the_scores_of_the_summary(write):
 
 def test_types_are_compared_with_the_base_model(write):
     page = write(pair())
-    found = rows(section(page, "question-types"))
-    assert found["yes/no"] == "10 0.0% 0.0 to 0.0 100.0% 100.0 to 100.0 -100.0"
-    assert found["count"] == "10 100.0% 100.0 to 100.0 0.0% 0.0 to 0.0 +100.0"
-    assert 'cx="160.0"' in section(page, "question-types") and found.keys() == {"yes/no", "count", "size", "colour"}
+    table = rows(section(page, "question-types"))
+    assert table["yes/no"] == "10 0.0% 0.0 to 0.0 100.0% 100.0 to 100.0 -100.0"
+    assert table["count"] == "10 100.0% 100.0 to 100.0 0.0% 0.0 to 0.0 +100.0"
+    assert 'cx="160.0"' in section(page, "question-types") and table.keys() == {"yes/no", "count", "size", "colour"}
     assert 'href="#type=yes%2Fno"' in page
 
 
@@ -133,17 +133,17 @@ def test_scores_are_shown_where_they_apply(write):
         "yes/no": {"auroc": 0.91, "calibration_error": 0.07, "questions": 9},
     }
     extra = {"teacher_forced": {"loss": 0.4567, "exact_match": mean}, "options": options}
-    found = rows(section(write(pair(), extra=extra), "all-scores"))
-    assert found["exact match"] == "40 75.0% 75.0 to 75.0 25.0% 25.0 to 25.0" and "token F1" in found
-    assert found["exact match, teacher-forced"] == "32 62.5% 50.0 to 75.0 62.5% 50.0 to 75.0"
-    assert found["loss per answer token"] == "32 0.457 0.457" and found["likeliest option is right"].startswith(
+    table = rows(section(write(pair(), extra=extra), "all-scores"))
+    assert table["exact match"] == "40 75.0% 75.0 to 75.0 25.0% 25.0 to 25.0" and "token F1" in table
+    assert table["exact match, teacher-forced"] == "32 62.5% 50.0 to 75.0 62.5% 50.0 to 75.0"
+    assert table["loss per answer token"] == "32 0.457 0.457" and table["likeliest option is right"].startswith(
         "32 62.5%"
     )
-    assert found["calibration error of options"] == "32 0.123 0.123"
-    assert found["area under the ROC curve, yes/no"] == "9 0.910 0.910"
-    assert found["calibration error, yes/no"] == "9 0.070 0.070"
-    found = rows(section(write(pair(), extra={"options": {}}), "all-scores"))
-    assert not [name for name in found if "option" in name or "ROC" in name]
+    assert table["calibration error of options"] == "32 0.123 0.123"
+    assert table["area under the ROC curve, yes/no"] == "9 0.910 0.910"
+    assert table["calibration error, yes/no"] == "9 0.070 0.070"
+    table = rows(section(write(pair(), extra={"options": {}}), "all-scores"))
+    assert not [name for name in table if "option" in name or "ROC" in name]
     numbers = {"tuned": [answered(i, "4", answer="4") for i in range(8)]}
     assert "numbers and sizes, within tolerance" in rows(section(write(numbers), "all-scores"))
 
@@ -151,9 +151,9 @@ def test_scores_are_shown_where_they_apply(write):
 def test_worst_questions_come_first_and_rare_ones_are_left_out(write):
     answers = [answered(i, "yes" if i < 9 * (i % 3) else "no", question=f"Q{i % 3}?") for i in range(30)]
     answers += [answered(30, "no", question="Asked once?")]
-    found = rows(section(write({"tuned": answers}), "worst-questions"))
-    assert list(found) == ["Q0?", "Q1?", "Q2?"]
-    assert [cells.split("%")[0] for cells in found.values()] == ["10 0.0", "10 30.0", "10 60.0"]
+    table = rows(section(write({"tuned": answers}), "worst-questions"))
+    assert list(table) == ["Q0?", "Q1?", "Q2?"]
+    assert [cells.split("%")[0] for cells in table.values()] == ["10 0.0", "10 30.0", "10 60.0"]
     once = rows(section(write({"tuned": answers[:2] + answers[30:]}), "worst-questions"))
     assert "Asked once?" in once
 
@@ -173,7 +173,11 @@ def test_confusion_tables_count_answers_of_the_most_asked_questions(write):
 def test_calibration_has_the_bins_and_the_error_of_scores(write):
     confidences, right = [1.0, 0.95, 0.05, 0.42], [True, False, False, True]
     bins = scores.calibration_bins(confidences, right)
-    assert [(one["low"], one["questions"], one["accuracy"]) for one in bins] == [(0, 1, 0), (0.4, 1, 1), (0.9, 2, 0.5)]
+    assert [(each["low"], each["questions"], each["accuracy"]) for each in bins] == [
+        (0, 1, 0),
+        (0.4, 1, 1),
+        (0.9, 2, 0.5),
+    ]
     assert bins[2]["confidence"] == pytest.approx(0.975)
     assert scores.calibration_error(confidences, right) == pytest.approx((0.05 + 0.58 + 2 * 0.475) / 4)
     part = section(write(pair()), "calibration")
@@ -241,7 +245,7 @@ def test_the_gallery_shows_every_type_and_wrong_answers_and_says_how_many(write)
     answers[1234] = answered(1234, "yes", question_type="rare")
     page = write({"tuned": answers})
     cards = Elements(page).cards()
-    wrong = sum(not one["right"] for one in answers)
+    wrong = sum(not answer["right"] for answer in answers)
     assert Counter(card["data-answer"] for card in cards) == {"wrong": wrong, "right": 300 - wrong}
     assert {card["data-type"] for card in cards} == {"yes/no", "count", "size", "colour", "rare"}
     assert f"300 of 2,000 questions: {wrong} of {wrong} wrong answers" in words(page)
@@ -257,8 +261,8 @@ def test_a_picture_with_many_questions_is_embedded_once_small_and_without_its_co
     Image.fromarray(np.full((20, 10), 0x8000, np.uint16)).save(tmp_path / "b.png")
     page = write({"tuned": answers}, pictures=False)
     data = [base64.b64decode(uri) for uri in re.findall(r'href="data:image/jpeg;base64,([^"]+)"', page)]
-    first, second = (Image.open(io.BytesIO(one)) for one in data)
-    assert {first.size, second.size} == {(256, 128), (10, 20)} and not any(b"Jane Doe" in one for one in data)
+    first, second = (Image.open(io.BytesIO(jpeg)) for jpeg in data)
+    assert {first.size, second.size} == {(256, 128), (10, 20)} and not any(b"Jane Doe" in jpeg for jpeg in data)
     assert second.getpixel((5, 5))[0] in range(126, 131)  # 16 bits a pixel, not clipped to white
     assert page.count("<use ") == 8 and page.count('aria-label="picture a.jpg"') == 7
 
@@ -294,7 +298,7 @@ def hostile() -> dict[str, list[dict]]:
     answers = [answered(i, HOSTILE, answer=HOSTILE if i % 2 else "yes", **changes) for i in range(8)]
     return {
         HOSTILE: answers,
-        "base": [answered(i, "yes", answer=one["answer"], **changes) for i, one in enumerate(answers)],
+        "base": [answered(i, "yes", answer=answer["answer"], **changes) for i, answer in enumerate(answers)],
     }
 
 
@@ -302,7 +306,7 @@ def test_rows_answers_and_settings_stay_text(write):
     page = write(
         hostile(), METRICS, {"model": HOSTILE, "checkpoint": f"{HOSTILE}/<img src=x>", HOSTILE: HOSTILE}, pictures=False
     )
-    elements = Elements(page).found
+    elements = Elements(page).elements
     tags = Counter(tag for tag, _ in elements)
     assert tags["script"] == tags["style"] == tags["title"] == 1 and not tags["img"] and tags["article"] == 8
     assert not [name for _, attrs in elements for name in attrs if name.startswith("on") or name == "src"]
@@ -313,11 +317,11 @@ def test_rows_answers_and_settings_stay_text(write):
 
 def test_the_page_refers_to_nothing_outside_itself(write):
     page = write(pair(), METRICS)
-    links = [attrs[name] for _, attrs in Elements(page).found for name in ("href", "src", "action") if name in attrs]
+    links = [attrs[name] for _, attrs in Elements(page).elements for name in ("href", "src", "action") if name in attrs]
     assert len(links) > 50 and all(link.startswith(("#", "data:image/jpeg;base64,")) for link in links)
     style = re.search("<style>(.*?)</style>", page, re.DOTALL)[1]
     assert "url(" not in style and "@import" not in style and "http" not in re.sub("http-equiv", "", page)
-    policy = next(attrs["content"] for tag, attrs in Elements(page).found if tag == "meta" and "http-equiv" in attrs)
+    policy = next(attrs["content"] for tag, attrs in Elements(page).elements if tag == "meta" and "http-equiv" in attrs)
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy
 
 
@@ -349,7 +353,7 @@ def test_a_link_opens_a_filtered_view(write, tmp_path, chromium):
     def shown(hash: str) -> Counter:
         page = Elements(chromium(f"file://{tmp_path}/report.html{hash}", "--dump-dom"))
         assert len(page.cards(shown=False)) == 40
-        assert not [attrs for tag, attrs in page.found if tag == "form" and "hidden" in attrs]
+        assert not [attrs for tag, attrs in page.elements if tag == "form" and "hidden" in attrs]
         return Counter((card["data-type"], card["data-answer"]) for card in page.cards())
 
     everything = {("yes/no", "wrong"): 10, ("count", "right"): 10, ("size", "right"): 10, ("colour", "right"): 10}
@@ -363,21 +367,22 @@ def test_choosing_a_filter_changes_the_address(write, tmp_path, chromium):
     chosen = "wanted.answer.value = 'wrong'; wanted.q.value = 'a b'; form.dispatchEvent(new Event('input'));"
     page = page.replace("</body>", f"<script>{chosen} document.title = location.hash;</script></body>")
     (tmp_path / "chosen.html").write_text(page, encoding="utf-8")
-    found = chromium(f"file://{tmp_path}/chosen.html", "--dump-dom")
-    assert "<title>#answer=wrong&amp;q=a+b</title>" in found and ">0 shown</output>" in found
+    page_shown = chromium(f"file://{tmp_path}/chosen.html", "--dump-dom")
+    assert "<title>#answer=wrong&amp;q=a+b</title>" in page_shown and ">0 shown</output>" in page_shown
 
 
 def test_an_injected_script_does_not_run(write, tmp_path, chromium):
     page = write(hostile(), METRICS, pictures=False)
-    found = chromium(f"file://{tmp_path}/report.html#q={HOSTILE.split()[0]}", "--dump-dom")
-    assert "<title>Evaluation of checkpoint-000020</title>" in found and not re.search(r"<img\b", found)
-    assert len(Elements(found).cards()) == 8
+    page_shown = chromium(f"file://{tmp_path}/report.html#q={HOSTILE.split()[0]}", "--dump-dom")
+    assert "<title>Evaluation of checkpoint-000020</title>" in page_shown and not re.search(r"<img\b", page_shown)
+    assert len(Elements(page_shown).cards()) == 8
     page = page.replace(
         "</body>", "<script>document.title = 'broken'</script><img src=x onerror=\"document.title=1\"></body>"
     )
     (tmp_path / "injected.html").write_text(page, encoding="utf-8")
-    found = chromium(f"file://{tmp_path}/injected.html", "--dump-dom")  # the policy stops what is not the page's own
-    assert "<title>Evaluation of checkpoint-000020</title>" in found
+    # The page's policy stops scripts that are not its own.
+    page_shown = chromium(f"file://{tmp_path}/injected.html", "--dump-dom")
+    assert "<title>Evaluation of checkpoint-000020</title>" in page_shown
 
 
 def test_page_and_curves_follow_the_reader_s_colour_scheme(write, tmp_path, chromium):

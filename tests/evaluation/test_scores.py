@@ -67,8 +67,8 @@ def test_answers_that_differ(left, right):
     ],
 )
 def test_quantities(text, expected):
-    found = scores.parse_quantity(text)
-    assert (found and (found.low, found.high, found.unit)) == expected
+    quantity = scores.parse_quantity(text)
+    assert (quantity and (quantity.low, quantity.high, quantity.unit)) == expected
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_question_types(question, answer, kind):
 def test_the_interval_is_over_images_not_over_questions():
     """100 images of 9 questions each, all right or all wrong: 95% of a share of 0.5 over 100 images is 0.4 to 0.6."""
     values, groups = [float(i % 2) for i in range(100) for _ in range(9)], [i for i in range(100) for _ in range(9)]
-    found = scores.mean_with_interval(values, groups)
-    assert found["mean"] == 0.5 and found["questions"] == 900
-    assert found["low"] == pytest.approx(0.4, abs=0.02) and found["high"] == pytest.approx(0.6, abs=0.02)
+    interval = scores.mean_with_interval(values, groups)
+    assert interval["mean"] == 0.5 and interval["questions"] == 900
+    assert interval["low"] == pytest.approx(0.4, abs=0.02) and interval["high"] == pytest.approx(0.6, abs=0.02)
     alone = scores.mean_with_interval(values, list(range(900)))
     assert alone["high"] - alone["low"] == pytest.approx(2 * 1.96 * 0.5 / 30, abs=0.01)
 
@@ -139,8 +139,8 @@ def test_the_interval_covers_the_truth_95_times_in_100():
     for trial in range(200):
         level = generator.beta(2, 2, size=60)  # of each image
         values = (generator.random((60, 5)) < level[:, None]).astype(float).ravel().tolist()
-        found = scores.mean_with_interval(values, [i for i in range(60) for _ in range(5)], draws=300, seed=trial)
-        hits += found["low"] <= 0.5 <= found["high"]
+        interval = scores.mean_with_interval(values, [i for i in range(60) for _ in range(5)], draws=300, seed=trial)
+        hits += interval["low"] <= 0.5 <= interval["high"]
     assert 180 <= hits <= 199
 
 
@@ -186,19 +186,19 @@ def test_options_are_scored_by_the_likeliest_and_by_yes_against_no():
 
     lines = [line("yes", yes=0.6, no=0.1, unclear=0.3), line("no", yes=0.5, no=0.4, unclear=0.1)]
     lines += [line("no", yes=0.1, no=0.9), line("unclear", yes=0.1, no=0.1, unclear=0.8)]
-    found = scores.score_options(lines, ["a", "b", "c", "c"])
-    assert found["top1"]["mean"] == 0.75 and found["calibration_error"] == pytest.approx((0.4 + 0.5 + 0.1 + 0.2) / 4)
-    assert found["yes/no"]["auroc"] == 1 and found["yes/no"]["questions"] == 3
+    result = scores.score_options(lines, ["a", "b", "c", "c"])
+    assert result["top1"]["mean"] == 0.75 and result["calibration_error"] == pytest.approx((0.4 + 0.5 + 0.1 + 0.2) / 4)
+    assert result["yes/no"]["auroc"] == 1 and result["yes/no"]["questions"] == 3
     of_yes_and_no = (1 - 0.6 / 0.7) + 0.5 / 0.9 + 0.1  # the second is wrong
-    assert found["yes/no"]["calibration_error"] == pytest.approx(of_yes_and_no / 3)
+    assert result["yes/no"]["calibration_error"] == pytest.approx(of_yes_and_no / 3)
     assert "yes/no" not in scores.score_options(lines[2:], ["c", "c"])
 
 
 def test_bleu_is_that_of_sacrebleu():
     right = [{"prediction": "the polyp is in the upper left", "answer": "the polyp is in the upper left"}]
     wrong = [{"prediction": "a polyp is at the lower left", "answer": "the polyp is in the upper left"}]
-    found = scores.bleu(right)
-    assert found["score"] == pytest.approx(100) and "version" in found["signature"]
+    result = scores.bleu(right)
+    assert result["score"] == pytest.approx(100) and "version" in result["signature"]
     assert scores.bleu(wrong)["score"] < scores.bleu(right + wrong)["score"] < 100
 
 

@@ -52,9 +52,9 @@ def test_names_are_those_below_the_folder_wherever_it_is():
         assert relative_names((f"{folder}/a.png", "b/../c.png"), folder) == ("a.png", "c.png")
 
 
-@pytest.mark.parametrize(("fraction", "told"), [(0.01, "holds out none"), (1, "holds out all")])
-def test_a_share_that_leaves_a_part_empty_is_refused(fraction, told):
-    with pytest.raises(InputError, match=told):
+@pytest.mark.parametrize(("fraction", "message"), [(0.01, "holds out none"), (1, "holds out all")])
+def test_a_share_that_leaves_a_part_empty_is_refused(fraction, message):
+    with pytest.raises(InputError, match=message):
         hold_out([("a",), ("b",), ("c",)], fraction, 0)
 
 
@@ -76,25 +76,25 @@ def test_a_run_evaluates_what_it_holds_out_and_eval_answers_the_same(world, tmp_
     output, moved = tmp_path / "out", shutil.copytree(world / "images", tmp_path / "moved")
     settings = {"val": "", "val-fraction": 0.5, "max-steps": 1, "seed": 3}
     train.main(arguments(world, output, **settings))
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     (line,) = lines(output, "eval")
-    assert f"held out {line['questions']} questions on 2 of 4 images" in told
+    assert f"held out {line['questions']} questions on 2 of 4 images" in printed
     evaluation.main(["--ckpt", str(output), "--max-new-tokens=1", "--workers=0", "--closed-set=99"])
     answered = [
         json.loads(text) for text in (output / "eval/checkpoint-000001/predictions.jsonl").read_text().splitlines()
     ]
-    assert len(answered) == line["questions"] and sum(one["teacher_forced"] for one in answered) == pytest.approx(
+    assert len(answered) == line["questions"] and sum(answer["teacher_forced"] for answer in answered) == pytest.approx(
         line["exact_match"] * line["questions"]
     )
-    shown = {image for one in answered for image in one["images"]}
+    shown = {image for answer in answered for image in answer["images"]}
     rows = [json.loads(text) for text in (world / "rows.jsonl").read_text().splitlines()]
     named = [
         {*([row["image"]] if isinstance(row.get("image"), str) else row.get("image") or row.get("images", []))}
         for row in rows
     ]
-    assert shown == {"c.png", "d.png"} and all(one <= shown or not one & shown for one in named)
-    assert len(answered) == sum(bool(one & shown) for one in named)
-    assert not any("options" in one for one in answered)  # its questions are asked nowhere else
+    assert shown == {"c.png", "d.png"} and all(images <= shown or not images & shown for images in named)
+    assert len(answered) == sum(bool(images & shown) for images in named)
+    assert not any("options" in answer for answer in answered)  # its questions are asked nowhere else
     assert train.main([*arguments(world, output, **settings), "--plan"]) == 0
     assert f"val: {line['questions']} questions, 2 images" in capsys.readouterr().out
     for name in shown:

@@ -111,7 +111,7 @@ def test_a_failure_is_not_remembered(pictures, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with monkeypatch.context() as broken:
         broken.setattr(images_file.Image, "open", lambda path: (_ for _ in ()).throw(OSError("stale file handle")))
-        assert all("stale file handle" in found for found in check_images(pictures).values())
+        assert all("stale file handle" in result for result in check_images(pictures).values())
     assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
 
 
@@ -155,7 +155,7 @@ def test_a_row_may_reach_the_folder_of_images_through_a_link(load, world, tmp_pa
     rows = [flat(image="a.png"), flat(image=str(world / "images" / "a.png")), flat(image=str(world / "rows.jsonl"))]
     data = load(rows, images=tmp_path / "link" / "images")
     assert len(data.samples) == 2 and len(data.grids) == 1
-    assert [one.where for one in data.bad] == ["rows.jsonl:3"] and "lies outside" in data.bad[0].reason
+    assert [row.where for row in data.bad] == ["rows.jsonl:3"] and "lies outside" in data.bad[0].reason
 
 
 @pytest.mark.parametrize("stored", ["case 1.jpg", "case 1.jpeg", "case 1.png", "case.v1.jpg", "case.v1.png"])

@@ -135,10 +135,10 @@ def test_a_run_learns_the_same_with_a_cache_and_the_next_one_needs_no_tower(worl
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [({"lora-targets": "q_proj,vision"}, "whose features change"), ({"vision-cache": "/proc/x"}, "can't be filled")],
 )
-def test_a_cache_that_can_not_serve_is_refused(world, tmp_path, settings, told):
-    with pytest.raises(InputError, match=told):
+def test_a_cache_that_can_not_serve_is_refused(world, tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
         train.main(arguments(world, tmp_path / "out", **({"vision-cache": tmp_path / "cache"} | settings)))
     assert not (tmp_path / "cache").exists()

@@ -156,18 +156,19 @@ def test_a_saved_adapter_is_plain_peft_with_the_same_logits(world, tmp_path):
     data, dataset = tiny.load_world(world)
     for index in (0, 29, 30, 33):
         batch = dataset[Assignment((grow_tree(data.samples, [index]),))]
-        mine, _ = ours(batch)
-        torch.testing.assert_close(mine.mean(), plain(**reference.inputs(rows[index])).loss, rtol=1e-5, atol=1e-6)
+        token_losses, _ = ours(batch)
+        expected = plain(**reference.inputs(rows[index])).loss
+        torch.testing.assert_close(token_losses.mean(), expected, rtol=1e-5, atol=1e-6)
         with plain.disable_adapter():
-            assert abs(plain(**reference.inputs(rows[index])).loss - mine.mean()) > 1e-3
+            assert abs(plain(**reference.inputs(rows[index])).loss - token_losses.mean()) > 1e-3
 
 
 def test_a_run_trains_saves_and_answers(world, tmp_path):
     """From the command line to predictions, by the image settings of its checkpoint."""
     assert train.main(arguments(world, tmp_path / "out", max_steps=2, save_every=0, eval_every=0)) == 0
     assert evaluation.main(["--ckpt", str(tmp_path / "out"), "--workers=0", "--max-new-tokens=2"]) == 0
-    (found,) = tmp_path.glob("out/eval/checkpoint-000002/predictions.jsonl")
-    assert len(found.read_text().splitlines()) == 34
+    (predictions,) = tmp_path.glob("out/eval/checkpoint-000002/predictions.jsonl")
+    assert len(predictions.read_text().splitlines()) == 34
 
 
 def test_pixel_limits_are_read_as_the_hub_s_folders_spell_them(windows, tmp_path):
@@ -175,9 +176,9 @@ def test_pixel_limits_are_read_as_the_hub_s_folders_spell_them(windows, tmp_path
     facts = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
     facts |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
-    found = image_settings(str(tmp_path))
-    assert found == ImageSettings(14, 2, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 0, 56)
-    assert found.grid(280, 420) == (20, 30)
+    limits = image_settings(str(tmp_path))
+    assert limits == ImageSettings(14, 2, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 0, 56)
+    assert limits.grid(280, 420) == (20, 30)
 
 
 REFUSED = {
@@ -210,7 +211,7 @@ def test_a_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("config.json", "{", "has a damaged config.json"),
         ("tokenizer.json", None, "has no tokenizer.json or vocab.json: copy"),
@@ -220,10 +221,10 @@ def test_a_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, monk
         ("model.safetensors", "short", "has damaged weights"),
     ],
 )
-def test_a_model_folder_that_is_not_whole_is_one_clear_error(world, tmp_path, name, text, told):
+def test_a_model_folder_that_is_not_whole_is_one_clear_error(world, tmp_path, name, text, message):
     folder = shutil.copytree(world / "model", tmp_path / "model")
     (folder / name).write_text(text) if text else (folder / name).unlink()
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_base(resolve_model(str(folder)), torch.float32, torch.device("cpu"))
 
 

@@ -90,8 +90,8 @@ def test_a_trained_tower_has_an_attention_with_a_backward(world, targets):
 
 def test_two_processes_train_the_vision_tower_like_one(world, tmp_path):
     """Steps of two questions: some show no image, some show one on one rank only."""
-    given = {"lora-targets": "q_proj,vision", "batch-size": 2, "max-steps": 17, "eval-every": 0, "save-every": 0}
-    runs = [arguments(world, tmp_path / f"{ranks}", **given, **{"lora-dropout": 0.0}) for ranks in (1, 2)]
+    settings = {"lora-targets": "q_proj,vision", "batch-size": 2, "max-steps": 17, "eval-every": 0, "save-every": 0}
+    runs = [arguments(world, tmp_path / f"{ranks}", **settings, **{"lora-dropout": 0.0}) for ranks in (1, 2)]
     for ranks, argv in zip((1, 2), runs):
         assert Run(argv, tmp_path / f"{ranks}.log", ranks).wait() == [0] * ranks, (
             tmp_path / f"{ranks}.log"
@@ -112,7 +112,7 @@ def test_two_processes_train_the_vision_tower_like_one(world, tmp_path):
         (r"layers\.0\.(self_attn|mlp)\.\w+_proj", dict.fromkeys(DEFAULT_TARGETS.split(","), 1)),
         ("vision", {"visual.blocks.attn.qkv": 1, "visual.blocks.attn.proj": 1, "visual.blocks.mlp.linear_fc1": 1,
                     "visual.blocks.mlp.linear_fc2": 1}),
-        ("merger", {f"visual.{one}.linear_fc{n}": 1 for one in ("merger", "deepstack_merger_list") for n in (1, 2)}),
+        ("merger", {f"visual.{name}.linear_fc{n}": 1 for name in ("merger", "deepstack_merger_list") for n in (1, 2)}),
     ],
 )  # fmt: skip
 def test_targets_name_layers(world, targets, expected):
@@ -120,7 +120,7 @@ def test_targets_name_layers(world, targets, expected):
 
 
 @pytest.mark.parametrize(
-    ("targets", "told"),
+    ("targets", "message"),
     [
         ("q_proj,query", "'query' names nothing; linear layers: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj"),
         ("mlp", "'mlp' names model.language_model.layers.0.mlp too"),
@@ -129,11 +129,11 @@ def test_targets_name_layers(world, targets, expected):
     ],
 )
 def test_a_target_that_is_no_linear_layer_of_the_language_model_is_refused_before_weights_are_read(
-    world, monkeypatch, tmp_path, targets, told
+    world, monkeypatch, tmp_path, targets, message
 ):
     monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("read weights"))
     for more in ([], ["--plan"]):
-        with pytest.raises(InputError, match=f"^--lora-targets: {re.escape(told)}"):
+        with pytest.raises(InputError, match=f"^--lora-targets: {re.escape(message)}"):
             train.main([*arguments(world, tmp_path / "out", **{"lora-targets": targets}), *more])
 
 
@@ -145,8 +145,8 @@ def test_a_plan_is_refused_for_what_it_does_not_count(world):
 
 @pytest.mark.parametrize("more", [{"dora": True, "rslora": True}, {"lora-targets": ALL}], ids=["dora", "vision"])
 def test_a_run_is_resumed_merged_and_handed_over_whatever_is_trained(world, tmp_path, more, capsys):
-    output, given = tmp_path / "out", {"max-steps": 4, "lr": 0.005, "keep": 9} | more
-    argv = [word.replace("=True", "") for word in arguments(world, output, **given)]
+    output, settings = tmp_path / "out", {"max-steps": 4, "lr": 0.005, "keep": 9} | more
+    argv = [word.replace("=True", "") for word in arguments(world, output, **settings)]
     train.main(argv)
     undisturbed = adapter(output, 4)
     shutil.rmtree(output / "checkpoint-000004")
@@ -156,11 +156,11 @@ def test_a_run_is_resumed_merged_and_handed_over_whatever_is_trained(world, tmp_
     share = float(re.search(r"are ([\d.e-]+)% as far apart", capsys.readouterr().out)[1])
     assert share < 0.1
     scores = {}
-    for how in ("--merge", "--no-merge"):
-        words = [f"--ckpt={output / 'checkpoint-000004'}", "--max-new-tokens=1", "--workers=0", how]
-        evaluation.main([*words, f"--output={tmp_path / how}"])
-        found = [json.loads(line)["loss"] for line in (tmp_path / how / "predictions.jsonl").read_text().splitlines()]
-        scores[how] = found
+    for option in ("--merge", "--no-merge"):
+        words = [f"--ckpt={output / 'checkpoint-000004'}", "--max-new-tokens=1", "--workers=0", option]
+        evaluation.main([*words, f"--output={tmp_path / option}"])
+        predictions = (tmp_path / option / "predictions.jsonl").read_text().splitlines()
+        scores[option] = [json.loads(line)["loss"] for line in predictions]
     assert scores["--merge"] == pytest.approx(scores["--no-merge"], rel=1e-3)
     card = (output / "checkpoint-000004/README.md").read_text()
     assert "vllm serve" not in card and "merge it first" in card
@@ -168,7 +168,7 @@ def test_a_run_is_resumed_merged_and_handed_over_whatever_is_trained(world, tmp_
 
 def test_rslora_scales_by_the_root_of_r(world):
     plain, stabilized = (tiny.lora_model(world, rslora=rslora) for rslora in (False, True))
-    scales = [{m.scaling["default"] for m in one.modules() if hasattr(m, "lora_A")} for one in (plain, stabilized)]
+    scales = [{m.scaling["default"] for m in model.modules() if hasattr(m, "lora_A")} for model in (plain, stabilized)]
     assert scales == [{8 / 4}, {8 / 2}]
 
 
@@ -177,38 +177,38 @@ def test_rslora_scales_by_the_root_of_r(world):
 
 def test_a_run_starts_from_another_adapter_s_weights_at_step_0(world, start, tmp_path):
     output = tmp_path / "out"
-    given = {"lora-r": 4, "init-from": start, "lr": 0, "max-steps": 2, "eval-every": 0, "save-every": 1}
-    train.main(arguments(world, output, **given))
+    settings = {"lora-r": 4, "init-from": start, "lr": 0, "max-steps": 2, "eval-every": 0, "save-every": 1}
+    train.main(arguments(world, output, **settings))
     weights = adapter(start.parent, 1)
     assert all(torch.equal(adapter(output, 2)[name], weight) for name, weight in weights.items())
     state = read_state(output / "checkpoint-000002")
     assert state["step"] == 2 and state["settings"]["init_from"] == str(start)
-    assert {float(one["step"]) for one in state["optimizer"]["state"].values()} == {2.0}
+    assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {2.0}
 
 
 def test_a_checkpoint_overrides_init_from_whose_weights_are_known_by_their_fingerprint(world, start, tmp_path):
     moved, output = shutil.copytree(start, tmp_path / "moved"), tmp_path / "out"
-    given = {"lora-r": 4, "init-from": start, "keep": 9, "max-steps": 4}
-    train.main(arguments(world, output, **given))
+    settings = {"lora-r": 4, "init-from": start, "keep": 9, "max-steps": 4}
+    train.main(arguments(world, output, **settings))
     undisturbed = adapter(output, 4)
     shutil.rmtree(output / "checkpoint-000004")
-    train.main(arguments(world, output, **given | {"init-from": moved, "resume": "auto"}))
+    train.main(arguments(world, output, **settings | {"init-from": moved, "resume": "auto"}))
     assert all(torch.equal(adapter(output, 4)[name], weight) for name, weight in undisturbed.items())
     save_file(
         {name: weight + 1 for name, weight in adapter(start.parent, 1).items()}, moved / "adapter_model.safetensors"
     )
     for other in (moved, ""):
         with pytest.raises(InputError, match="first weights: was"):
-            train.main(arguments(world, output, **given | {"init-from": other, "resume": "auto"}))
+            train.main(arguments(world, output, **settings | {"init-from": other, "resume": "auto"}))
     (moved / "adapter_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(InputError, match="does not fit:\n  it is damaged: "):
-        train.main(arguments(world, tmp_path / "new", **given | {"init-from": moved}))
+        train.main(arguments(world, tmp_path / "new", **settings | {"init-from": moved}))
     (moved / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="does not fit:\n  it holds no adapter_config.json"):
-        train.main(arguments(world, tmp_path / "new", **given | {"init-from": moved}))
+        train.main(arguments(world, tmp_path / "new", **settings | {"init-from": moved}))
     shutil.rmtree(moved)
     shutil.rmtree(output / "checkpoint-000004")
-    resumed = given | {"init-from": moved, "resume": "auto"}
+    resumed = settings | {"init-from": moved, "resume": "auto"}
     assert train.main(arguments(world, output, **resumed)) == 0
     shutil.copytree(start, moved)  # it is there again, and still what the checkpoints go back to
     assert train.main(arguments(world, output, **resumed)) == 0
@@ -218,7 +218,7 @@ def test_a_checkpoint_overrides_init_from_whose_weights_are_known_by_their_finge
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ({"lora-r": 8}, "r is 4 there, 8 here"),
         ({"lora-alpha": 7}, "lora_alpha is 32.0 there, 7.0 here"),
@@ -230,11 +230,11 @@ def test_a_checkpoint_overrides_init_from_whose_weights_are_known_by_their_finge
         ({"rslora": True}, "use_rslora is False there, True here"),
     ],
 )
-def test_init_from_with_other_lora_is_refused_with_the_difference(world, start, tmp_path, monkeypatch, more, told):
+def test_init_from_with_other_lora_is_refused_with_the_difference(world, start, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr(train, "load_base", lambda *_: pytest.fail("read weights"))
-    given = {"lora-r": 4, "init-from": start} | more
-    argv = [word.replace("=True", "") for word in arguments(world, tmp_path / "out", **given)]
-    with pytest.raises(InputError, match=re.escape(told)):
+    settings = {"lora-r": 4, "init-from": start} | more
+    argv = [word.replace("=True", "") for word in arguments(world, tmp_path / "out", **settings)]
+    with pytest.raises(InputError, match=re.escape(message)):
         train.main(argv)
 
 

@@ -68,18 +68,20 @@ def make(tmp_path, monkeypatch):
     return make
 
 
-def take(told: Metrics, done: int, loss: float = 2.0, grad_norm: float = 1.0, last: bool = True, facts=FACTS) -> dict:
+def take(
+    run_metrics: Metrics, done: int, loss: float = 2.0, grad_norm: float = 1.0, last: bool = True, facts=FACTS
+) -> dict:
     """One step; returns the last line."""
-    told.progress.step = done
-    told.step(told.progress, facts, loss, grad_norm, 1e-4, 0.5, last)
-    return (read_metrics(told.output / "metrics.jsonl") or [{}])[-1]
+    run_metrics.progress.step = done
+    run_metrics.step(run_metrics.progress, facts, loss, grad_norm, 1e-4, 0.5, last)
+    return (read_metrics(run_metrics.output / "metrics.jsonl") or [{}])[-1]
 
 
-def evaluated(told: Metrics, step: int, result: dict, is_best: bool) -> None:
-    told.progress.step = step
+def evaluated(run_metrics: Metrics, step: int, result: dict, is_best: bool) -> None:
+    run_metrics.progress.step = step
     if is_best:
-        told.progress.best = {"exact_match": result["exact_match"], "step": step}
-    told.evaluation(told.progress, result, is_best)
+        run_metrics.progress.best = {"exact_match": result["exact_match"], "step": step}
+    run_metrics.evaluation(run_metrics.progress, result, is_best)
 
 
 # ---------------------------------------------------------------------------------------------------------- the numbers
@@ -87,9 +89,9 @@ def evaluated(told: Metrics, step: int, result: dict, is_best: bool) -> None:
 
 def test_a_run_s_lines_and_its_bar_have_every_number(world, tmp_path, capsys):
     train.main(arguments(world, tmp_path / "out", **{"log-every": 2}))
-    found = lines(tmp_path / "out", "train")
-    assert [line["step"] for line in found] == [2, 4, 6] and all(line.keys() == FIELDS for line in found)
-    assert [line["epoch"] for line in found] == [0.4, 0.8, 1.2] and found[-1]["eta_s"] == 0 < found[0]["eta_s"]
+    written = lines(tmp_path / "out", "train")
+    assert [line["step"] for line in written] == [2, 4, 6] and all(line.keys() == FIELDS for line in written)
+    assert [line["epoch"] for line in written] == [0.4, 0.8, 1.2] and written[-1]["eta_s"] == 0 < written[0]["eta_s"]
     bar = capsys.readouterr().err.splitlines()[-1]
     assert "6/6" in bar and all(
         f"{name}=" in bar for name in FIELDS - {"event", "step", "questions", "images", "eta_s"}
@@ -100,7 +102,7 @@ def test_a_run_s_lines_and_its_bar_have_every_number(world, tmp_path, capsys):
         sampler.set_epoch(epoch)
         steps |= {assignment.step.number: assignment.step for assignment in sampler}
     plan = list(steps.values())
-    for line, two in zip(found, zip(plan[::2], plan[1::2])):
+    for line, two in zip(written, zip(plan[::2], plan[1::2])):
         seconds = sum(facts.questions for facts in two) / line["questions_per_s"]
         assert line["tokens_per_s"] * seconds == pytest.approx(sum(facts.tokens for facts in two))
         assert line["tflops_per_gpu"] * seconds * 1e12 == pytest.approx(sum(facts.flops for facts in two))
@@ -111,20 +113,20 @@ def operations(model, batch) -> float:
     visible pair of tokens and pair of an image's patches."""
     text, vision = model.config.text_config, model.config.vision_config
     patches, tokens, answers = len(batch.patches), len(batch.ids), len(batch.targets)
-    found = 0
+    total = 0
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             if "visual" in name:
-                found += 2 * module.weight.numel() * (patches / 4 if "merger" in name else patches)
+                total += 2 * module.weight.numel() * (patches / 4 if "merger" in name else patches)
             else:
                 late = "lm_head" in name or f"layers.{text.num_hidden_layers - 1}.mlp" in name
-                found += 4 * module.weight.numel() * (answers if late else tokens)
-    one = torch.arange(tokens)
-    visible = (batch.tree[:, None] == batch.tree) & (one[:, None] >= one)
+                total += 4 * module.weight.numel() * (answers if late else tokens)
+    index = torch.arange(tokens)
+    visible = (batch.tree[:, None] == batch.tree) & (index[:, None] >= index)
     visible &= (batch.branch == 0) | (batch.branch[:, None] == batch.branch)
     heads = text.num_attention_heads * text.head_dim
-    found += 3.5 * 4 * heads * text.num_hidden_layers * int(visible.sum())
-    return found + 4 * vision.hidden_size * vision.depth * int((batch.grid.prod(-1) ** 2).sum())
+    total += 3.5 * 4 * heads * text.num_hidden_layers * int(visible.sum())
+    return total + 4 * vision.hidden_size * vision.depth * int((batch.grid.prod(-1) ** 2).sum())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -155,9 +157,9 @@ def test_operations_that_are_not_known_are_left_out(world, make):
 
 
 def test_speed_and_time_left_are_those_since_this_start(make):
-    told = make()
-    take(told, 1, last=False)
-    resumed = make({"step": 1, "sums": told.progress.sums})
+    run_metrics = make()
+    take(run_metrics, 1, last=False)
+    resumed = make({"step": 1, "sums": run_metrics.progress.sums})
     line = take(resumed, 2)
     assert line["questions"] == 16 and line["loss"] == 2 and line["questions_per_s"] == 8 / 4
     assert line["eta_s"] == 38 * 8  # eight seconds, two looks, a step
@@ -171,66 +173,66 @@ def test_set_up_evaluations_and_saves_take_from_the_time_left_and_not_from_the_s
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *words, real=real: ahead.append(long) or real(*words))
     train.main(arguments(world, tmp_path / "out"))
-    found = lines(tmp_path / "out", "train")
-    assert all(line["questions_per_s"] > 1e3 / long for line in found)
-    assert found[1]["eta_s"] < long < found[2]["eta_s"]  # the first evaluation follows step 2
+    written = lines(tmp_path / "out", "train")
+    assert all(line["questions_per_s"] > 1e3 / long for line in written)
+    assert written[1]["eta_s"] < long < written[2]["eta_s"]  # the first evaluation follows step 2
 
 
 def test_skipped_steps_are_counted_over_lines_and_starts(make):
-    told = make()
-    take(told, 1, loss=float("nan"), last=False)
-    take(told, 2, grad_norm=float("inf"), last=False)
-    assert take(told, 3)["skipped"] == 2
-    assert take(make({"step": 3, "sums": told.progress.sums}), 4)["skipped"] == 2
+    run_metrics = make()
+    take(run_metrics, 1, loss=float("nan"), last=False)
+    take(run_metrics, 2, grad_norm=float("inf"), last=False)
+    assert take(run_metrics, 3)["skipped"] == 2
+    assert take(make({"step": 3, "sums": run_metrics.progress.sums}), 4)["skipped"] == 2
 
 
 @pytest.mark.parametrize("spoiled", [{"loss": float("nan"), "grad_norm": float("nan")}, {"grad_norm": float("inf")}])
 def test_a_line_averages_the_steps_that_were_not_skipped(make, spoiled):
     """Else it would hold NaN or Infinity, which JSON has not."""
-    told = make()
-    take(told, 1, loss=2.0, grad_norm=0.5, last=False)
-    line = take(told, 2, **{"loss": 9.0, **spoiled})
+    run_metrics = make()
+    take(run_metrics, 1, loss=2.0, grad_norm=0.5, last=False)
+    line = take(run_metrics, 2, **{"loss": 9.0, **spoiled})
     assert (line["loss"], line["grad_norm"], line["questions"]) == (2.0, 0.5, 16)
 
 
 def test_an_evaluation_that_is_still_due_is_written_once(make):
     """A run was stopped before it, went on with it, and was killed before the save that follows."""
-    told, result = make(), {"loss": 1.5, "exact_match": 0.5}
-    take(told, 5)
-    evaluated(told, 5, result, is_best=True)
+    run_metrics, result = make(), {"loss": 1.5, "exact_match": 0.5}
+    take(run_metrics, 5)
+    evaluated(run_metrics, 5, result, is_best=True)
     evaluated(make({"step": 5}), 6, result, is_best=False)
-    assert [line["step"] for line in read_metrics(told.output / "metrics.jsonl")] == [5, 5, 6]
+    assert [line["step"] for line in read_metrics(run_metrics.output / "metrics.jsonl")] == [5, 5, 6]
     evaluated(make({"step": 5, "evaluation_due": True}), 5, result, is_best=True)
-    assert [line["event"] for line in read_metrics(told.output / "metrics.jsonl")] == ["train", "eval"]
+    assert [line["event"] for line in read_metrics(run_metrics.output / "metrics.jsonl")] == ["train", "eval"]
 
 
 # --------------------------------------------------------------------------------------------------- status and curves
 
 
 def test_status_says_how_far_a_run_is(make):
-    told = make()
-    told.status("running", told.progress)
-    status = told.output / "status"
+    run_metrics = make()
+    run_metrics.status("running", run_metrics.progress)
+    status = run_metrics.output / "status"
     assert status.read_text() == "running 0\nstep 0 of 40\n"
-    take(told, 5)
+    take(run_metrics, 5)
     assert status.read_text() == "running 5\nstep 5 of 40, epoch 0.50, 0:00:56 left, loss 2\n"
-    evaluated(told, 5, {"loss": 1.5, "exact_match": 0.625}, is_best=True)
-    evaluated(told, 6, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
+    evaluated(run_metrics, 5, {"loss": 1.5, "exact_match": 0.625}, is_best=True)
+    evaluated(run_metrics, 6, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
     expected = "step 6 of 40, epoch 0.60, 0:00:56 left, loss 2, best exact match 62.5% at step 5"
     assert status.read_text() == f"running 6\n{expected}\n"
-    resumed = make({"step": 6, "best": told.progress.best})
+    resumed = make({"step": 6, "best": run_metrics.progress.best})
     resumed.status("stopped", resumed.progress)
     assert status.read_text() == f"stopped 6\n{expected}\n"
-    told.status("done", told.progress)  # by --patience
+    run_metrics.status("done", run_metrics.progress)  # by --patience
     assert status.read_text() == f"done 6\n{expected.replace(', 0:00:56 left', '')}\n"
 
 
 def test_curves_are_redrawn_at_every_evaluation(make):
-    told, drawn = make(), []
+    run_metrics, drawn = make(), []
     for step in (1, 2, 3):
-        take(told, step)
-        evaluated(told, step, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
-        root = ElementTree.parse(told.output / "curves.svg").getroot()
+        take(run_metrics, step)
+        evaluated(run_metrics, step, {"loss": 1.5, "exact_match": 0.5}, is_best=False)
+        root = ElementTree.parse(run_metrics.output / "curves.svg").getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         circles = root.findall(".//{*}circle[@class='k1']")
         drawn.append((len(circles), "".join(root.itertext())))
@@ -240,18 +242,18 @@ def test_curves_are_redrawn_at_every_evaluation(make):
 
 def test_a_run_without_validation_rows_draws_its_curves_too(world, tmp_path):
     train.main([*arguments(world, tmp_path / "out"), "--val="])
-    found = read_metrics(tmp_path / "out" / "metrics.jsonl")
-    assert (tmp_path / "out" / "curves.svg").read_text() == sheet(curves(found)) and len(curves(found)) == 2
+    written = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert (tmp_path / "out" / "curves.svg").read_text() == sheet(curves(written)) and len(curves(written)) == 2
 
 
 def test_a_full_disk_costs_status_and_curves_and_nothing_else(make, monkeypatch, capsys):
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    told = make()
+    run_metrics = make()
     monkeypatch.setattr(metrics, "write_whole", full)
-    take(told, 1)
-    told.draw()
+    take(run_metrics, 1)
+    run_metrics.draw()
     printed = capsys.readouterr().out
     assert "status not written: " in printed and "curves.svg not written: [Errno 28] No space" in printed
 
@@ -269,10 +271,10 @@ def test_a_tracker_that_fails_is_reported_once_and_stops_nothing(make, capsys):
 
     broken, whole = Broken(), SimpleNamespace(lines=[], close=lambda code: None)
     whole.write = whole.lines.append
-    told = make(trackers=[broken, whole])
-    found = [take(told, step) for step in (1, 2)]
-    told.close(0)
-    assert whole.lines == found and broken.calls == 1
+    run_metrics = make(trackers=[broken, whole])
+    written = [take(run_metrics, step) for step in (1, 2)]
+    run_metrics.close(0)
+    assert whole.lines == written and broken.calls == 1
     assert capsys.readouterr().out.count("Broken gets nothing more until the run is resumed: ConnectionReset") == 1
 
 
@@ -282,8 +284,8 @@ def test_a_package_that_is_not_installed_is_an_error_before_anything_is_loaded(m
     parse_settings([])
     with pytest.raises(InputError) as caught:
         parse_settings(["--tensorboard", "--wandb", "polyps"])
-    told = ["--tensorboard: not installed here: pip install tensorboard"]
-    assert str(caught.value).split("\n  ")[1:] == [*told, "--wandb: not installed here: pip install wandb"]
+    problems = ["--tensorboard: not installed here: pip install tensorboard"]
+    assert str(caught.value).split("\n  ")[1:] == [*problems, "--wandb: not installed here: pip install wandb"]
 
 
 @pytest.fixture(scope="module")
@@ -314,8 +316,8 @@ def test_tensorboard_has_the_numbers_of_metrics_jsonl_each_step_once(resumed):
         for name, value in watch.scalars(line).items():
             expected.setdefault(name, []).append((line["step"], pytest.approx(value, rel=1e-6)))
     assert {"train/loss", "train/eta_s", "eval/exact_match", "eval/exact_match/yes/no"} <= expected.keys()
-    found = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
-    assert found == expected
+    logged = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert logged == expected
 
 
 def test_wandb_gets_numbers_and_settings_and_goes_on_with_the_same_run(resumed):
@@ -335,7 +337,7 @@ def test_wandb_gets_numbers_and_settings_and_goes_on_with_the_same_run(resumed):
 def test_wandb_that_can_not_start_is_an_error_before_the_model_is_loaded(world, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
 
-    def init(**how):
+    def init(**options):
         raise wandb.errors.UsageError("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", init)

@@ -109,7 +109,7 @@ def test_float32_is_refused(bare):
 
 def test_only_settings_and_tokenizer_are_downloaded(world, monkeypatch):
     asked = {}
-    monkeypatch.setattr(loading, "snapshot_download", lambda _, **how: asked.update(how) or str(world / "model"))
+    monkeypatch.setattr(loading, "snapshot_download", lambda _, **only: asked.update(only) or str(world / "model"))
     loading.resolve_model("Qwen/Qwen3-VL-8B-Instruct", weights=False)
     files = ["config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt"]
     files += ["tokenizer_config.json", "chat_template.jinja", "model-00001-of-00004.safetensors", "pytorch_model.bin"]
@@ -170,7 +170,9 @@ def test_what_is_said_of_a_plan_does_not_make_another_run(world):
     data, dataset = tiny.load_world(world)
     asked = (arguments(world, "out") + more for more in ([], ["--gpu=l40s", "--time-limit=3", "--plan"]))
     args = [parse_settings(words) for words in asked]
-    before, after = (prepare.identify(one, dataset.settings, data, None, str(world / "model")) for one in args)
+    before, after = (
+        prepare.identify(run_args, dataset.settings, data, None, str(world / "model")) for run_args in args
+    )
     assert before == after
 
 
@@ -196,8 +198,8 @@ def test_smaller_pictures_are_not_below_what_the_model_allows(world):
     _, dataset = tiny.load_world(world)
     largest = plan.largest_picture(data, dataset.settings)
     limits = [replace(dataset.settings, min_pixels=largest // part) for part in (1, 3, 4)]
-    found = [list(plan.with_smaller_pictures(job, settings)) for settings in limits]
-    assert found == [[], [largest // 2], [largest // 2, largest // 4]]
+    limits_tried = [list(plan.with_smaller_pictures(job, settings)) for settings in limits]
+    assert limits_tried == [[], [largest // 2], [largest // 2, largest // 4]]
 
 
 def test_an_image_is_counted_once_a_tree_and_every_token_once(world):
@@ -238,8 +240,8 @@ def test_the_time_of_a_tree_is_the_measured_one(questions):
 
 @pytest.mark.parametrize("questions", TREES)
 def test_the_peak_memory_of_a_tree_is_the_measured_one(questions):
-    (found,) = budgets(job_of_8b(memory_budget=1.0), GPUS["h100"], 2704 + 195 * questions)
-    assert found.peak / GIB == pytest.approx(TREES[questions]["peak_gib"], rel=0.05)
+    (choice,) = budgets(job_of_8b(memory_budget=1.0), GPUS["h100"], 2704 + 195 * questions)
+    assert choice.peak / GIB == pytest.approx(TREES[questions]["peak_gib"], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +250,8 @@ def test_the_peak_memory_of_a_tree_is_the_measured_one(questions):
 )
 def test_the_peak_memory_of_a_run_is_the_one_seen(budget, tokens, peak_gib):
     """Runs of train.py, of 4,459 tokens bench/step.py, on H100s, 8B, LoRA r 8, dropout 0.05."""
-    (found,) = budgets(job_of_8b(memory_budget=budget), GPUS["h100"], tokens)
-    assert found.peak / GIB == pytest.approx(peak_gib, rel=0.05)
+    (choice,) = budgets(job_of_8b(memory_budget=budget), GPUS["h100"], tokens)
+    assert choice.peak / GIB == pytest.approx(peak_gib, rel=0.05)
 
 
 def test_half_a_memory_budget_keeps_half_in_a_small_model_of_the_8b_s_proportions(tmp_path):
@@ -296,8 +298,8 @@ def test_the_memory_budget_is_the_one_that_the_run_chooses(gib, monkeypatch):
 def test_less_memory_takes_more_time_and_a_budget_of_one_s_own_lies_between():
     job = job_of_8b()
     known = budgets(job, GPUS["h100"], job.heavy)
-    assert [one.budget for one in known] == [1.0, 0.5, 0.2, 0.0]
-    assert sorted(known, key=lambda one: -one.peak) == sorted(known, key=lambda one: one.slower) == known
+    assert [choice.budget for choice in known] == [1.0, 0.5, 0.2, 0.0]
+    assert sorted(known, key=lambda choice: -choice.peak) == sorted(known, key=lambda choice: choice.slower) == known
     (own,) = budgets(job_of_8b(memory_budget=0.3), GPUS["h100"], job.heavy)
     assert known[1].peak > own.peak > known[2].peak and known[1].slower < own.slower < known[2].slower
     (eager,) = budgets(job_of_8b(compile=False), GPUS["h100"], job.heavy)
@@ -311,13 +313,13 @@ def test_settings_that_would_fit_are_found(world, tokens):
     job = replace(job_of_8b(), heavy=700, train=data)
     needed = 2 * job.weights + 4 * job.lora + 0.13 * kept_bytes(job.config, tokens + 1)
     gpu = Gpu((), (needed + MEMORY_MARGIN[0]) / (1 - MEMORY_MARGIN[1]) / GIB, 1)
-    found = dict(zip(*[iter(plan.remedy(job, gpu, dataset.settings).split()[:-2])] * 2))
-    assert found["--max-tokens"] == str(tokens)
+    remedy = dict(zip(*[iter(plan.remedy(job, gpu, dataset.settings).split()[:-2])] * 2))
+    assert remedy["--max-tokens"] == str(tokens)
     assert budgets(job, gpu, tokens)[-1].fits and not budgets(job, gpu, tokens + 128)[-1].fits
     longest = max(sample.tokens for sample in data.samples)
-    assert ("--max-pixels" in found) == (longest > tokens)
-    if "--max-pixels" in found:
-        at = [int(found["--max-pixels"]) + more for more in (0, 16**2)]
+    assert ("--max-pixels" in remedy) == (longest > tokens)
+    if "--max-pixels" in remedy:
+        at = [int(remedy["--max-pixels"]) + more for more in (0, 16**2)]
         small, large = (max(s.tokens for s in at_limit(data, dataset.settings, limit).samples) for limit in at)
         assert small <= tokens < large
     assert plan.remedy(job, Gpu((), needed / GIB, 1), dataset.settings) == "no settings would fit"

@@ -70,10 +70,10 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_setting_is_named_with_its_flag(rows_file, name):
-    argv, told = WRONG[name]
+    argv, message = WRONG[name]
     rows = [] if argv[0] == "--train" else ["--train", rows_file]
     (problem,) = problems_of([*rows, "--seed=0", *argv])
-    assert problem.startswith(told.split(" ")[0]) and told in problem
+    assert problem.startswith(message.split(" ")[0]) and message in problem
 
 
 def test_all_wrong_settings_are_named_at_once(rows_file, config):
@@ -103,7 +103,7 @@ def test_a_flag_without_its_value_hides_no_problem_of_the_file(config):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("learning-rate = 1e-4", "no setting learning-rate = 0.0001"),
         ("lr = [1e-4]", "no setting lr = [0.0001]"),
@@ -120,9 +120,9 @@ def test_a_flag_without_its_value_hides_no_problem_of_the_file(config):
         ("epochs = 1 2", "line 1"),
     ],
 )
-def test_a_wrong_line_of_the_settings_file_is_named(config, line, told):
+def test_a_wrong_line_of_the_settings_file_is_named(config, line, message):
     (problem,) = problems_of(config(line))
-    assert told in problem
+    assert message in problem
 
 
 def test_the_command_line_overrides_the_file_which_overrides_the_defaults(config):
