@@ -349,10 +349,10 @@ def test_a_run_of_two_files_is_logged_planned_held_out_resumed_and_evaluated(wor
 
     train.main(argv(output))
     printed = capsys.readouterr().out
-    assert f"{two[0]}: 17 questions, 8 an epoch" in printed and f"{two[1]}: 11 questions, 22 an epoch" in printed
+    assert f"{two[0]}: 17 questions, 8 per epoch" in printed and f"{two[1]}: 11 questions, 22 per epoch" in printed
     assert "in 4 steps per epoch" in printed and len(lines(output, "train")) == 4
     train.main(argv(tmp_path / "none") + ["--plan"])
-    assert "17 questions, 8 an epoch" in capsys.readouterr().out
+    assert "17 questions, 8 per epoch" in capsys.readouterr().out
     train.main(argv(again, **{"max-steps": 4}))
     (again / "checkpoint-000004/manifest.json").unlink()
     train.main(["--config", str(again / "settings.toml"), "--resume=auto"])
