@@ -301,7 +301,7 @@ def test_no_epochs_are_planned_that_the_steps_do_not_reach(world, tmp_path, monk
         return real(samples, settings, epoch)
 
     monkeypatch.setattr(prepare, "make_plan", make_plan)
-    settings = {"max-steps": 6, "epochs": 1000, "eval-every": 0, "save-every": 0}  # 5 steps an epoch
+    settings = {"max-steps": 6, "epochs": 1000, "eval-every": 0, "save-every": 0}  # 5 steps per epoch
     train.main(arguments(world, tmp_path / "out", **settings))
     assert planned == [0, 1]
     train.main([*arguments(world, "", **settings), "--plan", "--dtype=auto"])

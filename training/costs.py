@@ -1,4 +1,4 @@
-"""Costs of the work on a GPU: operations of trees, and the seconds that they take at rates measured or derived."""
+"""What trees cost on a GPU: their floating-point operations, and the seconds these take at a GPU's rates."""
 
 import argparse
 from collections.abc import Callable
@@ -12,25 +12,26 @@ from modeling.targets import names_vision
 from training.gpus import GPUS, Gpu
 from trees import Tree
 
-# Shares of Gpu.tflops that each kind of work reaches. The three trees of bench/results/step-h100.json are too
-# alike to tell kinds apart, so the attention's come from a profile of the tree of 9: FlexAttention 66 ms (17.7 TFLOP),
-# the vision tower's 42.8 ms (14.5 TFLOP). The matrix products' share, small kernels beside them included, and IMAGE_S
-# are then the two numbers that give the three trees' times.
+# Shares of Gpu.tflops that each kind of operation reaches. The three trees of bench/results/step-h100.json are too
+# alike to fit all of them, so those of attention come from a profile of the tree of 9: FlexAttention took 66 ms for
+# 17.7 TFLOP, the vision tower's attention 42.8 ms for 14.5. The share of the matrix products, which includes the small
+# kernels between them, and IMAGE_S are then fitted to the three trees' times.
 MATMUL_SHARE, ATTENTION_SHARE, TOWER_ATTENTION_SHARE = 0.662, 0.333, 0.421
-MICRO_BATCH_S = 0.012  # gaps between kernels, forward and backward, in a profile; a faster GPU does not shorten them
-IMAGE_S = 0.024  # the vision tower's small kernels
-SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.17, 0.0: 1.27}  # step time by memory budget: a tree of 9 on an H100
-NOT_COMPILED = (1.9, 1.37)  # share of `kept_bytes`: 82.2 GiB at 7,308 tokens on an H200; step time against budget 1
+MICRO_BATCH_S = 0.012  # gaps between kernels, forward and backward, in that profile; a faster GPU has them too
+IMAGE_S = 0.024  # small kernels of the vision tower, per image
+SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.17, 0.0: 1.27}  # memory budget -> step time against budget 1: a tree of 9, H100
+NOT_COMPILED = (1.9, 1.37)  # share of `kept_bytes` (82.2 GiB at 7,308 tokens, H200); step time against budget 1
 
 
 def known_gpu(device: torch.device) -> Gpu | None:
+    """The entry of GPUS for this device; None where its rate is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return next((gpu for gpu in GPUS.values() if name in gpu.devices), None)
 
 
 class Flops(NamedTuple):
-    """Floating-point operations without recomputation: the language model's forward and backward, the frozen vision
-    tower's forward."""
+    """Floating-point operations without recomputation: forward and backward of the language model, forward of the
+    frozen vision tower."""
 
     language: float  # matrix products
     attention: float
@@ -39,10 +40,12 @@ class Flops(NamedTuple):
 
 
 def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branches: list[int], answers: int) -> Flops:
-    """Operations of one tree: images of so many patches each, a prefix and branches of so many tokens each.
+    """Operations of one tree, from the patches of its images, the tokens of its prefix and branches, and its number of
+    answer tokens.
 
-    A frozen matrix of m weights costs 2 m a token forward and 2 m backward (no weight gradient); LoRA, norms and
-    softmax are left out (under 1%). Attention costs 4 d a pair and head dimension forward and 2.5 times that backward.
+    A frozen matrix of m weights costs 2 m per token forward and 2 m backward, as it has no weight gradient. Attention
+    costs 4 per visible pair of tokens and column of its queries forward, and 2.5 times that backward. LoRA, norms and
+    softmax are left out (under 1%).
     """
     text, vision = config.text_config, config.vision_config
     h, i, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
@@ -50,7 +53,7 @@ def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branch
     tokens = prefix + sum(branches)
     pairs = prefix * (prefix + 1) / 2 + sum(b * prefix + b * (b + 1) / 2 for b in branches)
     language = 4 * layers * h * (2 * q + 2 * kv) * tokens + 4 * h * text.vocab_size * answers
-    language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP runs where an answer is
+    language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP runs for answer tokens only
     v, merged = vision.hidden_size, vision.spatial_merge_size**2 * vision.hidden_size
     tower = 2 * vision.depth * (4 * v * v + 2 * v * vision.intermediate_size)
     tower += 2 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * v
@@ -61,7 +64,7 @@ def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branch
 
 
 def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True) -> float:
-    """Seconds of a micro-batch: each tree's operations and number of images. Not `trained`: forward only."""
+    """Seconds of a micro-batch, from each tree's operations and number of images. Not `trained`: forward only."""
     language, attention, tower, tower_attention = (sum(kind) for kind in zip(*(flops for flops, _ in loads)))
     part, attention_part, gap_part = (1, 1, 1) if trained else (1 / 2, 1 / 3.5, 1 / 3)
     at_full_rate = (part * language + tower) / MATMUL_SHARE
@@ -80,8 +83,8 @@ def tree_load(config: PretrainedConfig, samples: list, tree: Tree) -> tuple[Flop
 
 
 def tree_counter(config: PretrainedConfig, samples: list, known: bool, tower: bool = True) -> Callable[[Tree], float]:
-    """What counts the operations of a tree of these samples, with or without the vision tower's: 0 where not all of the
-    model's are `known`."""
+    """A function that gives the operations of a tree of these samples, with or without the `tower`'s. It gives 0 where
+    the model's operations are not all `known`."""
 
     def count(tree: Tree) -> float:
         flops = tree_load(config, samples, tree)[0]

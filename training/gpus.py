@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    devices: tuple[str, ...]  # as torch.cuda.get_device_name says
-    memory_gib: float  # as torch says
-    tflops: float  # of a large bfloat16 matrix product
+    devices: tuple[str, ...]  # names that torch.cuda.get_device_name gives
+    memory_gib: float  # that torch reports, less than the data sheet's
+    tflops: float  # rate of a large bfloat16 matrix product
     measured: bool = False
 
 
-OF_DATA_SHEET = 804 / 989  # what an H100 reaches of its data sheet's dense bfloat16 rate
+OF_DATA_SHEET = 804 / 989  # measured on an H100, over the dense bfloat16 rate of its data sheet
 GPUS = {
     "h100": Gpu(("NVIDIA H100 80GB HBM3",), 79.1, 804, measured=True),
     "h200": Gpu(("NVIDIA H200",), 139.7, 801, measured=True),

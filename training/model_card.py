@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what was trained on what, how well it did, and how to load it."""
+"""The model card of a checkpoint: what was trained on which rows, how well it did, and how to load it."""
 
 import json
 

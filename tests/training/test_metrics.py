@@ -53,7 +53,7 @@ def test_operations_can_leave_out_the_vision_tower(world):
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Make Metrics of a run of 40 steps, 10 an epoch, whose clock goes on by four seconds at every look."""
+    """Make Metrics of a run of 40 steps, 10 per epoch, whose clock goes on by four seconds at every look."""
     looks = count(1000, 4)
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: float(next(looks))))
 
