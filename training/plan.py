@@ -1,7 +1,8 @@
 """What a run will do, take and need, from its rows, settings and config.json alone: `train.py --plan`.
 
-Time comes from the floating-point operations of every micro-batch and the rates that a GPU reaches, memory from the
-formula that picks the memory budget. Left out: waiting for images, communication between GPUs, checking images.
+Time follows from the operations of every micro-batch at the rates of one GPU (costs.py), memory from the formula that
+also picks the memory budget of a run (modeling/memory.py). Waiting for images, communication between GPUs and the first
+check of all images are left out.
 """
 
 import argparse
@@ -26,10 +27,10 @@ from trees import MicroBatch, PlanSettings, Step
 
 GIB = 2**30
 GPU_COUNTS = (1, 2, 4, 8, 16)
-START_S = 80  # of the 8B: imports, rows, weights, a tried evaluation; 30 to 134 s seen on three H100 machines
-COMPILE_S = 160  # first start of the 8B: 87 to 187 s were seen on four machines with H100s and H200s
-SAVE_BYTES_S = 0.3e9  # a checkpoint, hashed, to the disk of a small machine
-LISTED_EVENTS = 8
+START_S = 80  # imports, rows, weights and a tried evaluation of the 8B: 30 to 134 s on three H100 machines
+COMPILE_S = 160  # first start of the 8B: 87 to 187 s on four machines with H100s and H200s
+SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
+LISTED_EVENTS = 8  # evaluations and checkpoints that the table shows at most
 
 
 # --------------------------------------------------------------------------------------------------------------- a run
@@ -37,15 +38,15 @@ LISTED_EVENTS = 8
 
 @dataclass
 class Job:
-    """A run as the estimates see it."""
+    """What the estimates need to know about a run."""
 
     args: argparse.Namespace
     config: PretrainedConfig
     train: VQAData
     val: VQAData | None
-    plan: list[Step]  # of the first epoch; the others are taken to cost the same
+    plan: list[Step]  # of the first epoch; the others are assumed to cost the same
     val_batches: list[MicroBatch]
-    heavy: int  # tokens of the heaviest micro-batch
+    largest: int  # tokens of the largest micro-batch
     weights: int  # parameters of the base model
     lora: int  # parameters that are trained
 
@@ -54,51 +55,64 @@ class Job:
         return 3 * 4 * self.lora  # the adapter, and AdamW's two moments of it
 
 
-def make_job(args, config, train: VQAData, val: VQAData | None, plan: list[Step], heavy: MicroBatch) -> Job:
-    """`plan` is the first epoch's, `heavy` the micro-batch of most tokens in all epochs."""
+def make_job(
+    args: argparse.Namespace,
+    config: PretrainedConfig,
+    train: VQAData,
+    val: VQAData | None,
+    plan: list[Step],
+    largest: MicroBatch,
+) -> Job:
+    """`plan` is the first epoch's; `largest` is the micro-batch with the most tokens in all epochs."""
     model = empty_model(config, args)
     lora = sum(count for _, count in lora_table(model).values())
     weights = sum(parameter.numel() for parameter in model.parameters()) - lora
     val_batches = trees.plan_evaluation(val.samples, args.max_tokens) if val else []
-    tokens = sum(tree.tokens for tree in heavy)
+    tokens = sum(tree.tokens for tree in largest)
     return Job(args, config, train, val, plan, val_batches, tokens, weights, lora)
 
 
-def empty_model(config, args: argparse.Namespace) -> PeftModel:
-    """The model with LoRA as settings say, without memory for weights. Raises InputError of --lora-targets."""
+def empty_model(config: PretrainedConfig, args: argparse.Namespace) -> PeftModel:
+    """The model with LoRA as settings say, without memory for weights. Raises InputError for wrong --lora-targets."""
     with torch.device("meta"):
         return add_lora(AutoModelForImageTextToText.from_config(config), args.model, **lora_arguments(args))
 
 
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
 @dataclass
 class Budget:
-    budget: float | None  # memory budget; None: layers are not compiled
+    """A memory budget, as `--memory-budget` has it, and what it means for a run."""
+
+    share: float | None  # of activations kept; None: layers are not compiled
     slower: float  # step time against budget 1
     peak: float  # bytes that a GPU holds at once
     fits: bool
 
 
 def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
-    """The memory budgets that a run may choose from, the fastest first, for micro-batches of `tokens` tokens."""
+    """The memory budgets that a run may choose from for micro-batches of `tokens` tokens, the fastest first."""
     kept = kept_bytes(job.config, tokens)
     room = gpu.memory_gib * GIB - 2 * job.weights - 4 * job.lora - memory_margin(gpu.memory_gib * GIB)
-    held = 2 * job.weights + 4 * 4 * job.lora  # bfloat16 weights; float32 LoRA, its gradient, AdamW's two moments
-    known = sorted(SLOWER)
+    fixed = 2 * job.weights + 4 * 4 * job.lora  # bfloat16 weights; float32 LoRA, its gradient, AdamW's two moments
     costs = [(None, *NOT_COMPILED)]
     if job.args.compile:
-        names = SLOWER if job.args.memory_budget == "auto" else [job.args.memory_budget]
-        tables = [[table[budget] for budget in known] for table in (MEMORY_BUDGETS, SLOWER)]
-        costs = [(name, *(np.interp(name, known, table) for table in tables)) for name in names]
-    return [Budget(name, slower, held + share * kept, share * kept < room) for name, share, slower in costs]
+        measured = sorted(SLOWER)
+        tables = [[table[share] for share in measured] for table in (MEMORY_BUDGETS, SLOWER)]
+        shares = SLOWER if job.args.memory_budget == "auto" else [job.args.memory_budget]
+        costs = [(share, *(np.interp(share, measured, table) for table in tables)) for share in shares]
+    return [Budget(share, slower, fixed + part * kept, part * kept < room) for share, part, slower in costs]
 
 
-def choose(found: list[Budget]) -> Budget:
-    return next((one for one in found if one.fits), found[-1])
+def choose(options: list[Budget]) -> Budget:
+    """The fastest that fits, or the leanest where none does."""
+    return next((option for option in options if option.fits), options[-1])
 
 
 def remedy(job: Job, gpu: Gpu, images: ImageSettings) -> str:
-    """What would make a run fit that fits with no memory budget."""
-    candidates = range(FLEX_BLOCK, job.heavy, FLEX_BLOCK)
+    """The settings that would make a run fit that fits with no memory budget. Both limits are found by bisection."""
+    candidates = range(FLEX_BLOCK, job.largest, FLEX_BLOCK)
     count = bisect_left(candidates, True, key=lambda tokens: not budgets(job, gpu, tokens)[-1].fits)
     tokens = candidates[count - 1] if count else 0
 
@@ -114,12 +128,15 @@ def remedy(job: Job, gpu: Gpu, images: ImageSettings) -> str:
 
 
 def largest_picture(data: VQAData, images: ImageSettings) -> int:
-    """Pixels, after resizing."""
+    """Pixels of the largest picture after resizing."""
     return max((down * across for down, across in data.grids.values()), default=0) * images.patch_size**2
 
 
+# ---------------------------------------------------------------------------------------------------------------- time
+
+
 def pace(job: Job, gpu: Gpu, slower: float) -> tuple[list[list[float]], list[float]]:
-    """Seconds of each micro-batch on one GPU: by step of the plan, and of an evaluation."""
+    """Seconds of each micro-batch on one GPU: those of each step of the plan, and those of an evaluation."""
 
     def seconds(data: VQAData, batch: MicroBatch, trained: bool) -> float:
         return batch_seconds([tree_load(job.config, data.samples, tree) for tree in batch], gpu, trained)
@@ -129,9 +146,9 @@ def pace(job: Job, gpu: Gpu, slower: float) -> tuple[list[list[float]], list[flo
 
 
 def timeline(job: Job, times: tuple, gpus: int, epochs: int) -> list[tuple[int, str, float]]:
-    """(steps done, what follows, seconds from the start to its end): evaluations and checkpoints, the last at the end.
+    """Evaluations and checkpoints as (steps done, their names, seconds from the start to their end).
 
-    A step takes as long as the rank with most to do. The checkpoints of new best evaluations can't be foreseen.
+    A step takes as long as the rank that has the most to do. Checkpoints of new best evaluations can't be foreseen.
     """
 
     def longest(batches: list[MicroBatch], seconds: list[float]) -> float:
@@ -155,13 +172,13 @@ def timeline(job: Job, times: tuple, gpus: int, epochs: int) -> list[tuple[int, 
 
 
 def hours(job: Job, times: tuple, gpus: int, epochs: int = 0) -> float:
-    """Of the whole run, or of one of so many epochs."""
+    """Hours of the whole run, or of one with so many epochs."""
     return timeline(job, times, gpus, epochs or job.args.epochs)[-1][2] / 3600
 
 
 def estimate(job: Job, gpu: Gpu, gpus: int) -> tuple[float, float]:
-    """Hours of the whole run, and GiB that a GPU holds at its peak."""
-    chosen = choose(budgets(job, gpu, job.heavy))
+    """Hours of the whole run, and the GiB that a GPU holds at its peak."""
+    chosen = choose(budgets(job, gpu, job.largest))
     return hours(job, pace(job, gpu, chosen.slower), gpus), chosen.peak / GIB
 
 
@@ -185,11 +202,11 @@ def compare_with_plan(args: argparse.Namespace, prepared, gpu: Gpu | None, gpus:
 def report(job: Job, images: ImageSettings) -> str:
     """What --plan says about memory, time and disk on --gpu."""
     args, gpu = job.args, GPUS[job.args.gpu]
-    found = budgets(job, gpu, job.heavy)
-    chosen = choose(found)
+    options = budgets(job, gpu, job.largest)
+    chosen = choose(options)
     times = pace(job, gpu, chosen.slower)
     rates = "measured" if gpu.measured else "derived from data sheets, not measured"
-    lines = [f"{args.model} in bfloat16 on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, found)]
+    lines = [f"{args.model} in bfloat16 on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, options)]
     if not chosen.fits:
         lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, images)}")
     lines += time_lines(job, times)
@@ -207,21 +224,21 @@ def report(job: Job, images: ImageSettings) -> str:
     return "\n".join([*lines, disk])
 
 
-def memory_lines(job: Job, gpu: Gpu, found: list[Budget]) -> list[str]:
+def memory_lines(job: Job, gpu: Gpu, options: list[Budget]) -> list[str]:
     lines = [
         f"memory: {2 * job.weights / GIB:.1f} GiB weights, {16 * job.lora / GIB:.2f} GiB LoRA with gradient and "
-        f"optimizer, activations of {job.heavy:,} tokens; "
+        f"optimizer, activations of {job.largest:,} tokens; "
         f"{memory_margin(gpu.memory_gib * GIB) / GIB:.1f} of {gpu.memory_gib} GiB stay free"
     ]
-    for one in found:
-        name = "not compiled" if one.budget is None else f"memory budget {one.budget:g}"
-        verdict = "does not fit" if not one.fits else "fits, chosen" if one is choose(found) else "fits"
-        lines.append(f"  {name:<18} {one.peak / GIB:6.1f} GiB, {one.slower:.2f} x step time, {verdict}")
+    for option in options:
+        name = "not compiled" if option.share is None else f"memory budget {option.share:g}"
+        verdict = "does not fit" if not option.fits else "fits, chosen" if option is choose(options) else "fits"
+        lines.append(f"  {name:<18} {option.peak / GIB:6.1f} GiB, {option.slower:.2f} x step time, {verdict}")
     return lines
 
 
 def time_lines(job: Job, times: tuple) -> list[str]:
-    """A table with a column for each number of GPUs: when evaluations and checkpoints come, and the end."""
+    """A table with one column per number of GPUs: when evaluations and checkpoints are done, and the run is."""
     runs = [timeline(job, times, gpus, job.args.epochs) for gpus in GPU_COUNTS]
     rows = [
         _columns(f"step {events[0][0]:,}: {events[0][1]}", [seconds / 3600 for _, _, seconds in events])
@@ -242,17 +259,17 @@ def _columns(label: str, values: list[float], form: str = ".2f") -> str:
 
 
 def limit_line(job: Job, times: tuple) -> str:
-    """Whether the run fits --time-limit, and what would."""
+    """Whether the run fits --time-limit, and how many epochs would."""
     limit, epochs = job.args.time_limit, range(1, job.args.epochs + 1)
-    most = {gpus: max((e for e in epochs if hours(job, times, gpus, e) <= limit), default=0) for gpus in GPU_COUNTS}
-    enough = [gpus for gpus, fitting in most.items() if fitting == job.args.epochs]
+    fitting = {gpus: max((e for e in epochs if hours(job, times, gpus, e) <= limit), default=0) for gpus in GPU_COUNTS}
+    enough = [gpus for gpus, count in fitting.items() if count == job.args.epochs]
     verdict = f"fits on {enough[0]} GPU(s) or more" if enough else f"does not fit on up to {GPU_COUNTS[-1]} GPUs"
-    fewer = ", ".join(f"{fitting} on {gpus}" for gpus, fitting in most.items())
-    return f"time limit {limit:g} h: {verdict}; epochs that fit, by number of GPUs: {fewer}"
+    by_gpus = ", ".join(f"{count} on {gpus}" for gpus, count in fitting.items())
+    return f"time limit {limit:g} h: {verdict}; epochs that fit, by number of GPUs: {by_gpus}"
 
 
 def with_smaller_pictures(job: Job, images: ImageSettings) -> dict[int, Job]:
-    """The run with pictures of at most a half and a quarter of the largest one's pixels, by that limit."""
+    """The run with pictures limited to a half and to a quarter of the largest one's pixels, by that limit."""
     jobs = {}
     for limit in (largest_picture(job.train, images) // part for part in (2, 4)):
         if limit < max(1, images.min_pixels):  # refused without --min-pixels

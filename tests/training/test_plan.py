@@ -51,7 +51,7 @@ def job_of_the_8b() -> plan.Job:
     args = SimpleNamespace(compile=True, memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
     vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
-    return replace(make_job(args, config, VQAData("", [], {}), None, [], ()), heavy=2704 + 9 * 195)
+    return replace(make_job(args, config, VQAData("", [], {}), None, [], ()), largest=2704 + 9 * 195)
 
 
 def job_of_8b(**settings) -> plan.Job:
@@ -291,18 +291,18 @@ def test_the_memory_budget_is_the_one_that_the_run_chooses(gib, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - taken, total))
-    chosen = choose_memory_budget(job.config, job.heavy, torch.device("cuda"))
-    assert choose(budgets(job, Gpu((), gib, 1), job.heavy)).budget == chosen
+    chosen = choose_memory_budget(job.config, job.largest, torch.device("cuda"))
+    assert choose(budgets(job, Gpu((), gib, 1), job.largest)).share == chosen
 
 
 def test_less_memory_takes_more_time_and_a_budget_of_one_s_own_lies_between():
     job = job_of_8b()
-    known = budgets(job, GPUS["h100"], job.heavy)
-    assert [choice.budget for choice in known] == [1.0, 0.5, 0.2, 0.0]
+    known = budgets(job, GPUS["h100"], job.largest)
+    assert [choice.share for choice in known] == [1.0, 0.5, 0.2, 0.0]
     assert sorted(known, key=lambda choice: -choice.peak) == sorted(known, key=lambda choice: choice.slower) == known
-    (own,) = budgets(job_of_8b(memory_budget=0.3), GPUS["h100"], job.heavy)
+    (own,) = budgets(job_of_8b(memory_budget=0.3), GPUS["h100"], job.largest)
     assert known[1].peak > own.peak > known[2].peak and known[1].slower < own.slower < known[2].slower
-    (eager,) = budgets(job_of_8b(compile=False), GPUS["h100"], job.heavy)
+    (eager,) = budgets(job_of_8b(compile=False), GPUS["h100"], job.largest)
     assert eager.peak > known[0].peak and eager.slower > known[0].slower
 
 
@@ -310,7 +310,7 @@ def test_less_memory_takes_more_time_and_a_budget_of_one_s_own_lies_between():
 def test_settings_that_would_fit_are_found(world, tokens):
     """The 8B's memory for the tiny world's rows, the longest of which has 147 tokens."""
     data, dataset = tiny.load_world(world)
-    job = replace(job_of_8b(), heavy=700, train=data)
+    job = replace(job_of_8b(), largest=700, train=data)
     needed = 2 * job.weights + 4 * job.lora + 0.13 * kept_bytes(job.config, tokens + 1)
     gpu = Gpu((), (needed + MEMORY_MARGIN[0]) / (1 - MEMORY_MARGIN[1]) / GIB, 1)
     remedy = dict(zip(*[iter(plan.remedy(job, gpu, dataset.settings).split()[:-2])] * 2))
