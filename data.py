@@ -1,4 +1,4 @@
-"""Data: rows become token ids with marked answers, and trees of them the batches that the model runs.
+"""Data: turns rows into token ids with marked answers, and trees of such samples into the batches that the model runs.
 
 `load_data` reads and checks everything before a GPU is touched. `trees.py` says which samples form a step;
 `TreeDataset` turns one micro-batch of that plan into a `Batch`.
@@ -23,7 +23,7 @@ from inputs.rows import BadRow, Row, read_rows
 from inputs.vision_cache import VisionCache
 from trees import Assignment, tree_shape
 
-FLEX_BLOCK = 128  # tokens per block of FlexAttention, of which a batch on a GPU has whole ones (pytorch#153799)
+FLEX_BLOCK = 128  # tokens per FlexAttention block; a batch on a GPU is padded to whole blocks (pytorch#153799)
 STALLED_AFTER = 300  # seconds without a batch after which a data worker counts as stalled
 
 
@@ -127,8 +127,8 @@ def encode_rows(
 ) -> VQAData:
     """Check the images of rows and tokenize their texts. Rows that can't be used join `bad`, each with its reason.
 
-    `max_tokens` limits a single sample. `system` is the system prompt of rows that have none. `prompt` is put around
-    each question, in the place of its {question}. `headers_only` reads the sizes of images and decodes none. Raises
+    `max_tokens` limits a single sample. `system` is the system prompt of rows that have none. `prompt` is a template
+    whose {question} is replaced by each question. `headers_only` reads the sizes of images and decodes none. Raises
     InputError when `system` or `prompt` holds a special token.
     """
     special, bad, grids = prompts.special_tokens(tokenizer), list(bad), {}
@@ -171,7 +171,7 @@ def _accept(rows: list[Row], function: Callable, bad: list[BadRow]) -> list[tupl
 
 
 def _distinct_names(paths: list[str]) -> list[str]:
-    """The shortest ends of paths that tell them apart, in whole folder names."""
+    """The shortest ends of the paths, in whole folder names, that still tell the paths apart."""
     names = []
     for path in paths:
         parts = Path(path).parts
@@ -182,7 +182,7 @@ def _distinct_names(paths: list[str]) -> list[str]:
 
 
 def _grid(image: str, size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int]:
-    """The patch grid of an image. Raises ValueError if `size` says what is wrong with it, or if it is too narrow."""
+    """The patch grid of an image. Raises ValueError if `size` is an error instead, or if the image is too narrow."""
     try:
         if isinstance(size, str):
             raise ValueError(size)
@@ -192,7 +192,7 @@ def _grid(image: str, size: tuple[int, int] | str, settings: ImageSettings) -> t
 
 
 def _token_ids(texts: set[str], tokenizer) -> dict[str, list[int]]:
-    """Token ids by text. Many rows ask the same question, so each text is tokenized once for all of them."""
+    """Token ids by text. Many rows ask the same question, so each distinct text is tokenized once."""
     texts = list(texts)
     return dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []))
 
@@ -220,7 +220,7 @@ def _image_lengths(images: Iterable[str], grids: dict, merge_size: int) -> dict[
 
 
 def at_limit(data: VQAData, settings: ImageSettings, max_pixels: int) -> VQAData:
-    """The same samples as `load_data` would make them with images of at most `max_pixels` pixels. Reads no file."""
+    """The samples that `load_data` would return with images of at most `max_pixels` pixels. Reads no file."""
     limited = replace(settings, min_pixels=min(settings.min_pixels, max_pixels), max_pixels=max_pixels)
     grids = {image: limited.grid(*size) for image, size in data.sizes.items()}
     samples = [replace(sample, **_image_lengths(sample.images, grids, settings.merge_size)) for sample in data.samples]
@@ -245,7 +245,7 @@ class Batch:
     answer_at: torch.Tensor  # (N,) int64: tokens whose next token is trained
     targets: torch.Tensor  # (N,) int64: those next tokens
     weights: torch.Tensor  # (N,) float32: weight of each in the loss
-    question: torch.Tensor  # (N,) int64: place in `samples` of the one that each belongs to
+    question: torch.Tensor  # (N,) int64: index into `samples` of the sample that each belongs to
     patches: torch.Tensor  # (sum of grids, 3, patch_size**2) uint8: a quarter of float32's bytes on the way to the GPU
     grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
     vision: dict  # what the vision tower derives from the grid; made here, as on the GPU it would wait for each value
@@ -307,10 +307,9 @@ def build_batch(
 def _branch_fields(
     sample: Sample, branch: int, prefix: int, grids: dict, merge_size: int, prompts_only: bool
 ) -> dict[str, np.ndarray]:
-    """A branch's part of the fields of `Batch`. Indices count from the part's first token; branch 1 holds the tree's
-    prefix of `prefix` tokens too."""
+    """A branch's part of the fields of `Batch`. Indices count from the part's first token."""
     ids, trained, is_image = _expand(sample)
-    start = 0 if branch == 1 else prefix
+    start = 0 if branch == 1 else prefix  # the first branch brings the tree's prefix, so it is in the batch once
     end = sample.tokens_before(sample.last_answer) if prompts_only else len(ids)
     # A prompt's last token predicts the first generated one; what it is compared with there does not matter.
     answers = np.array([end]) if prompts_only else np.flatnonzero(trained)
@@ -319,15 +318,15 @@ def _branch_fields(
         "positions": rotary_positions(sample, grids, merge_size)[:, start:end],
         "branch": np.where(np.arange(start, end) < prefix, 0, branch).astype(np.int32),
         "image_at": np.flatnonzero(is_image[start:end]),
-        "answer_at": answers - 1 - start,
+        "answer_at": answers - 1 - start,  # never negative: prefixes end before the token that predicts an answer
         "targets": ids[answers],
         "weights": np.full(len(answers), sample.weight, np.float32),
     }
 
 
 def _padding_fields(length: int, pad_to: int) -> dict[str, np.ndarray]:
-    """What makes a batch of `length` tokens a multiple of `pad_to` long: a tree of its own, which no token sees."""
-    blocks = max(-(-length // pad_to), 2)  # never one block: torch.compile makes a size of 1 a constant and starts anew
+    """Padding of a batch of `length` tokens to a multiple of `pad_to`: a tree of its own, which no other token sees."""
+    blocks = max(-(-length // pad_to), 2)  # at least two: torch.compile treats a size of 1 as a constant and recompiles
     padding = np.arange(blocks * pad_to - length)
     zeros = np.zeros_like(padding)
     return {
@@ -339,7 +338,7 @@ def _padding_fields(length: int, pad_to: int) -> dict[str, np.ndarray]:
 
 
 def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, trained and is-image marks, each (tokens,), with every image token as often as the image needs."""
+    """Token ids and whether each is trained or of an image, all (tokens,): image tokens repeated as images need."""
     repeats = np.ones(len(sample.ids), int)
     repeats[list(sample.image_at)] = sample.image_tokens
     is_image = np.isin(np.arange(len(sample.ids)), sample.image_at)
@@ -350,28 +349,30 @@ def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def rotary_positions(sample: Sample, grids: dict[str, tuple[int, int]], merge_size: int) -> np.ndarray:
     """(3, tokens) positions in time, height and width as Qwen-VL counts them (transformers' `get_rope_index`).
 
-    Text advances all three together. An image spans a grid and advances them by its longer side. A branch's positions
-    so continue from its prefix, whatever branches stand between them in a batch.
+    Text advances all three together. An image spans a grid and advances them by its longer side, not by its number of
+    tokens. Positions are counted within the sample, so a branch continues from its prefix, whatever branches stand
+    between them in a batch.
     """
-    pieces, position, start = [], 0, 0  # of the next token; index in `ids` behind the last image
+    pieces, position = [], 0  # position: of the next token
+    start = 0  # index in `ids` of the first token after the last image
     for at, path in zip(sample.image_at, sample.images):
         rows, columns = (side // merge_size for side in grids[path])
         pieces.append(np.stack([np.arange(position, position + at - start)] * 3))
         position += at - start
-        pieces.append(
-            position + np.stack([np.zeros((rows, columns), int), *np.indices((rows, columns))]).reshape(3, -1)
-        )
+        grid = np.stack([np.zeros((rows, columns), int), *np.indices((rows, columns))])  # all at the same time
+        pieces.append(position + grid.reshape(3, -1))
         position, start = position + max(rows, columns), at + 1
     pieces.append(np.stack([np.arange(position, position + len(sample.ids) - start)] * 3))
     return np.concatenate(pieces, axis=1)
 
 
 def _image_fields(images: list[str], grids: dict, settings: ImageSettings, cache: VisionCache | None) -> dict:
-    """The fields of `Batch` about its images: their patches, or their features if the cache has those of all."""
+    """The image fields of `Batch`: patches, or features instead if the cache has those of all images."""
     image_tokens = _image_lengths(images, grids, settings.merge_size)["image_tokens"]
     names = [cache.name(path, grids[path]) for path in images] if cache else []
     features = cache.load(names, image_tokens) if names else None
     encoded = images if features is None else []
+    # Several trees, or branches behind their prefix, may show the same image: it is decoded once.
     patches = {path: load_patches(path, grids[path], settings) for path in dict.fromkeys(encoded)}
     no_patches = np.zeros((0, 3, settings.patch_size**2), np.uint8)
     grid = torch.tensor([(1, *grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
@@ -419,7 +420,7 @@ def make_loader(
 
 
 def next_batches(loader: DataLoader):
-    """Yield a loader's batches. When one fails to come, the error says which samples' images it waited for."""
+    """Yield a loader's batches. If loading one fails, a note on the error names the images and rows it was reading."""
     batches, number = iter(loader), 0
     while True:
         try:
@@ -438,5 +439,5 @@ def next_batches(loader: DataLoader):
 
 
 def padding(device: torch.device) -> int:
-    """Tokens of which a batch on this device has a multiple."""
+    """A batch on this device is padded to a multiple of this many tokens."""
     return FLEX_BLOCK if device.type == "cuda" else 1
