@@ -1,4 +1,4 @@
-"""What every room shares: the error that is shown to users, and writing a file or a folder whole."""
+"""What all rooms share: the error for users, and writing a file or a folder whole or not at all."""
 
 import os
 import shutil
@@ -6,19 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-PARTIAL = ".onelook-"  # begins the name of what is being written or replaced
+PARTIAL = ".onelook-"  # prefix of the name of a file or a folder that is being written or replaced
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message names it and the remedy, and is shown without a traceback."""
+    """Something that the user gave is wrong. The message names it and the remedy, and is shown without a traceback."""
 
 
 @contextmanager
 def replacing(path: Path):
-    """Yield the name under which to write a file or a folder that takes the place of `path` when the block ends.
+    """Yield a path at which to write a file or a folder; it takes the place of `path` when the block ends.
 
-    A reader, or a crash, finds the old one or the new one. Nothing is left of a block that raises.
+    At any moment `path` is the old one or the new one, whole. A block that raises changes nothing and leaves nothing
+    behind. A folder takes the place of none or of an empty one: remove a full one at the end of the block.
     """
+    # A rename is atomic only within a file system, hence the same folder, which several machines may share.
     partial = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{path.name}")
     try:
         yield partial
@@ -28,14 +30,14 @@ def replacing(path: Path):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file, on disk on return."""
+    """Replace a text file by one that is on disk on return."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
         flush_to_disk(partial)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on disk."""
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,5 +46,5 @@ def flush_to_disk(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if there is one."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

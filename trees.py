@@ -250,22 +250,33 @@ def plan_evaluation(samples: list, max_tokens: int, max_trees: int = 0) -> list[
 
 def pack(trees: list[Tree], max_tokens: int) -> Step:
     """Micro-batches of near-equal cost within the token budget, a multiple of RANK_MULTIPLE where trees suffice."""
-    count = -(-sum(tree.tokens for tree in trees) // max_tokens)
+    costs, tokens = [tree.cost for tree in trees], [tree.tokens for tree in trees]
+    count = -(-sum(tokens) // max_tokens)
     while True:
         count = min(len(trees), -(-count // RANK_MULTIPLE) * RANK_MULTIPLE)
-        bins, tokens, costs = [[] for _ in range(count)], [0] * count, [0.0] * count
-        # Longest processing time first (Graham 1969): the costliest tree to the cheapest bin that has room for it.
-        for tree in sorted(trees, key=lambda tree: -tree.cost):
-            open_bins = [b for b in range(count) if tokens[b] + tree.tokens <= max_tokens]
-            if not open_bins and count < len(trees):
-                break
-            cheapest = min(open_bins or range(count), key=costs.__getitem__)
-            bins[cheapest].append(tree)
-            tokens[cheapest] += tree.tokens
-            costs[cheapest] += tree.cost
-        else:
-            return [tuple(b) for b in sorted(bins, key=cost_of, reverse=True)]
+        bins = _balance(costs, count, tokens, max_tokens)
+        if bins is not None:
+            return sorted((tuple(trees[i] for i in indices) for indices in bins), key=cost_of, reverse=True)
         count += 1
+
+
+def _balance(costs: list[float], count: int, sizes: list[int], room: int) -> list[list[int]] | None:
+    """Indices of items in `count` bins of near-equal cost, each with items of at most `room` in size.
+
+    None if they don't fit; with a bin for every item, an item larger than `room` is let in. Longest processing time
+    first (Graham 1969): the costliest item goes to the cheapest bin. Without sizes the costliest bin is at most a third
+    over the optimum.
+    """
+    bins, filled, loads = [[] for _ in range(count)], [0] * count, [0.0] * count
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        open_bins = [b for b in range(count) if filled[b] + sizes[index] <= room]
+        if not open_bins and count < len(costs):
+            return None
+        cheapest = min(open_bins or range(count), key=loads.__getitem__)
+        bins[cheapest].append(index)
+        filled[cheapest] += sizes[index]
+        loads[cheapest] += costs[index]
+    return bins
 
 
 def trees_of(step: Step) -> list[Tree]:
@@ -283,13 +294,8 @@ def largest_micro_batch(plans: Iterable[list[Step]]) -> MicroBatch:
 
 
 def share_out(batches: list[MicroBatch], ranks: int) -> list[list[int]]:
-    """Indices of each rank's micro-batches: the costliest first, each to the rank with the least so far."""
-    shares, loads = [[] for _ in range(ranks)], [0.0] * ranks
-    for index in sorted(range(len(batches)), key=lambda i: -cost_of(batches[i])):
-        rank = loads.index(min(loads))
-        shares[rank].append(index)
-        loads[rank] += cost_of(batches[index])
-    return shares
+    """Indices of each rank's micro-batches, which cost every rank about the same."""
+    return _balance(list(map(cost_of, batches)), ranks, [0] * len(batches), room=0)
 
 
 def evaluation_share(batches: list[MicroBatch], rank: int, world_size: int) -> list[Assignment]:
@@ -323,7 +329,7 @@ class StepSampler(DistributedSampler):
         return make_plan(self.dataset, self.settings, self.epoch)
 
     def __iter__(self):
-        # Every rank makes the whole plan: it takes seconds, and no rank has to send it to the others.
+        # Every rank makes the whole plan, about a second for 40,000 questions, so that none has to send it.
         for number, step in enumerate(self.plan()[self.first_step :], start=self.first_step):
             facts, share = self._facts(step, number), share_out(step, self.num_replicas)[self.rank]
             for index in share:

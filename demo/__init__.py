@@ -1,1 +1,1 @@
-"""The embedded default: generated pictures with questions, and a tiny model."""
+"""The embedded default: generated pictures with questions, and a tiny model to train on them."""

@@ -1,16 +1,14 @@
 """The embedded default: generated endoscopy-like pictures with questions, and a tiny Qwen3-VL to train on them.
 
-`train.py` without arguments calls `make_demo` and trains with `SETTINGS`; nothing is downloaded. The pictures copy what
-matters about Kvasir-VQA: tissue on a dark ground, polyps, instruments, overlaid text, a green or black box, and between
-1 and 17 questions a picture, each answerable from the picture alone. The model (`tiny_model.py`) knows nothing but
-colours and places; all that training moves are its LoRA matrices.
+`train.py` without arguments calls `make_demo` and trains with `SETTINGS`; nothing is downloaded. The pictures have what
+matters about Kvasir-VQA: tissue on a dark ground, polyps, instruments, overlaid text, a green or black box, and 1 to 17
+questions per picture, each answerable from the picture alone. The model (`tiny_model.py`) sees only colours and places;
+training moves nothing but its LoRA matrices.
 """
 
 import json
 import math
-import os
 import random
-import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common import InputError
+from common import InputError, remove, replacing
 from demo.tiny_model import PATCH, make_model, make_tokenizer
 
-DEMO_VERSION = "2"  # raise it when anything below changes what is written
+DEMO_VERSION = "2"  # raise it when a change below changes what is written
 SETTINGS = dict(
     epochs=8,
     batch_size=128,  # about 14 pictures
@@ -51,18 +49,18 @@ CELLS = [f"{v}-{h}".replace("center-center", "center") for v in ("upper", "cente
 
 @dataclass
 class Thing:
-    """A polyp or an instrument. Places and lengths are shares of the picture's sides and of its shorter side."""
+    """A polyp or an instrument. Places are shares of the picture's sides, lengths of its shorter side."""
 
     name: str  # a polyp's colour, an instrument's kind
-    cell: int  # index into CELLS, row by row; of an instrument where its tip is
-    at: tuple[float, float]
+    cell: int  # index into CELLS
+    at: tuple[float, float]  # a polyp's middle, an instrument's tip
     radius: float = 0.0  # of a polyp
     base: tuple[float, float] = (0.0, 0.0)  # where an instrument's shaft comes from, outside the picture
 
 
 @dataclass
 class Scene:
-    """All that a picture shows. Answers are read from here, and the picture is drawn from here."""
+    """All that a picture shows: both the answers and the drawing come from here."""
 
     procedure: str
     lumen: tuple[float, float]
@@ -72,7 +70,7 @@ class Scene:
     text: str  # "none", "left" or "right"
     box: str  # "none", "green" or "black"
     box_side: str
-    seed: int  # of everything that no question asks for: texture, letters, small shifts
+    seed: int  # of what no question asks for: texture, letters, small shifts
 
 
 def cell_point(rng: random.Random, cell: int, jitter: float = 0.05) -> tuple[float, float]:
@@ -81,13 +79,13 @@ def cell_point(rng: random.Random, cell: int, jitter: float = 0.05) -> tuple[flo
 
 
 def make_scene(seed: int) -> Scene:
-    """Draw the lot for one picture; deterministic from the seed."""
+    """A random scene, always the same for a seed."""
     rng = random.Random(seed)
     text, box = rng.choice(("none", "left", "right")), rng.choice(("none", "green", "black"))
     box_side = rng.choice(("left", "right"))
     covered = [f"upper-{text}"] + [f"lower-{box_side}"] * (box != "none")
     open_cells = [cell for cell, name in enumerate(CELLS) if name not in covered]
-    cells = rng.sample(open_cells, 5)  # every thing has a cell of its own
+    cells = rng.sample(open_cells, 5)  # one for each polyp and instrument
     instruments = []
     for kind in sorted(rng.sample(list(INSTRUMENT_COLOURS), rng.choices((0, 1, 2), (4, 4, 2))[0])):
         cell = cells.pop()
@@ -120,12 +118,17 @@ def yes(truth) -> str:
     return "yes" if truth else "no"
 
 
-def listed(names) -> str:
-    return "; ".join(names) or "none"
+def easy_to_detect(scene: Scene) -> str:
+    return yes(scene.polyp_size != "<5mm") if scene.polyps else "not relevant"
 
 
-def where(things) -> str | None:
-    return None if len(things) > 1 else listed(CELLS[thing.cell] for thing in things)
+def names(things) -> str:
+    return "; ".join(thing.name for thing in things) or "none"
+
+
+def location(things) -> str | None:
+    """Where the only one of the things is. None for several."""
+    return None if len(things) > 1 else CELLS[things[0].cell] if things else "none"
 
 
 QUESTIONS = (  # (type, question, answer of a scene, None where it can't be asked), after Kvasir-VQA
@@ -134,22 +137,14 @@ QUESTIONS = (  # (type, question, answer of a scene, None where it can't be aske
     ("yes/no", "Is there an instrument in the image?", lambda s: yes(s.instruments)),
     ("yes/no", "Is there text?", lambda s: yes(s.text != "none")),
     ("yes/no", "Is there a green/black box artefact?", lambda s: yes(s.box != "none")),
-    (
-        "yes/no",
-        "Is this finding easy to detect?",
-        lambda s: yes(s.polyp_size != "<5mm") if s.polyps else "not relevant",
-    ),
+    ("yes/no", "Is this finding easy to detect?", easy_to_detect),
     ("count", "How many polyps are in the image?", lambda s: str(len(s.polyps))),
     ("count", "How many instruments are in the image?", lambda s: str(len(s.instruments))),
     ("size", "What is the size of the polyp?", lambda s: s.polyp_size if s.polyps else "none"),
-    ("colour", "What color is the abnormality?", lambda s: listed(p.name for p in s.polyps)),
-    ("location", "Where in the image is the abnormality?", lambda s: where(s.polyps)),
-    ("location", "Where in the image is the instrument?", lambda s: where(s.instruments)),
-    (
-        "choice",
-        "Are there any instruments in the image? Check all that are present.",
-        lambda s: listed(i.name for i in s.instruments),
-    ),
+    ("colour", "What color is the abnormality?", lambda s: names(s.polyps)),
+    ("location", "Where in the image is the abnormality?", lambda s: location(s.polyps)),
+    ("location", "Where in the image is the instrument?", lambda s: location(s.instruments)),
+    ("choice", "Are there any instruments in the image? Check all that are present.", lambda s: names(s.instruments)),
     ("choice", "What type of procedure is the image taken from?", lambda s: s.procedure),
     ("choice", "Is the lumen on the left or on the right?", lambda s: "left" if s.lumen[0] < 0.5 else "right"),
     ("choice", "Is the text on the left or on the right?", lambda s: s.text),
@@ -158,7 +153,7 @@ QUESTIONS = (  # (type, question, answer of a scene, None where it can't be aske
 
 
 def make_rows(split: str, number: int, seed: int) -> list[tuple[dict, Scene]]:
-    """Rows (image, question, answer, question_type, id) of `number` pictures, each with the scene it is about."""
+    """Rows (image, question, answer, question_type, id) of `number` pictures, each row with its scene."""
     rng = random.Random(f"{split} {seed}")
     rows = []
     for index in range(number):
@@ -177,7 +172,7 @@ def make_rows(split: str, number: int, seed: int) -> list[tuple[dict, Scene]]:
 
 
 def draw_tissue(scene: Scene, width: int, height: int) -> Image.Image:
-    """Lit tissue with folds around a dark lumen, in an eight-cornered field of view; computed small, then enlarged."""
+    """Lit tissue with folds around a dark lumen, in an octagonal field of view; computed small, then enlarged."""
     noise = np.random.default_rng(scene.seed)
     rows, columns = round(96 * height / min(width, height)), round(96 * width / min(width, height))
     y, x = (np.mgrid[:rows, :columns] + 0.5) / np.array([rows, columns])[:, None, None]
@@ -288,34 +283,28 @@ def make_demo(folder: Path, seed: int = 0) -> None:
         return
     if folder.exists() and not version.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and was not written by the demo: move it away")
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    (part / "images").mkdir(parents=True)
-
-    texts = []
-    for split, number in (("train", TRAIN_PICTURES), ("val", VAL_PICTURES)):
-        rows = make_rows(split, number, seed)
-        texts += [f"{row['question']}\n{row['answer']}\n {row['answer']}" for row, _ in rows]
-        (part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row, _ in rows))
-        for image, scene in {row["image"]: scene for row, scene in rows}.items():
-            draw(scene, 4 * SIDE, 4 * SIDE).reduce(4).save(part / image)
-    write_model(part / "model", texts)
-    (part / "version").write_text(stamp)
-
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
+    with replacing(folder) as partial:
+        (partial / "images").mkdir(parents=True)
+        texts = []
+        for split, number in (("train", TRAIN_PICTURES), ("val", VAL_PICTURES)):
+            rows = make_rows(split, number, seed)
+            texts += [f"{row['question']}\n{row['answer']}\n {row['answer']}" for row, _ in rows]
+            (partial / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row, _ in rows))
+            for image, scene in {row["image"]: scene for row, scene in rows}.items():
+                draw(scene, 4 * SIDE, 4 * SIDE).reduce(4).save(partial / image)
+        write_model(partial / "model", texts)
+        (partial / "version").write_text(stamp)
+        remove(folder)  # a folder that is not empty can't be replaced
 
 
 def make_picture(name: str, folder: Path, size: tuple[int, int] | None) -> None:
-    """A picture whose scene, and size unless given, follow from its name alone; an existing file is kept."""
-    path = folder / name
+    """Write a picture whose scene, and size unless given, follow from its name alone. Keeps a file that exists."""
+    path, seed = folder / name, zlib.crc32(name.encode())
     if path.exists():
         return
-    seed = zlib.crc32(name.encode())
-    if size is None:  # from 480x360 to 1920x1072
+    if size is None:  # from 480 x 360 to 1920 x 1072
         scale = random.Random(seed).uniform(0, 1)
         size = round(480 + 1440 * scale), round(360 + 712 * scale)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    draw(make_scene(seed), *size).save(part, quality=90)
-    part.rename(path)
+    with replacing(path) as partial:
+        draw(make_scene(seed), *size).save(partial, quality=90)

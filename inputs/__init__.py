@@ -1,1 +1,1 @@
-"""What goes in: rows, images, prompts, hold-out, and features kept between epochs."""
+"""What goes into training: rows, images, prompts, hold-out, and vision features kept between epochs."""

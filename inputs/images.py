@@ -1,4 +1,4 @@
-"""Images: how large they become, a check of every one, and their pixels as the vision tower wants them."""
+"""Images: where a row's are, how large they become, a check of every one, and their pixels for the vision tower."""
 
 import contextlib
 import json
@@ -23,16 +23,19 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from common import InputError
+from common import InputError, replacing
 
 MAX_IMAGE_PIXELS = 100_000_000
 IMAGE_EXTENSIONS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out
 HIGH_BIT_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a picture becomes patches; stored in checkpoints so that evaluation sees what training saw."""
+    """How an image becomes patches. Checkpoints hold it, so that evaluation sees what training saw."""
 
     patch_size: int
     merge_size: int  # merge_size x merge_size patches become one image token
@@ -45,14 +48,14 @@ class ImageSettings:
     window_size: int = 0  # pixels, side of the windows that vision attention is cut into; 0: none
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches (down, across) of a picture of this size. Raises ValueError beyond an aspect ratio of 200."""
+        """Patches (down, across) of an image of this size. Raises ValueError beyond an aspect ratio of 200."""
         factor = self.patch_size * self.merge_size
         size = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
         return size[0] // self.patch_size, size[1] // self.patch_size
 
 
 def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageSettings:
-    """The model's own image settings; 0 leaves its pixel limits as they are."""
+    """The model's own image settings; 0 leaves its pixel limits as they are. Raises InputError if limits cross."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
     vision = AutoConfig.from_pretrained(model_folder).vision_config
     settings = ImageSettings(
@@ -67,11 +70,12 @@ def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) 
         getattr(vision, "window_size", 0),  # Qwen2.5-VL
     )
     if settings.min_pixels > settings.max_pixels:
-        low, high = settings.min_pixels, settings.max_pixels
-        raise InputError(
-            f"at least {low:,} and at most {high:,} pixels an image: set both --min-pixels and --max-pixels"
-        )
+        limits = f"at least {settings.min_pixels:,} and at most {settings.max_pixels:,} pixels"
+        raise InputError(f"no image has {limits}: set both --min-pixels and --max-pixels")
     return settings
+
+
+# --------------------------------------------------------------------------------------------------- finding, checking
 
 
 def find_images(names: list[str], folder: Path, allow_outside: bool) -> list[str]:
@@ -79,28 +83,31 @@ def find_images(names: list[str], folder: Path, allow_outside: bool) -> list[str
 
     Raises ValueError for an image that is missing, or that lies outside the folder where that is not allowed.
     """
-    paths, whole = [], Path(os.path.abspath(folder))
-    for name in names:
-        candidates = [folder / f"{name}{extension}" for extension in IMAGE_EXTENSIONS]
-        # os.path.isfile, unlike Path.is_file, never raises, whatever a row says
-        path = Path(os.path.abspath(next(filter(os.path.isfile, candidates), candidates[0])))
-        if not path.is_relative_to(whole) and os.path.isfile(path):  # a row may reach the folder through a link
-            real, real_whole = Path(os.path.realpath(path.parent), path.name), os.path.realpath(folder)
-            path = whole / real.relative_to(real_whole) if real.is_relative_to(real_whole) else path
-        if not allow_outside and not path.is_relative_to(whole):
-            raise ValueError(f"image {name} lies outside {folder} (--allow-outside-images permits that)")
-        if not os.path.isfile(path):
-            raise ValueError(f"image {str(path)[:300]} is {'a folder' if os.path.isdir(path) else 'missing'}")
-        paths.append(str(path))
-    return paths
+    return [_find_image(name, folder, allow_outside) for name in names]
+
+
+def _find_image(name: str, folder: Path, allow_outside: bool) -> str:
+    root = Path(os.path.abspath(folder))
+    candidates = [folder / f"{name}{extension}" for extension in IMAGE_EXTENSIONS]
+    # os.path.isfile, unlike Path.is_file, never raises, whatever a row says.
+    path = Path(os.path.abspath(next(filter(os.path.isfile, candidates), candidates[0])))
+    exists = os.path.isfile(path)
+    if exists and not path.is_relative_to(root):  # the row may reach the folder through a link
+        real, real_root = Path(os.path.realpath(path.parent), path.name), os.path.realpath(folder)
+        path = root / real.relative_to(real_root) if real.is_relative_to(real_root) else path
+    if not allow_outside and not path.is_relative_to(root):
+        raise ValueError(f"image {name} lies outside {folder} (--allow-outside-images permits that)")
+    if not exists:
+        raise ValueError(f"image {str(path)[:300]} is {'a folder' if os.path.isdir(path) else 'missing'}")
+    return str(path)
 
 
 def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tuple[int, int] | str]:
     """Decode every image once: its (height, width) as displayed, or what is wrong with it.
 
-    Sizes are remembered by path, size and time of the file in the user's cache folder, so that a second start opens
-    no image. What is wrong is not remembered: it may lie with the disk or its permissions. `headers_only` reads the
-    size of an image that is not remembered and does not remember it: its pixels were not looked at.
+    Sizes are remembered in the user's cache folder by path, file size and time, so a second start opens no image. What
+    is wrong is not remembered: the cause may be the disk or a permission. `headers_only` reads the sizes of the others
+    from their headers and remembers none, as their pixels are not checked.
     """
     memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onelook" / "image_sizes.json"
     try:
@@ -109,29 +116,29 @@ def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tupl
         known = {}
     stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
     new = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
-    # Pillow decodes outside the interpreter lock. Its warnings of large pictures are silenced out here, before threads.
+    # Pillow decodes outside the interpreter lock, so threads suffice. Its warnings of large images are silenced out
+    # here, before threads start: the filters belong to the whole process.
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
-        found = pool.map(check_image, new, repeat(not headers_only))
-        checked = dict(zip(new, tqdm(found, "checking images", len(new), disable=len(new) < 1000)))
+        results = pool.map(check_image, new, repeat(not headers_only))
+        checked = dict(zip(new, tqdm(results, "checking images", len(new), disable=len(new) < 1000)))
     good = {path: {"stamp": stamps[path], "size": size} for path, size in checked.items() if not isinstance(size, str)}
+    known |= good
     if good and not headers_only:
-        known |= good
-        with contextlib.suppress(OSError):  # a folder that can't be written costs the next start time, no more
+        with contextlib.suppress(OSError):  # a folder that can't be written only makes the next start check again
             memory.parent.mkdir(parents=True, exist_ok=True)
-            partial = memory.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(known))
-            os.replace(partial, memory)
+            with replacing(memory) as partial:
+                partial.write_text(json.dumps(known))
     return {path: checked[path] if path in checked else tuple(known[path]["size"]) for path in paths}
 
 
 def check_image(path: str, decode: bool = True) -> tuple[int, int] | str:
-    """(height, width) of an image as displayed, or what is wrong with it, found without decoding only by its header."""
+    """(height, width) of an image as displayed, or what is wrong with it. Without `decode` only its header is read."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 return f"{image.width} x {image.height} is over 100 megapixels"
             if image.mode in ("I", "F"):
-                return f"mode {image.mode}, 32 bits a pixel, has no fixed range: save it with 8 or 16"
+                return f"mode {image.mode}, 32 bits per pixel, has no fixed range: save it with 8 or 16"
             if not decode:
                 return _displayed_size(image)
             image.load()
@@ -144,26 +151,37 @@ def check_image(path: str, decode: bool = True) -> tuple[int, int] | str:
 
 
 def _displayed_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, from the header. Pillow gives the size of a TIFF turned already."""
-    exif = Image.Image.getexif(image)  # PNG's own would decode the picture to look for EXIF behind the pixels
+    """(height, width) after EXIF orientation, from the header. Pillow has turned the size of a TIFF already."""
+    exif = Image.Image.getexif(image)  # PNG's own would decode the image to look for EXIF behind the pixels
     turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) and image.format != "TIFF"
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
+# -------------------------------------------------------------------------------------------------------------- pixels
+
+
 def open_picture(path: str) -> Image.Image:
-    """A picture before resizing: upright, RGB, 8 bits a channel, and nothing of its file but the pixels."""
+    """An image before resizing: upright, RGB, 8 bits per channel, and nothing of its file but the pixels."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits a pixel: keep the upper eight instead of clipping
+        if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits per pixel: keep the upper eight, as convert() would clip
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         picture = _rgb(image)
         picture.info.clear()  # comments, EXIF
         return picture
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    """Transparent parts become white, as in transformers 5.23 (5.17 shows the colours that they hide)."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
-    """Decode and resize a picture to its grid. Returns (patches, 3, patch_size**2) uint8 in the vision tower's order,
-    the same pixels as transformers' Qwen2VLImageProcessorPil before normalisation. Raises OSError for a picture that
+    """Decode and resize an image to its grid. Returns (patches, 3, patch_size**2) uint8 in the vision tower's order,
+    the same pixels as transformers' Qwen2VLImageProcessorPil before normalisation. Raises OSError for an image that
     can't be read."""
     p, m = settings.patch_size, settings.merge_size
     down, across = grid
@@ -172,20 +190,13 @@ def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> n
     except Exception as error:  # as in check_image
         raise OSError(f"{path}: {error}") from error
     pixels = np.asarray(picture.resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
+    # Patches that merge into one token are neighbours: blocks row by row, then the patches of a block row by row.
     pixels = pixels.reshape(down // m, m, p, across // m, m, p, 3)
     return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(down * across, 3, p * p)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """What is transparent becomes white, as in transformers 5.23 (5.17 shows the colours that it hides)."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def vision_inputs(grid: torch.Tensor, settings: ImageSettings) -> dict:
-    """The vision tower's keyword arguments for these images, by transformers' own functions."""
+    """The vision tower's keyword arguments for images with grids (images, 3), by transformers' own functions."""
     starts = get_vision_cu_seqlens(grid)
     inputs = {
         "position_ids": get_vision_position_ids(grid, settings.merge_size),

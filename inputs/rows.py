@@ -1,7 +1,7 @@
-"""Rows of visual question answering, in the three formats people have, turned into one: a conversation with images.
+"""Rows of visual question answering in three common formats, each turned into a conversation with images.
 
-Formats are told apart by their fields (docs/rows.md shows an example of each):
-flat (`question`, `answer`), LLaVA (`conversations`) and messages (`messages`). Files are JSON arrays or JSON lines.
+A row's fields tell its format: flat (`question`, `answer`), LLaVA (`conversations`) or messages (`messages`);
+docs/rows.md shows an example of each. Files are JSON arrays or JSON lines.
 """
 
 import codecs
@@ -14,21 +14,23 @@ from common import InputError
 
 IMAGE_KEYS = ("image", "images")
 FLAT_IMAGE_KEYS = (*IMAGE_KEYS, "image_filename", "image_id")
-LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = ("system", "user", "assistant")
+LLAVA_ROLES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant"}
 MAX_LISTED = 50  # bad rows listed on the console; bad_rows.jsonl has all of them
+EXCERPT = 80  # characters shown of what can't be read
 REST_UNREAD = "the rest of the file was not read"
 
 
 @dataclass
 class Row:
-    """One usable row: `images` are as the row names them, in the order of the image parts of `messages`."""
+    """One usable row."""
 
-    where: str  # file:line, with the row's number where rows share a line
+    where: str  # file:line, and the row's number where several rows share a line
     messages: list[dict]  # {"role", "content": [{"type": "text", "text"} or {"type": "image"}]}
-    images: list[str]
-    fields: dict  # question, answer, and id, question_type, options where the row has them
-    weight: float = 1.0  # of its answers' tokens in the loss
-    file: int = 0  # number of its file, where several are read
+    images: list[str]  # as the row names them, in the order of the image parts of `messages`
+    fields: dict  # id, question, answer; question_type and options where the row has them
+    weight: float = 1.0  # of its answer tokens in the loss
+    file: int = 0  # number of its file
 
     def refused(self, reason: ValueError | str) -> "BadRow":
         return BadRow(self.where, str(reason), self.fields, self.file)
@@ -47,7 +49,8 @@ class BadRow:
 
 
 def read_rows(path: Path, shown_as: str = "") -> tuple[list[Row], list[BadRow]]:
-    """Read every row of a JSON array or JSON-lines file; what can't be used comes back with its line and reason."""
+    """Usable and bad rows of a file that is a JSON array or JSON lines; `shown_as` replaces the file's name in places.
+    Raises InputError when the file can't be read."""
     name = shown_as or path.name
     try:
         raw = path.read_bytes()
@@ -70,9 +73,9 @@ def read_rows(path: Path, shown_as: str = "") -> tuple[list[Row], list[BadRow]]:
 def stop_or_skip_bad(
     bad: list[BadRow], files: list[str], usable: set[int], skip_bad: bool, output: Path | None
 ) -> None:
-    """Write every bad row to output/bad_rows.jsonl. `usable` are the numbers of the files that have a usable row.
+    """Write every bad row to output/bad_rows.jsonl. `usable` has the numbers of the files with usable rows.
 
-    Raises InputError that lists the bad rows, unless `skip_bad` allows the run to go on without them.
+    Raises InputError that lists the bad rows unless `skip_bad` is set, and in any case for a file without usable rows.
     """
     file = output / "bad_rows.jsonl" if output else None
     if file:
@@ -90,7 +93,7 @@ def stop_or_skip_bad(
 
 def _write_bad_rows(file: Path, bad: list[BadRow], files: list[str]) -> None:
     if not bad:
-        file.unlink(missing_ok=True)  # of a start before the rows were mended
+        file.unlink(missing_ok=True)  # an earlier start may have written it, before the rows were corrected
         return
     with open(file, "w", encoding="utf-8", errors="backslashreplace") as out:
         for row in bad:
@@ -98,9 +101,21 @@ def _write_bad_rows(file: Path, bad: list[BadRow], files: list[str]) -> None:
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not a JSON value")
+
+
+STRICT = json.JSONDecoder(parse_constant=_refuse_constant)  # Python's own accepts NaN and Infinity
+LENIENT = json.JSONDecoder(strict=False)
+SEPARATOR = re.compile(r"\s*(,?)\s*")
+
+
 def _json_values(raw: bytes):
-    """Yield (place, value, None) for each row, or (place, text, error) where it is not JSON. A place is a line, and in
-    an array the number of the row where its line has several."""
+    """Yield (place, value, None) for each row, or (place, text, error) where it is not JSON. A place is a line and, in
+    an array, the number of a row that does not begin its line."""
     if _is_array(raw):
         yield from _array_values(raw)
         return
@@ -115,7 +130,7 @@ def _json_values(raw: bytes):
 
 
 def _is_array(raw: bytes) -> bool:
-    """Whether a file is one array; JSON lines may start with a bad row that is a whole list."""
+    """Whether a file is one array. JSON lines may start with a bad row that is a whole list."""
     first, _, rest = raw.strip().partition(b"\n")
     if not first.startswith(b"["):
         return False
@@ -127,65 +142,55 @@ def _is_array(raw: bytes) -> bool:
 
 
 def _array_values(raw: bytes):
+    """The same for an array, read value by value, so that one bad row does not make the others unreadable."""
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         yield str(raw[: error.start].count(b"\n") + 1), None, f"not UTF-8 text: {error.reason}; {REST_UNREAD}"
         return
-    separator = re.compile(r"\s*(,?)\s*")
-    at = text.index("[") + 1
-    number, line, counted = 0, 1, 0
-    while True:
-        found = separator.match(text, at)
-        at, ended = found.end(), text.startswith("]", found.end())
-        new_lines, counted = text.count("\n", counted, at), at
-        number, line = number + 1, line + new_lines
+    number, line, counted, end = 0, 1, 0, text.index("[") + 1
+    while end:
+        separator = SEPARATOR.match(text, end)
+        start, number = separator.end(), number + 1
+        new_lines, counted = text.count("\n", counted, start), start  # counting from the file's start is quadratic
+        line += new_lines
         place = str(line) if new_lines or number == 1 else f"{line} row {number}"
-        if bool(found[1]) != (number > 1 and not ended):
-            problem = "no comma before this" if number > 1 and not ended else "a comma too many"
-            yield place, text[at : at + 80], f"not valid JSON: {problem}; {REST_UNREAD}"
+        array_ends = text.startswith("]", start)
+        needs_comma = number > 1 and not array_ends
+        if bool(separator[1]) != needs_comma:
+            problem = "no comma before this" if needs_comma else "a comma too many"
+            yield place, text[start : start + EXCERPT], f"not valid JSON: {problem}; {REST_UNREAD}"
             return
-        if ended:
-            if text[at + 1 :].strip():
-                yield place, text[at + 1 : at + 81], f"the array ends here, but text follows; {REST_UNREAD}"
+        if array_ends:
+            if text[start + 1 :].strip():
+                behind = text[start + 1 : start + 1 + EXCERPT]
+                yield place, behind, f"the array ends here, but text follows; {REST_UNREAD}"
             return
-        try:
-            value, at = STRICT.raw_decode(text, at)
-            yield place, value, None
-        except (ValueError, RecursionError) as error:
-            start = at
-            try:  # where the end of the row can be found all the same, as after NaN, go on there
-                at = json.JSONDecoder(strict=False).raw_decode(text, at)[1]
-            except (ValueError, RecursionError):
-                yield place, text[start : start + 80], f"not valid JSON: {error}; {REST_UNREAD}"
-                return
-            yield place, text[start:at], f"not valid JSON: {error}"
+        value, error, end = _decode_value(text, start)
+        yield place, value, error
 
 
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not a JSON value")
+def _decode_value(text: str, start: int) -> tuple[object, str | None, int]:
+    """(value, None, its end), or (text, error, its end) where it is not JSON. End 0: it can't be found."""
+    try:
+        value, end = STRICT.raw_decode(text, start)
+        return value, None, end
+    except (ValueError, RecursionError) as error:
+        problem = f"not valid JSON: {error}"
+    try:  # some values, such as NaN, are refused but have an end
+        end = LENIENT.raw_decode(text, start)[1]
+        return text[start:end], problem, end
+    except (ValueError, RecursionError):
+        return text[start : start + EXCERPT], f"{problem}; {REST_UNREAD}", 0
 
 
-STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+# ------------------------------------------------------------------------------------------------------------- formats
 
 
 def parse_row(where: str, row) -> Row:
-    """A row of any format, read from the place `where`. Raises ValueError of what is wrong with it."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
-    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # raises for half a surrogate pair and for 1e999
-    if row.get("video") or row.get("videos"):
-        raise ValueError("a video can't be used, only images")
-    if row.get("objects") and any(mark in json.dumps(row) for mark in ("<bbox>", "<ref-object>")):
-        raise ValueError("`objects` does not fill <bbox> and <ref-object> here: write them out in the texts")
-    if row.get("messages") is not None:
-        messages, images = _from_messages(row)
-    elif row.get("conversations") is not None:
-        messages, images = _from_llava(row)
-    elif "question" in row:
-        messages, images = _from_flat(row)
-    else:
-        raise ValueError(f"no question, conversations or messages field among: {', '.join(row) or 'no fields at all'}")
+    """A row of any format, read from the place `where`. Raises ValueError that says what is wrong with it."""
+    _check_fields(row)
+    messages, images = _conversation(row)
     _check_turns(messages)
     _check_options(row.get("options"))
     kept = {key: row[key] for key in ("id", "question_type", "options") if row.get(key) is not None}
@@ -193,52 +198,75 @@ def parse_row(where: str, row) -> Row:
     return Row(where, messages, images, fields, _weight_of(row))
 
 
-def _from_flat(row: dict) -> tuple[list[dict], list[str]]:
-    images = _images_of(row, FLAT_IMAGE_KEYS)
+def _check_fields(row) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
+    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # raises for half a surrogate pair and for 1e999
+    if row.get("video") or row.get("videos"):
+        raise ValueError("a video can't be used, only images")
+    if row.get("objects") and any(mark in json.dumps(row) for mark in ("<bbox>", "<ref-object>")):
+        raise ValueError("`objects` does not fill <bbox> and <ref-object> here: write them out in the texts")
+
+
+def _conversation(row: dict) -> tuple[list[dict], list[str]]:
+    """A row's messages and the names of its images, in the order of the image parts."""
+    if row.get("messages") is not None:
+        listed, messages = _images_of(row, IMAGE_KEYS), _from_messages(row)
+    elif row.get("conversations") is not None:
+        listed, messages = _images_of(row, IMAGE_KEYS), _from_llava(row)
+    elif "question" in row:
+        listed = _images_of(row, FLAT_IMAGE_KEYS)
+        messages = _from_flat(row, len(listed))
+    else:
+        raise ValueError(f"no question, conversations or messages field among: {', '.join(row) or 'no fields at all'}")
+    # An image part names its image or takes the next one of the row's own list.
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    names = [part.pop("image", None) for part in parts]
+    placeholders = sum(not name for name in names)
+    if placeholders != len(listed):
+        raise ValueError(f"{placeholders} image placeholders for {len(listed)} images")
+    unnamed = iter(listed)
+    return messages, [name or next(unnamed) for name in names]
+
+
+def _from_flat(row: dict, images: int) -> list[dict]:
     question, answer = row["question"], row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question is empty or not a string")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError("no answer" if answer is None else f"the answer is a {type(answer).__name__}, not a string")
-    parts = _split_placeholders(question)
-    if not any(part["type"] == "image" for part in parts):
-        parts = [{"type": "image"}] * len(images) + parts
-    _check_image_count(sum(part["type"] == "image" for part in parts), images)
-    return [{"role": "user", "content": parts}, _turn("assistant", str(answer))], images
+    asked = _message("user", question)
+    if not any(part["type"] == "image" for part in asked["content"]):
+        asked["content"][:0] = [{"type": "image"} for _ in range(images)]
+    return [asked, _message("assistant", str(answer))]
 
 
-def _from_llava(row: dict) -> tuple[list[dict], list[str]]:
-    images = _images_of(row, IMAGE_KEYS)
+def _from_llava(row: dict) -> list[dict]:
     messages = []
     for turn in _list_of_dicts(row["conversations"], "conversations"):
         role = LLAVA_ROLES.get(str(turn.get("from")))
         if role is None or not isinstance(turn.get("value"), str):
             raise ValueError(f"a turn needs `from` (human, gpt or system) and a text `value`, found {turn}")
-        messages.append(_turn(role, turn["value"]))
-    _check_image_count(sum(part["type"] == "image" for turn in messages for part in turn["content"]), images)
-    return messages, images
+        messages.append(_message(role, turn["value"]))
+    return messages
 
 
-def _from_messages(row: dict) -> tuple[list[dict], list[str]]:
-    listed = _images_of(row, IMAGE_KEYS)
-    images, messages = [], []
+def _from_messages(row: dict) -> list[dict]:
+    messages = []
     for message in _list_of_dicts(row["messages"], "messages"):
         role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"unknown role {role!r}; known: system, user, assistant")
-        parts = _turn(role, content)["content"] if isinstance(content, str) else _typed_parts(role, content)
-        images += [part.pop("image", None) for part in parts if part["type"] == "image"]
-        messages.append({"role": role, "content": parts})
-    _check_image_count(sum(not image for image in images), listed)
-    waiting = iter(listed)
-    return messages, [image or next(waiting) for image in images]
+        if role not in ROLES:
+            raise ValueError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
+        is_text = isinstance(content, str)
+        messages.append(_message(role, content) if is_text else {"role": role, "content": _typed_parts(role, content)})
+    return messages
 
 
 def _typed_parts(role: str, content) -> list[dict]:
     parts = []
     for part in _list_of_dicts(content, "content"):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
-            parts += _turn(role, part["text"])["content"]
+            parts += _message(role, part["text"])["content"]
         elif part.get("type") == "image" and isinstance(part.get("image"), str | None):
             parts.append({"type": "image", "image": part.get("image")})
         else:
@@ -246,20 +274,17 @@ def _typed_parts(role: str, content) -> list[dict]:
     return parts
 
 
-def _turn(role: str, text: str) -> dict:
-    return {"role": role, "content": _split_placeholders(text) if role == "user" else [{"type": "text", "text": text}]}
+def _message(role: str, text: str) -> dict:
+    """A message whose text, if it is a user's, is cut at each <image>.
 
-
-def _split_placeholders(text: str) -> list[dict]:
-    """Cut at each <image>; white space around a placeholder goes, so that all formats give the same tokens."""
-    pieces = text.split("<image>")
-    if len(pieces) == 1:
-        return [{"type": "text", "text": text}]
+    White space around a placeholder is dropped: formats differ in it, and all of them are to give the same tokens.
+    """
+    if role != "user" or "<image>" not in text:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
     parts = []
-    for number, piece in enumerate(pieces):
-        parts += [{"type": "image"}] * (number > 0)
-        parts += [{"type": "text", "text": piece.strip()}] * bool(piece.strip())
-    return parts
+    for piece in text.split("<image>"):
+        parts += [{"type": "image"}, {"type": "text", "text": piece.strip()}]
+    return {"role": role, "content": [part for part in parts[1:] if part["type"] == "image" or part["text"]]}
 
 
 def _images_of(row: dict, keys: tuple[str, ...]) -> list[str]:
@@ -276,13 +301,8 @@ def _list_of_dicts(value, name: str) -> list[dict]:
     return value
 
 
-def _check_image_count(count: int, images: list[str]) -> None:
-    if count != len(images):
-        raise ValueError(f"{count} image placeholders for {len(images)} images")
-
-
 def _check_turns(messages: list[dict]) -> None:
-    """After an optional system turn, user and assistant alternate. Each says something, and only users show images."""
+    """After an optional system turn, user and assistant alternate. Each turn has text, and only users show images."""
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
@@ -303,10 +323,12 @@ def _weight_of(row: dict) -> float:
 
 
 def _check_options(options) -> None:
-    texts = options if isinstance(options, list) else [None]
-    if options is not None and not (all(isinstance(text, str) and text.strip() for text in texts) and len(texts) > 1):
+    if options is None:
+        return
+    texts = [text for text in options if isinstance(text, str) and text.strip()] if isinstance(options, list) else []
+    if len(texts) < 2 or len(texts) < len(options):
         raise ValueError("`options` must be a list of two or more texts")
-    if options is not None and len(set(options)) < len(options):
+    if len(set(texts)) < len(texts):
         raise ValueError("`options` names a text twice")
 
 
