@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from faults import arguments
 from runs import ROOT, Run, adapter, same, wait_for
 
 SLOW_FIRST_JOB = """import os
+import time
 
 real_step = train_step
 
@@ -53,16 +53,8 @@ def program(tmp_path):
 
 
 def submit(program: Path, options: list[str], argv: list[str]) -> str:
-    command = [
-        "sbatch",
-        "--parsable",
-        "--gpus-per-node=0",
-        "--cpus-per-task=1",
-        "--time=5",
-        *options,
-        "run.slurm",
-        *argv,
-    ]
+    defaults = ["--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--time=5"]
+    command = ["sbatch", *defaults, *options, "run.slurm", *argv]
     return subprocess.run(command, cwd=program, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -81,21 +73,20 @@ def ended(program: Path, number: str, timeout: float) -> tuple[str, str]:
     return job(number)["JobState"], log.read_text()
 
 
-def test_a_job_that_runs_out_of_time_is_requeued_until_it_is_done(cluster, program):
-    """The demo, cut to 30 steps, of which the first job makes one in two seconds."""
-    words = ["--max-steps=30", "--eval-every=0"]
-    whole = program / "whole"
-    Run([*words, f"--output={whole}"], program / "log", 2, fault=partial(os.chdir, program)).succeed()
+def test_a_job_that_runs_out_of_time_is_requeued_until_it_is_done(cluster, program, world):
+    """A run of 30 steps in a folder that run.slurm chooses; each step of the first job takes two seconds."""
+    argv = arguments(world, program / "whole", max_steps=30, epochs=9, eval_every=0, resume="none")
+    Run(argv, program / "log", 2).succeed()
     (program / "train.py").write_text((program / "train.py").read_text().replace("if __name__", SLOW_FIRST_JOB))
-    number = submit(program, ["--time=1", "--signal=USR1@10"], words)
+    words = [word for word in argv if not word.startswith(("--output", "--resume"))]
+    number = submit(program, ["--time=1", "--signal=USR1@25"], words)
     wait_for(lambda: job(number)["Restarts"] == "1", 200, lambda: job(number))
     subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=5"], check=True)  # time for all the rest
     state, log = ended(program, number, 200)
     assert state == "COMPLETED", log
     assert job(number)["Restarts"] == "1" and "stopped by SIGUSR1" in log and "start 2, on" in log
     assert "torchrun" in log and "no GPU" in log and "Filesystem" in log  # the facts on top
-    output = program / "runs" / f"slurm-{number}"
-    assert same(output, whole, step=30)
+    assert same(program / "runs" / f"slurm-{number}", program / "whole", step=30)
 
 
 def test_a_cancelled_job_stops_and_is_not_requeued(cluster, program, world):
