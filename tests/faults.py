@@ -144,7 +144,7 @@ def stall_in_worker() -> None:
 
     def load_patches(*args):
         if os.environ.get("ONELOOK_TEST_MAIN") != str(os.getpid()) and next(count) > 2:
-            time.sleep(1000)
+            time.sleep(30)  # longer than the loader waits, and not so long that it outlives the tests
         return real(*args)
 
     os.environ["ONELOOK_TEST_MAIN"] = str(os.getpid())
