@@ -107,8 +107,8 @@ def tree_shape(samples: list, prefix_ids: int) -> TreeShape:
     """The shape of a tree of these samples, which share their first `prefix_ids` ids."""
     prefix = samples[0].tokens_before(prefix_ids)
     branches = np.array([sample.tokens for sample in samples]) - prefix
-    # An image of the prefix is encoded once, for the first sample. One behind it, say after a first answer, is encoded
-    # for each branch that shows it, as each has image tokens of its own.
+    # An image in the prefix is encoded once, for the first sample. One behind the prefix, say after a first answer, is
+    # encoded for every branch that shows it, since each branch has its own image tokens.
     places = ((k, image, at) for k, sample in enumerate(samples) for image, at in enumerate(sample.image_at))
     return TreeShape(prefix, branches, [(k, image) for k, image, at in places if k == 0 or at >= prefix_ids])
 
@@ -207,8 +207,11 @@ def _shuffled_groups(samples: list, settings: PlanSettings, epoch: int, random: 
 
 
 def _best_draw(queue: list[_Group], settings: PlanSettings, random: np.random.Generator) -> tuple[Step, set[int]]:
-    """A step, and the places in the queue of its groups: of DRAWS draws a full one before others, then the one that
-    RANK_MULTIPLE ranks share most evenly. Sizes of images vary, and every rank waits for the slowest."""
+    """The best of DRAWS random steps, and the places of its groups in the queue.
+
+    Full steps come before others, then the step that RANK_MULTIPLE ranks share most evenly: image sizes vary, and in
+    every step all ranks wait for the slowest.
+    """
     draws = [_draw(queue, settings.batch_size, random) for _ in range(DRAWS)]
     steps = [pack([tree for place in draw for tree in queue[place].trees], settings.max_tokens) for draw in draws]
     is_full = [sum(len(queue[place].indices) for place in draw) == settings.batch_size for draw in draws]
@@ -217,11 +220,14 @@ def _best_draw(queue: list[_Group], settings: PlanSettings, random: np.random.Ge
 
 
 def _draw(queue: list[_Group], room: int, random: np.random.Generator) -> list[int]:
-    """Places in the queue of groups with at most `room` questions in all: the first, so that none waits for long,
-    others of the next LOOK_AHEAD in random order and, where all of these fit, those that follow."""
+    """Places in the queue of groups that have at most `room` questions together.
+
+    The first group is always among them, so that none waits for long. Random ones of the next LOOK_AHEAD follow and,
+    if all of these fit, those behind them.
+    """
     drawn, near = [], min(len(queue), LOOK_AHEAD)
     for place in [0, *(1 + random.permutation(near - 1)), *range(near, min(len(queue), room))]:
-        if place == near and len(drawn) < near:  # a near one did not fit: the step is filled with a part of it
+        if place == near and len(drawn) < near:  # a near group did not fit: make_plan fills up with a part of one
             break
         if len(queue[place].indices) <= room:
             drawn.append(place)

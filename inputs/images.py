@@ -1,4 +1,4 @@
-"""Images: where a row's are, how large they become, a check of every one, and their pixels for the vision tower."""
+"""Images: finding those of a row, checking every file, their sizes as patches, and pixels for the vision tower."""
 
 import contextlib
 import json
