@@ -16,7 +16,7 @@ from inputs.images import image_settings
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """The memory of checked images goes into a folder of its own; other processes find the product and the tests."""
+    """Keep the record of checked images out of the user's cache, and let other processes import product and tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         here = Path(__file__).parent
@@ -26,7 +26,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """As in the ranks: another number of threads sums in another order."""
+    """Run with one thread, as the ranks do: another number of threads adds in another order."""
     torch.set_num_threads(1)
 
 
@@ -38,7 +38,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(world, tmp_path_factory):
-    """Loss and gradients of the world's rows, one by one."""
+    """Loss and gradients of the world's rows, each run alone."""
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     return tiny.Reference(world, tiny.lora_model(world), tmp_path_factory.mktemp("adapter")).loss_and_gradients(rows)
 
@@ -72,7 +72,7 @@ def settings(world):
 
 @pytest.fixture
 def load(world, tmp_path, tokenizer, settings):
-    """Load rows, given as objects or lines, whose images are those of `world` unless told otherwise."""
+    """Load rows, given as objects or lines, with the images of `world` unless others are given."""
 
     def load(rows, images=world / "images", max_tokens=100_000, **options):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]

@@ -1,4 +1,4 @@
-"""Rows in every format that is read, with what they say, and rows that can't be used, with the reason."""
+"""Rows in every format, with the conversation that each stands for, and bad rows, with the reason."""
 
 import json
 
@@ -22,7 +22,7 @@ def chat(*turns: str, **images) -> dict:
 
 
 def parts(*contents: list[str], **images) -> dict:
-    """Turns of typed parts; a part that starts with @ is an image, by the name after it where there is one."""
+    """Turns of typed parts. A part that starts with @ is an image; the name after it, if any, is the image's."""
     roles = ["user", "assistant"] * len(contents)
     typed = [
         [

@@ -27,7 +27,7 @@ from training import checkpoints
 
 
 def arguments(world: Path, output: Path, **settings) -> list[str]:
-    """A run that keeps every checkpoint and goes on where it was interrupted."""
+    """Arguments of a run that keeps every checkpoint and resumes where it was interrupted."""
     return runs.arguments(world, output, **({"keep": 9, "resume": "auto"} | settings))
 
 
@@ -92,7 +92,7 @@ def nan_loss(steps: range, rank: int = 0) -> None:
 
 
 def kill_in_save(place: str, step: int = 4) -> None:
-    """SIGKILL at a place of the save of a step."""
+    """Kill this process at a given place in the save of a step."""
     real_write, real_replace, real_sync = checkpoints.write_checkpoint, os.replace, checkpoints.flush_to_disk
 
     def write(folder, model, state):
@@ -123,7 +123,7 @@ def rank_0_comes_late() -> None:
 
 
 def ascii_terminal() -> None:
-    """A terminal that knows fewer characters than rows have."""
+    """Print as to a terminal that can't show every character of a row."""
     sys.stdout.reconfigure(encoding="ascii", errors="strict")
 
 
@@ -139,7 +139,7 @@ def short_timeouts(seconds: int, then) -> None:
 
 
 def stall_in_worker() -> None:
-    """A data worker never comes back from its third picture on."""
+    """Let a data worker hang at its fourth picture."""
     data.STALLED_AFTER, real, count = 3, data.load_patches, iter(range(1000))
 
     def load_patches(*args):
@@ -161,13 +161,13 @@ def fill_disk(folder: Path) -> None:
 
 
 def slowly(seconds: float) -> None:
-    """Steps that take a while, so that something can happen to them."""
+    """Make every step take longer, so that a signal or kill can hit one."""
     real = train.train_step
     train.train_step = lambda *args: (time.sleep(seconds), real(*args))[1]
 
 
 def first_time(flag: Path, action) -> None:
-    """An action that happens once, whatever starts again."""
+    """Call `action()` in the first process that gets here, not in restarted ones."""
     if not flag.exists():
         flag.touch()
         action()

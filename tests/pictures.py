@@ -1,4 +1,4 @@
-"""Pictures of every kind, with what they show, and files that are no usable pictures, with the reason."""
+"""Pictures of every kind, with the colours that they display, and unusable files, with the reason."""
 
 import os
 import struct

@@ -36,7 +36,7 @@ def run_step(
     """Loss and gradients of step `number` over micro-batches of trees, whose weights do not move.
 
     hashed: dropout as in compiled layers, but eager; backend: compiles the layers, which keep `budget` of their
-    activations; layers: leaves only so many of the last ones; lora: passed on to the model.
+    activations; layers: keeps only so many of the last decoder layers; lora: arguments of `tiny.lora_model`.
     """
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world, dropout, **lora)

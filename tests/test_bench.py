@@ -48,7 +48,7 @@ def test_the_evaluation_benchmark_gets_the_same_answers_both_ways(world, table):
 
 
 def forked(ranks: int, script, *words, log: Path) -> float:
-    """What job.torchrun does, without the launcher."""
+    """Stands in for job.torchrun: the same, but without the launcher."""
     started, main = time.perf_counter(), {"train.py": train.main, "job.py": job.main}[Path(script).name]
     runs.Run(words, log, ranks, main=main).succeed()
     return time.perf_counter() - started

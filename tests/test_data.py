@@ -1,4 +1,4 @@
-"""Promise 4, data: what the model sees is what the rows and pictures say, and nothing unusable passes or is lost."""
+"""The model sees what rows and pictures say; nothing unusable passes, and nothing is lost silently (promise 4)."""
 
 import json
 import zlib
@@ -47,7 +47,7 @@ def test_a_question_has_the_same_tokens_in_every_format(load):
 
 
 def test_ids_are_the_chat_template_s_text_with_each_image_at_its_real_length(world, tokenizer):
-    """The whole text at once, with the pad token as often as the image processor's own grid says."""
+    """The template's text is tokenized as a whole, with as many pad tokens as the image processor's own grid gives."""
     data, dataset = tiny.load_world(world)
     processor = Qwen2VLImageProcessorPil.from_pretrained(world / "model")
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]

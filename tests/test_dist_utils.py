@@ -1,6 +1,6 @@
-"""Ranks, failures and signals: the plan doesn't know the machine, no failure hangs, a signal saves and stops.
+"""Ranks, failures and signals: the number of ranks changes no result, no failure hangs, a signal saves and stops.
 
-Runs that are stopped and go on must end like one that nothing disturbed, to the last bit of adapter and metrics.
+A run that was stopped and resumed must end like an undisturbed one, to the last bit of its adapter and metrics.
 """
 
 import random
@@ -25,7 +25,7 @@ from training import checkpoints
 
 
 def steps_on(ranks: int, world, folder, *settings) -> dict:
-    """What the steps of two epochs give on so many ranks; settings: batch size, questions per image, dropout."""
+    """Results of the steps of two epochs on so many ranks; settings: batch size, questions per image, dropout."""
     out = folder / f"{ranks}.pt"
     Run([world, out, *settings], folder / f"{ranks}.log", ranks, main=rank_steps.main).succeed()
     return torch.load(out, weights_only=True)
@@ -82,7 +82,7 @@ def test_one_rank_that_raises_ends_the_job_with_its_traceback_once_and_its_sampl
 
 
 def test_wrong_settings_are_printed_once_even_if_rank_0_comes_last(world, tmp_path):
-    """torchrun ends all ranks with the first that leaves: the others leave rank 0 the time to speak."""
+    """torchrun ends all ranks as soon as one exits, so the others give rank 0 the time to print."""
     argv = arguments(world, tmp_path / "out", train=tmp_path / "nothing.jsonl")
     run = Run(argv, tmp_path / "log", 2, faults.rank_0_comes_late)
     run.processes[0].join(30)
@@ -113,7 +113,7 @@ def test_one_rank_that_hangs_is_noticed_and_shows_where(world, tmp_path):
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(world, on_two_ranks, tmp_path):
-    """In a folder that train.py chose itself."""
+    """The run has no --output, so train.py chose its folder."""
     fault = f"at_step(4, partial(first_time, Path({str(tmp_path / 'killed')!r}), kill_me), 1)"
     argv = [word for word in arguments(world, tmp_path) if not word.startswith(("--output", "--resume"))]
     with pytest.MonkeyPatch.context() as patch:
@@ -151,13 +151,13 @@ def test_a_signal_to_a_rank_or_to_all_saves_and_can_be_resumed(world, on_two_ran
 
 
 def slurm_flags() -> tuple:
-    """What run.slurm tells torchrun about signals."""
+    """The signals that run.slurm lets torchrun handle."""
     text = (runs.ROOT / "run.slurm").read_text()
     return tuple(word for word in text.split() if word.startswith("--signals-to-handle="))
 
 
 def start_slowly(argv: list[str], log: Path, seconds: float):
-    """A run under torchrun as run.slurm starts it, whose steps take so many seconds; returned after step 1."""
+    """Start a run as run.slurm does, with steps of so many seconds; returns after step 1."""
     launcher = faults.torchrun(argv, log, f"slowly({seconds})", slurm_flags())
     (output,) = (Path(word.removeprefix("--output=")) for word in argv if word.startswith("--output="))
     metrics = output / "metrics.jsonl"
@@ -172,7 +172,7 @@ def start_slowly(argv: list[str], log: Path, seconds: float):
 def test_a_signal_to_torchrun_or_to_every_process_saves_and_stops(
     world, on_two_ranks, tmp_path, monkeypatch, number, receiver, step
 ):
-    """Steps of four seconds are waited for as well, within the time that torchrun is given."""
+    """torchrun also waits for a step of four seconds, within the time that it is given."""
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "20")
     output, log = tmp_path / "out", tmp_path / "log"
     launcher = start_slowly(arguments(world, output, workers=1), log, step)

@@ -1,4 +1,4 @@
-"""docs/: commands run, flags and defaults are the program's, rows parse as is said, tests that are named exist."""
+"""What docs/ says is so: commands run, flags and defaults are the program's, rows parse, named tests exist."""
 
 import argparse
 import csv
@@ -100,7 +100,7 @@ def test_no_page_names_a_flag_that_is_not_there(page):
 
 
 def run_command(words: list[str], model: Path) -> None:
-    """A command of the docs in this process, training cut short and on a tiny model."""
+    """Run a command of the docs in this process, with a tiny model and few steps."""
     while words[0] in ("python", "torchrun") or words[0].startswith("--nproc"):
         words = words[1:]
     programs = {"train.py": train.main, "eval.py": evaluation.main, "merge.py": merge.main}

@@ -1,4 +1,4 @@
-"""Generated answers equal plain `model.generate` one by one; scoring counts what it says."""
+"""Answers equal plain `model.generate` on each question alone, and the summary counts them."""
 
 import json
 import math
@@ -30,7 +30,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def plain_answers(world, ours, adapter, stop_token: int) -> tuple[list[list[int]], list[float]]:
-    """Greedy decoding of each row alone by transformers' own generate, up to the stop token, and its probabilities."""
+    """Each row's greedy answer by transformers' own generate, up to the stop token, and the answers' probabilities."""
     reference = tiny.Reference(world, ours, adapter)
     answers_found, probabilities = [], []
     for line in (world / "rows.jsonl").read_text().splitlines():
@@ -49,7 +49,7 @@ def test_answers_equal_plain_generation_one_by_one(world, tmp_path, budget):
     model = tiny.lora_model(world).eval()
     never = 1  # a token that this model does not produce
     free, _ = plain_answers(world, model, tmp_path, never)
-    stop_token = free[5][3]  # one that ends some answers early, at different lengths
+    stop_token = free[5][3]  # a token that ends some answers early, at different lengths
     expected, probabilities = plain_answers(world, model, tmp_path, stop_token)
     assert len({len(answer) for answer in expected}) > 1
     data, dataset = tiny.load_world(world)
@@ -61,7 +61,7 @@ def test_answers_equal_plain_generation_one_by_one(world, tmp_path, budget):
 
 
 def test_an_answer_ends_at_any_token_that_ends_it_for_generate(world):
-    """Of a model that says nothing but <|endoftext|>, which its generation settings name beside <|im_end|>."""
+    """The model says nothing but <|endoftext|>, which its generation settings name beside <|im_end|>."""
     model = tiny.lora_model(world).eval()
     data, dataset = tiny.load_world(world)
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
@@ -89,7 +89,7 @@ def test_merged_weights_give_the_same_answers(world):
 
 
 def test_options_are_scored_as_if_each_were_the_answer_of_its_own_row(world, tmp_path):
-    """Against transformers' loss on rows whose answer is the option."""
+    """Compared with transformers' loss on rows whose answer is the option."""
     data, _ = tiny.load_world(world)
     model = tiny.lora_model(world).eval()
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
@@ -365,7 +365,7 @@ def test_one_question_is_answered_like_a_row_and_leaves_nothing(world, prompted,
 
 
 def test_one_answer_equals_plain_generation(world, prompted, capsys):
-    """Of transformers and peft with the run's system prompt and pixel limits, and of the base model without them."""
+    """Compared with transformers and peft, for the run's system prompt and pixel limits, and for the base model."""
     adapter = checkpoints(prompted)[-1]
     row = QUESTIONS["two pictures in order"]
     prompted_row = {"messages": [tiny.turn("system", "Be brief."), tiny.turn("user", row["question"], 2),

@@ -1,4 +1,4 @@
-"""Handing over: merged weights, names that vLLM reads, and the model card."""
+"""Merged weights, tensor names that vLLM reads, and the model card."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def test_a_merge_that_changes_the_answers_is_refused_and_leaves_nothing(run, tmp
 
 
 def test_an_adapter_that_rounding_would_swallow_is_refused(world, tmp_path):
-    """A bfloat16 base and hardly trained weights: they merge in float32 only."""
+    """The base is bfloat16 and LoRA hardly trained: the sum changes in float32 only."""
     model = AutoModelForImageTextToText.from_pretrained(world / "model", dtype=torch.bfloat16)
     folder = tmp_path / "model"
     model.save_pretrained(folder)

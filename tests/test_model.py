@@ -56,7 +56,7 @@ def test_the_plan_s_own_packing_is_exact(world, reference):
 
 
 def test_rows_with_weights_count_that_much_in_loss_and_gradients(tmp_path):
-    """Several weights in a tree, over micro-batches, and rows of two answers."""
+    """Weights differ within a tree and across micro-batches, and some rows have two answers."""
     rows = [row | {"weight": (0.25, 1, 3.5)[n % 3]} for n, row in enumerate(tiny.mixed_rows()) if n % 4 or n > 25]
     world = tiny.write_world(tmp_path / "world", rows)
     expected = tiny.Reference(world, tiny.lora_model(world), tmp_path / "adapter").loss_and_gradients(rows)
@@ -135,7 +135,7 @@ def test_dropout_repeats_with_its_seed_and_averages_to_the_exact_gradient(world,
 
 @pytest.mark.parametrize("hashed", [False, True])
 def test_dropout_differs_between_steps_and_micro_batches(world, hashed):
-    """The same trees, weights and seed: in step 0, in step 1, and as the second of two micro-batches of step 0."""
+    """The same tree, weights and seed in step 0, in step 1, and as the second of two micro-batches."""
     tree = whole(tiny.load_world(world)[0].samples)[0]
     first, second = (run_step(world, [[tree]], dropout=0.2, number=number, hashed=hashed) for number in (0, 1))
     both = run_step(world, [[tree], [tree]], dropout=0.2, hashed=hashed)
@@ -152,7 +152,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(world):
 
 
 def test_recomputed_activations_have_the_same_dropout(world):
-    """A budget of 0 makes all of them again. Two layers are enough: the last one, and one like all others."""
+    """A budget of 0 recomputes all of them. Two layers are enough: the last one, and one that stands for all others."""
     trees = whole(tiny.load_world(world)[0].samples)[:2]
     expected = run_step(world, [trees], dropout=0.1, hashed=True, layers=2)
     backend = {"backend": "aot_eager_decomp_partition", "budget": 0.0}

@@ -1,4 +1,4 @@
-"""run.slurm on a real SLURM of two nodes on this machine: out of time, cancelled, failed, and over two nodes."""
+"""run.slurm on a real SLURM with two nodes on this machine: jobs out of time, cancelled, failed, on two nodes."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def program(tmp_path):
-    """A folder as a user submits from."""
+    """A copy of the program, as a user would submit from."""
     for path in [*ROOT.glob("*.py"), ROOT / "run.slurm"]:
         shutil.copy(path, tmp_path)
     for room in ROOT.glob("*/__init__.py"):
@@ -81,11 +81,11 @@ def test_a_job_that_runs_out_of_time_is_requeued_until_it_is_done(cluster, progr
     words = [word for word in argv if not word.startswith(("--output", "--resume"))]
     number = submit(program, ["--time=1", "--signal=USR1@25"], words)
     wait_for(lambda: job(number)["Restarts"] == "1", 200, lambda: job(number))
-    subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=5"], check=True)  # time for all the rest
+    subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=5"], check=True)  # enough for the rest
     state, log = ended(program, number, 200)
     assert state == "COMPLETED", log
     assert job(number)["Restarts"] == "1" and "stopped by SIGUSR1" in log and "start 2, on" in log
-    assert "torchrun" in log and "no GPU" in log and "Filesystem" in log  # the facts on top
+    assert "torchrun" in log and "no GPU" in log and "Filesystem" in log  # the facts at the top of the log
     assert same(program / "runs" / f"slurm-{number}", program / "whole", step=30)
 
 
@@ -139,7 +139,7 @@ def test_a_requeued_job_continues_from_its_own_checkpoint_or_starts_afresh(progr
 
 
 def without_slurm(program: Path, words: list[str], **more) -> subprocess.CompletedProcess:
-    """run.slurm with commands of SLURM that do nothing, srun failing."""
+    """Run run.slurm with stand-ins for SLURM's commands; srun fails."""
     bin = program / "bin"
     bin.mkdir(exist_ok=True)
     for name, text in {"srun": "echo $@ >started\nexit 1", "scontrol": "echo $@ >>calls"}.items():

@@ -1,4 +1,4 @@
-"""train.py and eval.py as their users run them, on a tiny model."""
+"""train.py, and eval.py after it, as users run them, on a tiny model."""
 
 import copy
 import json
@@ -142,12 +142,12 @@ def test_the_base_model_is_scored_without_a_checkpoint(world, tmp_path, capsys):
 def test_a_run_out_of_patience_is_done_with_its_best_checkpoint_and_resumed_like_an_undisturbed_one(
     world, tmp_path, monkeypatch, capsys
 ):
-    """Six evaluations: better, worse, equal with lower loss, equal, worse, worse."""
+    """The six evaluations are better, worse, equal with lower loss, equal, worse, worse."""
     scores = [(0.5, 2.0), (0.4, 1.0), (0.5, 1.5), (0.5, 1.5), (0.4, 1.0), (0.5, 1.6), (0.9, 0.1)]
     output = tmp_path / "out"
 
     def run(evaluated: int, **settings) -> int:
-        """From the seventh, eighth ... step on the scores are (0, 0); the first call is the rehearsal's."""
+        """Train with these scores, then (0, 0); the first call is the rehearsal's."""
         results = iter([(0.0, 0.0), *scores[evaluated:], *[(0.0, 0.0)] * 9])
         keys = ("exact_match", "loss")
         fixed = {"questions": 1, "by_type": {}}
@@ -196,7 +196,7 @@ def test_weight_decay_takes_its_share_of_every_weight(world, tmp_path):
 
 
 def test_a_run_clips_gradients_to_the_norm_of_its_settings(world, tmp_path):
-    """So small a norm that AdamW's epsilon, 1e-8, outweighs the gradients: weights all but stay."""
+    """The norm is so small that AdamW's epsilon, 1e-8, outweighs the gradients, and weights hardly move."""
     settings = {"max-steps": 1, "lr": 0.1, "warmup": 0, "eval-every": 0, "save-every": 0}
     for norm in ("0", "1e-12"):  # 0: not clipped
         train.main(arguments(world, tmp_path / norm, **settings, **{"max-grad-norm": norm}))
@@ -331,7 +331,7 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
 
 @pytest.fixture
 def two(world, tmp_path):
-    """The world's rows in two files of one name."""
+    """The world's rows in two files of the same name."""
     rows = (world / "rows.jsonl").read_text().splitlines()
     for folder, part in (("one", rows[:17]), ("other", rows[17:])):
         (tmp_path / folder).mkdir()

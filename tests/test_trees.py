@@ -13,7 +13,7 @@ from trees import PlanSettings, StepSampler, epoch_passes, group_samples, make_p
 
 
 def make_samples(images: int, questions: int) -> list[Sample]:
-    """Samples of `questions` questions on each of `images` images of 16 tokens."""
+    """Samples: `questions` questions for each of `images` images of 16 tokens."""
     samples = []
     for number in range(images * questions):
         ids = np.array([1, 5, 2, 10 + number, 3, 4], dtype=np.int32)
@@ -39,7 +39,7 @@ def test_every_step_is_full_and_every_sample_comes_once(images, questions, limit
 
 @pytest.mark.parametrize("limit", [1, 4])
 def test_questions_over_the_limit_are_spread_over_the_epoch(limit):
-    """Not left together in one step as several trees: a step has as many images as trees, but for chance."""
+    """They are not several trees of one step: a step has as many images as trees, but for chance."""
     samples = make_samples(200, 8)
     plan = make_plan(samples, PlanSettings(64, limit, 400, seed=0), epoch=0)
     trees = sum(len(batch) for step in plan for batch in step)
@@ -49,7 +49,7 @@ def test_questions_over_the_limit_are_spread_over_the_epoch(limit):
 
 @pytest.mark.parametrize(("limit", "batch_size"), [(0, 96), (4, 16)])
 def test_four_ranks_wait_little_for_each_other(limit, batch_size):
-    """Also where a step has four trees or a few more: whole ones of four questions, or many smaller ones."""
+    """This holds even where a step has only four trees or a few more."""
     samples = []
     for asked in range(1, 18):
         samples += [replace(sample, images=(f"{sample.images[0]} of {asked}",)) for sample in make_samples(25, asked)]
@@ -92,7 +92,7 @@ def test_an_epoch_takes_a_file_s_questions_by_its_weight_and_all_get_their_turn(
 
 
 def test_half_of_a_file_is_half_of_its_images(samples):
-    """Not half of the questions of each, which would cost as many images."""
+    """Half of the questions of each image would cost as many images."""
     (indices,) = epoch_passes(samples, settings_of(1.0, 0.5), 3)
     groups = [group for group in group_samples(samples, indices) if samples[group[0]].file == 1]
     assert [len(group) for group in groups] == [4] * 5

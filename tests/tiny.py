@@ -55,8 +55,11 @@ def mixed_rows() -> list[dict]:
 
 
 def family_model(family: str, tokenizer):
-    """A tiny model of a family, all its weights random, biases and norms included: each must count. Grouped keys and
-    values; vision blocks of both kinds and windows of 2 x 2 tokens (Qwen2.5-VL); tied embeddings (Qwen2-VL)."""
+    """A tiny model of a family, with all its weights random, including biases and norms, so that each matters.
+
+    It has grouped keys and values, vision blocks of both kinds and windows of 2 x 2 tokens (Qwen2.5-VL), and tied
+    embeddings (Qwen2-VL).
+    """
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     image, video, start, end = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
     sections = {"mrope_section": [6, 5, 5]} | ({"mrope_interleaved": True} if family == "qwen3_vl" else {})

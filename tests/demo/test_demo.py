@@ -1,4 +1,4 @@
-"""The embedded demo learns from its pictures: the README's command, and what it must not do with shuffled answers."""
+"""The embedded demo, started by the README's command, learns from its pictures and not from its words alone."""
 
 import json
 import os
@@ -47,9 +47,9 @@ def test_the_whole_demo_answers_nine_of_ten_questions(tmp_path):
 
 @pytest.mark.slow
 def test_shuffled_answers_are_not_learnt(tmp_path):
-    """Answers are shuffled among the rows of each question: what the words tell stays, what the picture tells goes.
+    """Answers are shuffled among the rows of each question, so that only the words can help, and not the picture.
 
-    In as many epochs the true answers are learnt to 0.81.
+    In as many epochs the true answers reach 0.81.
     """
     folder = tmp_path / "data"
     endoscopy.make_demo(folder)

@@ -1,4 +1,4 @@
-"""The demo's data: the same every time, true to its scenes, split by picture, and readable by its own small model."""
+"""The demo's data is the same every time, agrees with its scenes, is split by picture, and suits its small model."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_answers_agree_with_the_scene_and_with_each_other():
 
 
 def test_what_the_answers_name_is_in_the_pixels():
-    """The colour at a polyp's place is the polyp's, whatever was drawn later."""
+    """Each polyp's colour is found at its place, whatever was drawn later."""
     seen = 0
     for _, scene in answers_by_question(60):
         picture = np.asarray(endoscopy.draw(scene, 384, 384)).astype(int)

@@ -1,4 +1,4 @@
-"""The report of an evaluation: its numbers, its pictures, that text stays text, and its filter in a real browser."""
+"""The report holds the right numbers and pictures, leaves text as text, and filters in a real browser."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ METRICS += [{"event": "skipped", "step": 5, "loss": "nan", "grad_norm": "nan", "
 
 
 def answered(number: int, prediction: str, **changes) -> dict:
-    """Prediction `number`: of four types and questions in turns, four to a picture; the truth is "yes"."""
+    """Prediction `number`. Four question types take turns, four questions per picture; the right answer is "yes"."""
     kind = ("yes/no", "count", "size", "colour")[number % 4]
     answer = {
         "id": f"r{number}",
@@ -41,7 +41,7 @@ def answered(number: int, prediction: str, **changes) -> dict:
 
 
 def pair() -> dict[str, list[dict]]:
-    """40 answers on 10 pictures: 30 right ones of the tuned model, 10 of the base model."""
+    """40 answers on 10 pictures: the tuned model has 30 right, the base model 10."""
     return {
         "tuned": [answered(i, "yes" if i % 4 else "no") for i in range(40)],
         "base": [answered(i, "no" if i % 4 else "yes", confidence=0.5) for i in range(40)],
@@ -50,7 +50,7 @@ def pair() -> dict[str, list[dict]]:
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a report of predictions and return its text; pictures of the names in the predictions are made."""
+    """Write a report of predictions, and the pictures that they name; returns the report's text."""
 
     def write(
         predictions: dict, metrics=(), facts: dict | None = None, extra: dict | None = None, pictures=True
@@ -330,7 +330,7 @@ def test_the_page_refers_to_nothing_outside_itself(write):
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    """Run Chromium without a window on an address; returns what it prints."""
+    """Open an address in Chromium without a window; returns what it prints."""
     if not shutil.which("chromium"):
         if os.geteuid() or not shutil.which("apt-get"):
             pytest.skip("chromium is not installed, and installing it needs root and apt-get")

@@ -125,7 +125,7 @@ def test_question_types(question, answer, kind):
 
 
 def test_the_interval_is_over_images_not_over_questions():
-    """100 images of 9 questions each, all right or all wrong: 95% of a share of 0.5 over 100 images is 0.4 to 0.6."""
+    """100 images of 9 questions each, all right or all wrong: the interval of 0.5 over 100 images is 0.4 to 0.6."""
     values, groups = [float(i % 2) for i in range(100) for _ in range(9)], [i for i in range(100) for _ in range(9)]
     interval = scores.mean_with_interval(values, groups)
     assert interval["mean"] == 0.5 and interval["questions"] == 900

@@ -1,4 +1,4 @@
-"""--val-fraction: whole images are held out, the same ones in any order of rows, and eval.py answers their rows."""
+"""--val-fraction holds out whole images, the same in any order of rows, and eval.py answers their rows."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from inputs.rows import read_rows
 
 @pytest.fixture(scope="module")
 def many():
-    """Image names of rows: one to three rows on each of 40 images, two that link three of them, one without."""
+    """Image names of rows: one to three for each of 40 images, two that link three of these, and one without an image."""
     rows = [(f"{n}.png",) for n in range(40) for _ in range(1 + n % 3)]
     return [*rows, ("1.png", "2.png"), ("2.png", "3.png"), ()]
 

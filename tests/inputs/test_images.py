@@ -1,4 +1,4 @@
-"""Images: the model sees what is displayed, unusable ones are named with row and reason, checks are remembered."""
+"""The model sees images as displayed; unusable ones are named with row and reason; the checks are remembered."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_a_huge_picture_is_refused_by_its_header_alone(tmp_path, monkeypatch):
 
 
 def unpatch(patches: np.ndarray, grid: tuple[int, int], side: int = 8, merge: int = 2) -> np.ndarray:
-    """(H, W, 3) of patches in the vision tower's order: block by block of merge x merge patches."""
+    """The picture (H, W, 3) of patches in the vision tower's order, which goes by blocks of merge x merge patches."""
     down, across = grid
     picture = np.zeros((down * side, across * side, 3), np.uint8)
     order = ((i + y, j + x) for i in range(0, down, merge) for j in range(0, across, merge)
@@ -75,7 +75,7 @@ def test_pixel_limits_that_cross_are_an_error(world):
 
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
-    """Paths that are opened from here on, with an empty memory of images."""
+    """The list of paths opened from here on; the record of checked images is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     paths, real_open = [], Image.open
     monkeypatch.setattr(images_file.Image, "open", lambda path, *rest: paths.append(path) or real_open(path, *rest))

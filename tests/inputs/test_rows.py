@@ -1,4 +1,4 @@
-"""Promise 4, rows: three formats give one conversation, and what can't be used is named, all of it, with its line."""
+"""Rows: three formats give the same conversation, and every bad row is named with its line and reason (promise 4)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""--vision-cache: kept features are those that the tower made, and nothing that is wrong with the cache stops a run."""
+"""--vision-cache: cached features are those that the tower computed, and no fault of the cache stops a run."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def cached(world, folder, model: TreeModel) -> tuple[TreeModel, TreeDataset]:
 
 
 def run(model: TreeModel, batch):
-    """A pass over a batch, and what it keeps on disk."""
+    """Run a batch and wait until its features are on disk."""
     losses = model(batch)[0]
     model.keep_features.__self__.thread.submit(lambda: None).result()
     return losses
@@ -41,7 +41,7 @@ def filled(world, tmp_path):
 
 
 def fill(world, folder):
-    """A model and a data set whose pictures are all in the cache, one micro-batch, and its losses without a cache."""
+    """A model, a data set whose pictures are all cached, one micro-batch, and its losses without a cache."""
     model, dataset = cached(world, folder, tiny.lora_model(world))
     assignment = Assignment(tuple(whole(dataset.data.samples)))
     losses = run(model, dataset[assignment])

@@ -110,7 +110,7 @@ def test_recomputed_activations_have_the_same_dropout(world):
 
 
 def first_layers_of_8b(dtype, add):
-    """Four layers of each tower at Qwen3-VL-8B's widths, with LoRA by `add` of which neither half is zero."""
+    """Four layers of each tower at Qwen3-VL-8B's widths; `add` puts LoRA on them, and neither half of it is zero."""
     text, vision = bench.QWEN3_VL_8B["text_config"], bench.QWEN3_VL_8B["vision_config"]
     config = {
         "text_config": text | {"num_hidden_layers": 4},
@@ -125,7 +125,7 @@ def first_layers_of_8b(dtype, add):
 
 
 def gradients_one_by_one(dtype, targets, data, settings):
-    """Gradients of the mean answer token's loss, one question a sequence through transformers and PEFT, eager."""
+    """Gradients of the mean loss per answer token: one question per sequence, by transformers and PEFT, eager."""
     config, device = LoraConfig(r=8, lora_alpha=16, target_modules=target_pattern(targets)), torch.device("cuda")
     model = first_layers_of_8b(dtype, lambda base: get_peft_model(base, config))
     tokens = sum(int(sample.trained.sum()) for sample in data.samples)

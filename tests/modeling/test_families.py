@@ -59,7 +59,7 @@ def batch(world):
 
 @pytest.fixture(scope="module")
 def windows(tmp_path_factory):
-    """A Qwen2.5-VL."""
+    """A Qwen2.5-VL, which attends in windows."""
     return tiny.write_world(tmp_path_factory.mktemp("windows"), family="qwen2_5_vl")
 
 
@@ -96,7 +96,7 @@ def test_answers_equal_plain_generation_one_by_one(world, tmp_path):
 
 
 def test_windows_matter_and_blocks_of_whole_images_too(windows):
-    """So the exactness above holds for both: features change when either kind of block attends like the other."""
+    """Features change when either kind of block attends like the other, so the tests above cover both."""
     data, dataset = tiny.load_world(windows)
     batch, model = dataset[Assignment(tuple(whole(data.samples)))], tiny.lora_model(windows)
     assert len(batch.vision["cu_window_seqlens"]) > len(batch.grid) + 10
@@ -107,7 +107,7 @@ def test_windows_matter_and_blocks_of_whole_images_too(windows):
 
 
 def test_vision_attention_in_one_call_equals_part_by_part(world, family, batch, monkeypatch):
-    """What each kernel on CUDA is asked for. cuDNN's goes by whole images and is not used where there are windows."""
+    """Stand-ins check what each CUDA kernel is called with. cuDNN's takes whole images and is not used for windows."""
     model = tiny.lora_model(world)
     expected = model.encode_images(batch)
     monkeypatch.setattr(attention, "varlen_attn", varlen)
@@ -164,7 +164,7 @@ def test_a_saved_adapter_is_plain_peft_with_the_same_logits(world, tmp_path):
 
 
 def test_a_run_trains_saves_and_answers(world, tmp_path):
-    """From the command line to predictions, by the image settings of its checkpoint."""
+    """A run and its evaluation, which takes the image settings of the checkpoint."""
     assert train.main(arguments(world, tmp_path / "out", max_steps=2, save_every=0, eval_every=0)) == 0
     assert evaluation.main(["--ckpt", str(tmp_path / "out"), "--workers=0", "--max-new-tokens=2"]) == 0
     (predictions,) = tmp_path.glob("out/eval/checkpoint-000002/predictions.jsonl")

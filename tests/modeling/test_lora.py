@@ -1,4 +1,4 @@
-"""What LoRA is put on and starts from: --lora-targets, --rslora, --dora and --init-from."""
+"""--lora-targets, --rslora, --dora and --init-from: what LoRA is put on, and what it starts from."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def start(world, tmp_path_factory):
     ],
 )
 def test_loss_and_gradients_equal_one_by_one_whatever_is_trained(world, tmp_path, more):
-    """Over three micro-batches, the last of which shows no image: its vision gradients are 0, not missing."""
+    """Three micro-batches, of which the last has no image: its vision gradients are 0, not missing."""
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     trees = whole(tiny.load_world(world)[0].samples)
     text = [tree for tree in trees if tree.samples == (30,)]

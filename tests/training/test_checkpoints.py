@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and a run that goes on from one ends like an undisturbed one, bit for bit."""
+"""Checkpoints are whole or absent, and a run resumed from one ends like an undisturbed one, bit for bit."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_another_run_s_checkpoint_goes_to_a_folder_of_its_own_and_is_saved_there
 
 
 def test_a_checkpoint_can_not_run_code(world, undisturbed, tmp_path):
-    """A state file with a pickled call, its checksum in order."""
+    """The state file holds a pickled call, and its checksum is right."""
     output, ran = copy_until(undisturbed, 2, tmp_path / "out"), tmp_path / "ran"
     folder = output / "checkpoint-000002"
 

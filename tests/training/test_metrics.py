@@ -1,4 +1,4 @@
-"""What a run tells while it trains: the numbers of a line, status, curves.svg, TensorBoard and Weights & Biases."""
+"""What a run reports while it trains: lines of metrics, status, curves.svg, TensorBoard and Weights & Biases."""
 
 import errno
 import importlib
@@ -53,7 +53,7 @@ def test_operations_can_leave_out_the_vision_tower(world):
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Make Metrics of a run of 40 steps, 10 per epoch, whose clock goes on by four seconds at every look."""
+    """Make Metrics of a run of 40 steps, 10 per epoch, whose clock advances by four seconds at each reading."""
     looks = count(1000, 4)
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: float(next(looks))))
 
@@ -96,7 +96,7 @@ def test_a_run_s_lines_and_its_bar_have_every_number(world, tmp_path, capsys):
     assert "6/6" in bar and all(
         f"{name}=" in bar for name in FIELDS - {"event", "step", "questions", "images", "eta_s"}
     )
-    sampler = sampler_of(world)  # speeds are ratios of one time
+    sampler = sampler_of(world)  # the speeds of a line share one duration
     steps = {}
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
@@ -162,7 +162,7 @@ def test_speed_and_time_left_are_those_since_this_start(make):
     resumed = make({"step": 1, "sums": run_metrics.progress.sums})
     line = take(resumed, 2)
     assert line["questions"] == 16 and line["loss"] == 2 and line["questions_per_s"] == 8 / 4
-    assert line["eta_s"] == 38 * 8  # eight seconds, two looks, a step
+    assert line["eta_s"] == 38 * 8  # a step takes two readings of the clock, eight seconds
 
 
 def test_set_up_evaluations_and_saves_take_from_the_time_left_and_not_from_the_speed(world, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_skipped_steps_are_counted_over_lines_and_starts(make):
 
 @pytest.mark.parametrize("spoiled", [{"loss": float("nan"), "grad_norm": float("nan")}, {"grad_norm": float("inf")}])
 def test_a_line_averages_the_steps_that_were_not_skipped(make, spoiled):
-    """Else it would hold NaN or Infinity, which JSON has not."""
+    """Otherwise it would hold NaN or Infinity, which JSON does not have."""
     run_metrics = make()
     take(run_metrics, 1, loss=2.0, grad_norm=0.5, last=False)
     line = take(run_metrics, 2, **{"loss": 9.0, **spoiled})
@@ -196,7 +196,7 @@ def test_a_line_averages_the_steps_that_were_not_skipped(make, spoiled):
 
 
 def test_an_evaluation_that_is_still_due_is_written_once(make):
-    """A run was stopped before it, went on with it, and was killed before the save that follows."""
+    """The run was stopped before the evaluation, resumed with it, and was killed before the save that follows."""
     run_metrics, result = make(), {"loss": 1.5, "exact_match": 0.5}
     take(run_metrics, 5)
     evaluated(run_metrics, 5, result, is_best=True)
@@ -290,7 +290,7 @@ def test_a_package_that_is_not_installed_is_an_error_before_anything_is_loaded(m
 
 @pytest.fixture(scope="module")
 def resumed(world, tmp_path_factory):
-    """A run of six steps that was lost after step 4 and went on from step 2, with both trackers; each one's lines."""
+    """A run of six steps with both trackers that resumed from step 2, and the lines before and after."""
     pytest.importorskip("tensorboard")
     pytest.importorskip("wandb")
     output = tmp_path_factory.mktemp("tracked") / "out"

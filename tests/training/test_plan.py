@@ -1,4 +1,4 @@
-"""--plan: it foretells what the run does, matches what was measured, and needs no weights, no pixels and no folder."""
+"""--plan predicts what the run does, matches measurements, and needs no weights, no pixels and no output folder."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
 
 @cache
 def job_of_the_8b() -> plan.Job:
-    """The 8B with micro-batches of the benchmark's tree of 9; no data. Its layers are made, without weights, once."""
+    """The 8B with micro-batches of the benchmark's tree of 9; no data. Its layers are built once, without weights."""
     args = SimpleNamespace(compile=True, memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
     vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
@@ -62,7 +62,7 @@ def job_of_8b(**settings) -> plan.Job:
 
 @pytest.fixture
 def bare(world, tmp_path):
-    """The tiny world without weights, its pictures cut short."""
+    """The tiny world without weights and with truncated pictures."""
     folder = shutil.copytree(world, tmp_path / "bare")
     (folder / "model" / "model.safetensors").unlink()
     for path in (folder / "images").iterdir():
@@ -255,12 +255,12 @@ def test_the_peak_memory_of_a_run_is_the_one_seen(budget, tokens, peak_gib):
 
 
 def test_half_a_memory_budget_keeps_half_in_a_small_model_of_the_8b_s_proportions(tmp_path):
-    """Of activations for the backward pass. LoRA's products are operations of our own, which torch takes for cheap
-    unless it is told."""
+    """The activations kept for the backward pass are measured. LoRA's products are custom operations, which torch takes
+    for cheap unless configured otherwise."""
     preset, cpu, kept = bench.PRESETS["tiny"], torch.device("cpu"), {}
     text = preset.config["text_config"] | {
         "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2,
-        "head_dim": 64, "num_hidden_layers": 2,  # one like the others, and the last
+        "head_dim": 64, "num_hidden_layers": 2,  # the last one, and one that stands for all others
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]},
     }  # fmt: skip
     vision = preset.config["vision_config"] | {"out_hidden_size": 512}

@@ -1,4 +1,4 @@
-"""Settings: all that is wrong is told at once, the command line is over the file is over the defaults."""
+"""All wrong settings are named at once; the command line overrides the file, which overrides the defaults."""
 
 from pathlib import Path
 
@@ -78,11 +78,11 @@ def test_a_wrong_setting_is_named_with_its_flag(rows_file, name):
 
 def test_all_wrong_settings_are_named_at_once(rows_file, config):
     not_beside_others = ("flag without its value", "switch with a value", "patience without evaluations")
-    not_beside_others += ("first weights that are not there",)  # which a run that is resumed can do without
+    not_beside_others += ("first weights that are not there",)  # a resumed run does not need them
     once = {
         argv[0]: argv for name, (argv, _) in WRONG.items() if name not in not_beside_others and argv[0] != "--config"
     }
-    argv = [word for words in once.values() for word in words]  # of the same flag the last one
+    argv = [word for words in once.values() for word in words]  # the last value of a flag counts
     problems = problems_of([*argv, *config("no-such-setting = 3\nkeep = 0\n")])
     assert len(problems) == len(once) + 2
     for flag in once:
