@@ -16,7 +16,7 @@ from inputs.rows import read_rows
 
 @pytest.fixture(scope="module")
 def many():
-    """Image names of rows: one to three for each of 40 images, two that link three of these, and one without an image."""
+    """Image names of rows: one to three rows per image for 40 images, two that link three of these, one without."""
     rows = [(f"{n}.png",) for n in range(40) for _ in range(1 + n % 3)]
     return [*rows, ("1.png", "2.png"), ("2.png", "3.png"), ()]
 
