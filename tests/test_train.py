@@ -424,7 +424,7 @@ def test_an_image_lost_during_training_is_named_and_training_resumes_when_it_is_
     argv = faults.arguments(world, output, images=images, workers=workers)
     run = Run(argv, tmp_path / "log", fault=partial(at_step, 3, lost))
     assert run.wait() == [1]
-    assert "rows.jsonl:" in run.text() and "a.png" in run.text() and "can't be read any more" in run.text()
+    assert "rows.jsonl:" in run.text() and "a.png" in run.text() and "can no longer be read" in run.text()
     shutil.copy(world / "images" / "a.png", images / "a.png")
     assert train.main(faults.arguments(world, output, images=images)) == 0
     assert same(output, undisturbed)
