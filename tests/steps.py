@@ -7,7 +7,6 @@ import tiny
 import torch
 
 from dist_utils import Ranks, Stop
-from modeling import memory
 from modeling.lora import enable_hashed_dropout
 from train import train_step
 from trees import Assignment, PlanSettings, StepSampler, group_samples, grow_tree
@@ -28,22 +27,14 @@ def run_step(
     number: int = 0,
     max_grad_norm: float = 0.0,
     hashed: bool = False,
-    backend: str = "",
-    budget: float = 1.0,
-    layers: int = 0,
     **lora,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of step `number` over micro-batches of trees, whose weights do not move.
 
-    hashed: dropout as in compiled layers, but eager; backend: compiles the layers, which keep `budget` of their
-    activations; layers: keeps only so many of the last decoder layers; lora: arguments of `tiny.lora_model`.
+    hashed: dropout as in compiled layers; lora: arguments of `tiny.lora_model`.
     """
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world, dropout, **lora)
-    if layers:
-        del model.base.model.language_model.layers[:-layers]
-    if backend:
-        memory.compile_layers(model.model, budget, backend=backend)
     if hashed:
         enable_hashed_dropout(model.model)
     sampler = StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)

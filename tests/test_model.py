@@ -1,6 +1,5 @@
 """Promise 1: loss and every LoRA gradient of a step equal those of the same samples one by one through transformers."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,6 @@ import model as model_file
 from data import build_batch, rotary_positions
 from inputs.images import load_patches
 from modeling import attention as attention_file
-from modeling import memory
 from modeling.lora import hashed_dropout
 from trees import Assignment, PlanSettings, group_samples, grow_tree, make_plan, pack
 
@@ -31,11 +29,6 @@ def test_the_mixed_step_has_trees_of_1_9_and_17_branches_and_every_kind_of_row(w
 def test_a_step_equals_its_samples_one_by_one_in_any_number_of_micro_batches(world, reference, micro_batches):
     trees = whole(tiny.load_world(world)[0].samples)
     assert_exact(run_step(world, [trees[n::micro_batches] for n in range(micro_batches)]), reference)
-
-
-def test_compiled_layers_that_keep_half_of_their_activations_are_exact_too(world, reference):
-    trees = whole(tiny.load_world(world)[0].samples)
-    assert_exact(run_step(world, [trees], backend="aot_eager_decomp_partition", budget=0.5), reference)
 
 
 def test_trees_of_one_branch_and_split_trees_equal_whole_ones(world, reference):
@@ -151,14 +144,6 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(world):
     assert tiny.relative_error(tight, {name: gradient * 1e-3 / norm for name, gradient in free.items()}) < 1e-4
 
 
-def test_recomputed_activations_have_the_same_dropout(world):
-    """A budget of 0 recomputes all of them. Two layers are enough: the last one, and one that stands for all others."""
-    trees = whole(tiny.load_world(world)[0].samples)[:2]
-    expected = run_step(world, [trees], dropout=0.1, hashed=True, layers=2)
-    backend = {"backend": "aot_eager_decomp_partition", "budget": 0.0}
-    assert_exact(run_step(world, [trees], dropout=0.1, layers=2, **backend), expected)
-
-
 def test_hashed_dropout_drops_each_place_on_its_own_and_scales_the_rest():
     x = torch.ones(1, 3000, 1024, requires_grad=True)
     first, second = (hashed_dropout(x, 0.05, torch.tensor(seed, dtype=torch.int32)) for seed in (3, -12345))
@@ -221,41 +206,6 @@ def test_patch_projection_equals_the_conv3d(world):
     expected = visual.patch_embed(patches)
     visual.patch_embed.proj = model_file.PatchProjection(visual.patch_embed.proj)
     torch.testing.assert_close(visual.patch_embed(patches), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_lengths_and_image_sizes_do_not_recompile(world, tmp_path, dropout):
-    """Compiled layers, 50 steps of 1 to 18 branches, images of ten sizes: whole layers, no new graph after the first
-    few."""
-    (tmp_path / "model").symlink_to(world / "model")
-    (tmp_path / "images").mkdir()
-    for n in range(10):
-        Image.new("RGB", (64 + 32 * n, 224 - 16 * n), (25 * n, 0, 0)).save(tmp_path / "images" / f"{n}.png")
-    rows = [tiny.single("0.png", f"How many polyps are in part {n}?", "3") for n in range(18)]
-    rows += [tiny.single(f"{n}.png", "How many polyps are in part 3?", "3") for n in range(1, 10)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data, dataset = tiny.load_world(tmp_path)
-    assert len(set(data.grids.values())) == 10
-    model = tiny.lora_model(world, dropout)
-    model.base.model.visual.config._attn_implementation = "onelook_cudnn_flash_vision"  # as on a Hopper GPU
-    memory.compile_layers(model.model, 1.0, backend="eager")
-    group = max(group_samples(data.samples), key=len)
-    others = [grow_tree(data.samples, g) for g in group_samples(data.samples)]
-    graphs, branches = [], set()
-    for step in range(50):
-        tree = grow_tree(data.samples, group[: 1 + 7 * step % 18])
-        branches.add(len(tree.samples))
-        batch = build_batch(data, Assignment((tree, others[step % len(others)])), dataset.settings)
-        losses, _ = model(batch)
-        losses.sum().backward()
-        if step % 10 == 1:  # an evaluation now and then
-            with torch.no_grad():
-                model.eval()(batch)
-                model.train()
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    breaks = list(torch._dynamo.utils.counters["graph_break"])
-    torch._dynamo.reset()
-    assert graphs[2] == graphs[-1] > 0 and not breaks and branches == set(range(1, 19))
 
 
 def test_training_mode_is_on_from_the_start_and_never_for_the_vision_tower(world):

@@ -13,6 +13,7 @@ import tiny
 from faults import arguments
 from runs import ROOT, Run, adapter, same, wait_for
 
+ONE_GPU = {"SLURM_GPUS_ON_NODE": "1"}  # what SLURM sets on a node with one GPU: run.slurm starts one process
 SLOW_FIRST_JOB = """import os
 import time
 
@@ -52,10 +53,13 @@ def program(tmp_path):
     return tmp_path
 
 
-def submit(program: Path, options: list[str], argv: list[str]) -> str:
+def submit(program: Path, options: list[str], argv: list[str], **variables) -> str:
+    """Submit run.slurm, with environment variables of its own; returns the job's number."""
     defaults = ["--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--time=5"]
     command = ["sbatch", *defaults, *options, "run.slurm", *argv]
-    return subprocess.run(command, cwd=program, check=True, capture_output=True, text=True).stdout.strip()
+    environment = os.environ | variables
+    done = subprocess.run(command, cwd=program, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def job(number: str) -> dict[str, str]:
@@ -90,7 +94,8 @@ def test_a_job_that_runs_out_of_time_is_requeued_until_it_is_done(cluster, progr
 
 
 def test_a_cancelled_job_stops_and_is_not_requeued(cluster, program, world):
-    number = submit(program, [], arguments(world, program / "out", max_steps=1000, epochs=1000, eval_every=0))
+    argv = arguments(world, program / "out", max_steps=1000, epochs=1000, eval_every=0)
+    number = submit(program, [], argv, **ONE_GPU)
     wait_for((program / "out" / "checkpoint-000002").exists, 90, lambda: job(number))
     subprocess.run(["scancel", number], check=True)
     state, log = ended(program, number, 60)
@@ -100,17 +105,18 @@ def test_a_cancelled_job_stops_and_is_not_requeued(cluster, program, world):
 
 
 def test_a_failing_job_is_not_requeued(cluster, program, world):
-    number = submit(program, [], arguments(world, program / "out", train=program / "nothing.jsonl"))
+    argv = arguments(world, program / "out", train=program / "nothing.jsonl")
+    number = submit(program, [], argv, **ONE_GPU)
     state, log = ended(program, number, 90)
     assert state == "FAILED" and job(number)["Restarts"] == "0" and "not requeued" in log
     assert "nothing.jsonl does not exist" in log
 
 
 def test_two_nodes_train_like_one(cluster, program, world, undisturbed):
-    number = submit(program, ["--nodes=2"], arguments(world, program / "out"))
+    number = submit(program, ["--nodes=2"], arguments(world, program / "out"), **ONE_GPU)
     state, log = ended(program, number, 180)
     assert state == "COMPLETED", log
-    assert "4 rank(s)" in log and "n[1-2]" in log
+    assert "2 rank(s)" in log and "n[1-2]" in log
     assert tiny.relative_error(adapter(program / "out"), adapter(undisturbed)) < 1e-2
 
 

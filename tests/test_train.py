@@ -101,14 +101,15 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_last_bit(world, finished, t
 def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_path):
     output = tmp_path / "out"
     settings = {"max-steps": 80, "epochs": 16, "lr": 0.005, "lora-dropout": 0.0, "eval-every": 0, "save-every": 0}
+    settings |= {"schedule": "constant", "warmup": 0}
     tracked = ["--tensorboard"] if find_spec("tensorboard") else []
     text = Run(arguments(world, output, **settings) + tracked, tmp_path / "log", ranks=2).succeed()
     assert len(list(output.glob("tensorboard/*"))) == len(tracked)  # by rank 0 alone
     assert "⟦" in text and "rehearsed the largest micro-batch" in text and "q_proj" in text
     alone = tmp_path / "alone"
-    train.main(arguments(world, alone, **settings))
+    train.main(arguments(world, alone, **settings | {"max-steps": 10}))
     losses, expected = ([line["loss"] for line in lines(folder, "train")] for folder in (output, alone))
-    assert losses[:10] == pytest.approx(expected[:10], rel=1e-4)
+    assert losses[:10] == pytest.approx(expected, rel=1e-4)
     assert losses[-1] < losses[0] / 2
 
     teacher_forced = lines(output, "eval")[-1]

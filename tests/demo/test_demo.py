@@ -18,12 +18,12 @@ def exact_match(output) -> float:
 
 
 def test_the_demo_learns_its_pictures_and_runs_twice(tmp_path):
-    """The README's command, cut to three of eight epochs."""
+    """The README's command, cut to two epochs of smaller steps. Words alone lead to 48%."""
     log = tmp_path / "log"
-    assert runs.torchrun(TRAIN, "--epochs=3", log=log, cwd=tmp_path).wait(900) == 0, log.read_text()
+    assert runs.torchrun(TRAIN, "--epochs=2", "--batch-size=64", log=log, cwd=tmp_path).wait(900) == 0, log.read_text()
     base, tuned = table(log.read_text())
     assert (
-        base < 10 and tuned >= 75 and exact_match(tmp_path / "runs" / "demo-1") == pytest.approx(tuned / 100, abs=1e-3)
+        base < 10 and tuned >= 65 and exact_match(tmp_path / "runs" / "demo-1") == pytest.approx(tuned / 100, abs=1e-3)
     )
     again = runs.Run(["--max-steps=2"], tmp_path / "again", ranks=2, fault=partial(os.chdir, tmp_path)).succeed()
     assert "training the embedded demo" in again and (tmp_path / "runs" / "demo-2" / "checkpoint-000002").is_dir()
