@@ -1,4 +1,4 @@
-"""Process group, ranks, signals and the few collectives that the loop needs; torch.distributed is known here only.
+"""Process group, ranks, signals, and the few collectives that a run needs. No other file uses torch.distributed.
 
 Every helper is a no-op on one process, so the same code runs with and without torchrun.
 """
@@ -30,10 +30,10 @@ from common import InputError
 TIMEOUT = timedelta(minutes=60)  # the first start may download a model while the other ranks wait
 TIMEOUT_IN_STEPS = timedelta(minutes=10)  # longer than any step, evaluation or save
 SHUTDOWN_TIMEOUT = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))  # seconds; then torchrun kills
-STACKS_AFTER = max(1, SHUTDOWN_TIMEOUT - 10)  # seconds from a signal to a look at where this process hangs
+STACKS_AFTER = max(1, SHUTDOWN_TIMEOUT - 10)  # seconds from a signal to printing where this process hangs
 SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP  # ask a run to stop
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LET_RANK0_SPEAK = 20  # seconds
+LET_RANK0_SPEAK = 20  # seconds that other ranks wait for rank 0 to print a common error
 STOPPED = 75  # exit code of a run that was stopped and can be resumed (EX_TEMPFAIL)
 
 
@@ -49,10 +49,10 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Join the process group that torchrun describes in the environment; one process needs none. Raises InputError on a
-    node with more processes than GPUs.
+    """Join the process group that torchrun describes in the environment; a single process needs none.
 
-    Tensors on GPUs travel by NCCL, tensors and objects on the CPU by gloo.
+    Tensors on GPUs travel by NCCL, tensors and objects on the CPU by gloo. Raises InputError on a node with more
+    processes than GPUs.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -75,7 +75,7 @@ def start() -> Ranks:
 
 
 def shorten_timeout() -> None:
-    """From here on a rank that hangs is noticed within TIMEOUT_IN_STEPS."""
+    """From here on, a rank that hangs is noticed within TIMEOUT_IN_STEPS."""
     if dist.is_initialized():
         _set_pg_timeout(TIMEOUT_IN_STEPS)
 
@@ -86,7 +86,7 @@ def restarted() -> bool:
 
 
 def leave() -> None:
-    """Leave the group. Call after the last reference to the DDP model is gone: a live one can abort at exit."""
+    """Leave the group. Call it after the last reference to the DDP model is gone: a live one can abort the exit."""
     if dist.is_initialized():
         gc.collect()
         dist.barrier()
@@ -97,7 +97,7 @@ def leave() -> None:
 
 
 class Stop:
-    """Why this process should stop at the next step's edge: a signal's name or another reason; empty: go on."""
+    """Why this process should stop after the current step: a signal's name or another reason; empty: it goes on."""
 
     reason = ""
 
@@ -116,18 +116,18 @@ class Stop:
         faulthandler.dump_traceback_later(STACKS_AFTER)
 
     def wait(self, seconds: float) -> None:
-        """Until a signal comes, or so long."""
+        """Wait until a signal comes, or for so many seconds."""
         end = time.monotonic() + seconds
         while not self.reason and time.monotonic() < end:
             time.sleep(0.05)
 
     def agreed(self) -> str:
-        """The first reason that any rank has; the same on every rank. A collective."""
+        """The first reason that any rank has, the same on every rank; empty when none has one. A collective."""
         return next(filter(None, gather_to_all(self.reason)), "")
 
 
 def ignore_signals(_worker: int) -> None:
-    """In a data worker: the training process decides when to stop, and still needs its data until then."""
+    """Ignore stop signals in a data worker: the training process decides when to stop, and needs data until then."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -135,8 +135,8 @@ def ignore_signals(_worker: int) -> None:
 def run_and_exit(main: Callable, argv: list[str]) -> None:
     """Run a program's `main(argv, stop)` and exit with the code it returns, 2 for InputError, 1 for a failure.
 
-    A failure is printed once, by the rank that failed. It leaves without cleaning up: the other ranks may be waiting in
-    a collective, where destroying the process group would wait for them.
+    A failure is printed once, by the rank that failed. That rank leaves without cleaning up: destroying the process
+    group would wait for the other ranks, which may be waiting in a collective.
     """
     stop = Stop().watch_signals()
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may know fewer characters than rows have
@@ -174,12 +174,12 @@ def print0(*values) -> None:
 
 
 def from_rank0(function: Callable):
-    """Run `function` on rank 0 and give its result, or the exception it raised, to every rank."""
+    """Run `function` on rank 0, and return its result, or raise its exception, on every rank. A collective."""
     outcome = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             outcome[0] = function()
-        except Exception as error:  # re-raised below, on every rank: none is left waiting
+        except Exception as error:  # raised again below, on every rank, so that none is left waiting
             outcome[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, device=torch.device("cpu"))
@@ -189,15 +189,15 @@ def from_rank0(function: Callable):
 
 
 def local_rank0_first(function: Callable):
-    """Run `function` on the first rank of every node, then on the others, which find what it left in the cache.
+    """Run `function` on the first rank of every node, and then on the others, which find what it left in the cache.
 
-    Raises on every rank what it raised on one of the first.
+    What it raises on one of the first ranks is raised on every rank. A collective.
     """
     first, result, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None, None
     if first:
         try:
             result = function()
-        except Exception as caught:  # re-raised below, on every rank: none is left waiting
+        except Exception as caught:  # raised again below, on every rank, so that none is left waiting
             error = caught
     for failure in filter(None, gather_to_all(error)):
         raise failure
@@ -205,7 +205,7 @@ def local_rank0_first(function: Callable):
 
 
 def gather_to_all(value) -> list:
-    """Every rank's value, in the order of ranks."""
+    """Every rank's value, in the order of ranks. A collective."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -221,7 +221,7 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def wrap(module: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
-    """DDP over the trainable parameters, which start as rank 0's. Frozen ones are equal already and do not travel."""
+    """Wrap a module in DDP. Trainable parameters start as rank 0's; frozen ones are equal already and do not travel."""
     if ranks.world_size == 1:
         return module
     for parameter in module.parameters():
@@ -239,7 +239,7 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def no_sync(module: torch.nn.Module, skip: bool):
-    """Leave out the gradient all-reduce while `skip`; it must cover the forward pass too."""
+    """A context without gradient all-reduce where `skip`. It must cover the forward pass too."""
     return module.no_sync() if skip and isinstance(module, DistributedDataParallel) else nullcontext()
 
 

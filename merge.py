@@ -2,12 +2,11 @@
 
     python merge.py --ckpt runs/mine --out merged
 
-Weights are added in float32 and rounded once to the base model's type. Before the folder gets its name, it is loaded
-again and its logits on rows of the run are compared with the adapter's.
+Weights are added in float32 and rounded once to the base model's type. Before the folder gets its name, the merged
+model is loaded from it, and its logits on rows of the run are compared with the adapter's.
 """
 
 import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import dist_utils
-from common import InputError
+from common import PARTIAL, InputError, remove, replacing
 from data import VQAData, build_batch, encode_rows, padding
 from dist_utils import print0
 from inputs.images import ImageSettings
@@ -29,53 +28,72 @@ from training.checkpoints import pick_checkpoint, read_state
 from training.settings import Parser, choice, parse_words, refuse
 from trees import Assignment, plan_evaluation
 
-ROWS = 16  # that logits are compared on
-MOST_APART = 0.2  # of the distance between the adapter's logits and the base model's
+ROWS = 16  # whose logits are compared
+MAX_TOKENS = 8192  # of a batch in that comparison
+# Largest distance of merged logits from the adapter's, as a share of that between adapter and base model. Rounding to
+# bfloat16 alone stays far below; an adapter that rounding loses is near 1.
+MOST_APART = 0.2
 
 
 def main(argv: list[str], _stop=None) -> int:
+    """Merge. Returns the exit code 0; raises InputError for what can't be merged."""
+    # Settings: what to merge, and where to.
     args = parse(argv)
     ckpt, out = pick_checkpoint(Path(args.ckpt)), Path(args.out)
-    if out.exists():
-        raise InputError(f"--out: {out} exists already")
-    partial = out.with_name(f"tmp-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a try that was killed
-    try:
-        partial.mkdir(parents=True)
-        partial.rmdir()
-    except OSError as error:
-        raise InputError(f"--out: can't write to {out.parent}: {error}") from None
+    check_output(out)
     run = read_state(ckpt)["settings"]
-    rows, images = args.rows or run["val"] or run["train"][0], args.images or run["images"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = resolve_model(args.model or run["model"])
-    config = AutoConfig.from_pretrained(folder)
-    own = config.dtype or config.get_text_config().dtype or torch.float32
-    dtype = torch.float32 if args.dtype == "float32" else own
+    dtype = torch.float32 if args.dtype == "float32" else weights_dtype(folder)
+
+    # Rows to compare logits on.
+    rows, images = args.rows or run["val"] or run["train"][0], args.images or run["images"]
     settings, tokenizer = ImageSettings(**run["image_settings"]), AutoTokenizer.from_pretrained(folder)
     options = {"system": run["system"], "prompt": run["prompt"], "allow_outside_images": True}
-    compared = read_rows(Path(rows))[0][:ROWS]
-    data = encode_rows(compared, images, tokenizer, settings, run["max_tokens"], **options)
+    first_rows = read_rows(Path(rows))[0][:ROWS]
+    data = encode_rows(first_rows, images, tokenizer, settings, run["max_tokens"], **options)
     if not data.samples:
         raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
 
+    # Logits of the adapter and of the base model. The model goes before the next one is loaded.
     model = TreeModel(load_adapter(load_base(folder, dtype, device), ckpt), settings)
-    adapter = logits(model, data, device, dtype)
+    tuned = answer_logits(model, data, device, dtype)
     with model.model.disable_adapter():
-        base = logits(model, data, device, dtype)
+        base = answer_logits(model, data, device, dtype)
     del model
-    if torch.equal(adapter, base):
+    if torch.equal(tuned, base):
         raise InputError(f"{rows}: the adapter changes no logits on these rows, name others by --rows and --images")
-    write_merged(folder, ckpt, dtype, device, partial)
-    merged = logits(TreeModel(load_base(str(partial), dtype, device), settings), data, device, dtype)
-    apart = ((merged - adapter).norm() / (adapter - base).norm()).item()
-    told = f"logits of merged weights and of the adapter are {100 * apart:.2g}% as far apart as tuned and base are"
-    if not apart < MOST_APART:
-        shutil.rmtree(partial)
-        raise InputError(f"not merged, {told}: too little is left once rounded to {dtype}; keep it, or --dtype float32")
-    os.rename(partial, out)
-    print0(f"{told} ({len(data.samples)} rows); wrote {out}")
+
+    # The merged model gets its name once its logits have been compared.
+    with replacing(out) as partial:
+        write_merged(folder, ckpt, dtype, device, partial)
+        merged = answer_logits(TreeModel(load_base(str(partial), dtype, device), settings), data, device, dtype)
+        apart = ((merged - tuned).norm() / (tuned - base).norm()).item()
+        verdict = f"logits of merged weights and of the adapter are {100 * apart:.2g}% as far apart as tuned and base are"
+        if not apart < MOST_APART:
+            rounded = f"too little is left once rounded to {dtype}; keep it, or --dtype float32"
+            raise InputError(f"not merged, {verdict}: {rounded}")
+    print0(f"{verdict} ({len(data.samples)} rows); wrote {out}")
     return 0
+
+
+def check_output(out: Path) -> None:
+    """Raises InputError where the folder exists, or can't be made: minutes before it is needed."""
+    if out.exists():
+        raise InputError(f"--out: {out} exists already")
+    try:
+        out.mkdir(parents=True)
+        out.rmdir()
+    except OSError as error:
+        raise InputError(f"--out: can't write to {out.parent}: {error}") from None
+    for leftover in out.parent.glob(f"{PARTIAL}*-{out.name}"):  # of a merge that was killed: the size of a model
+        remove(leftover)
+
+
+def weights_dtype(folder: str) -> torch.dtype:
+    """The type of a model's weights, by its configuration."""
+    config = AutoConfig.from_pretrained(folder)
+    return config.dtype or config.get_text_config().dtype or torch.float32
 
 
 def build_parser() -> Parser:
@@ -96,18 +114,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def logits(model: TreeModel, data: VQAData, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def answer_logits(model: TreeModel, data: VQAData, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Logits (answer tokens, vocabulary) of all samples, on the CPU."""
-    found = []
-    for trees in plan_evaluation(data.samples, 8192):
+    logits = []
+    for trees in plan_evaluation(data.samples, MAX_TOKENS):
         batch = build_batch(data, Assignment(trees), model.settings, padding(device)).to(device)
         with autocast(device, dtype):
-            found.append(model.eval().answer_logits(batch).cpu())
-    return torch.cat(found)
+            logits.append(model.eval().answer_logits(batch).cpu())
+    return torch.cat(logits)
 
 
 def write_merged(folder: str, ckpt: Path, dtype: torch.dtype, device: torch.device, out: Path) -> None:
-    """The merged model, and the tokenizer, processor and other files of the base model's folder."""
+    """Write the merged model, and copy the tokenizer, processor and other files of the base model's folder."""
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, device_map={"": device})
     model = PeftModel.from_pretrained(plain, ckpt)
     merge_lora(model)

@@ -1,7 +1,7 @@
 """Model: Qwen2-VL, Qwen2.5-VL or Qwen3-VL with LoRA, run on trees.
 
-The base model is transformers' own, unedited. It is given three things: a tree attention through
-`AttentionInterface.register`, rotary positions, and image features that the vision tower makes once a tree.
+The base model is transformers' own, unedited. It is given three things: tree attention through
+`AttentionInterface.register`, rotary positions, and image features that the vision tower computes once per tree.
 """
 
 import types
@@ -31,35 +31,35 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Matrix products in `dtype`, LoRA weights and cross-entropy in float32; nothing to do when all is float32."""
+    """Matrix products in `dtype`; LoRA weights and cross-entropy stay in float32. Off where everything is float32."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
 def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the frozen base model straight onto `device`, from a folder that `resolve_model` gave. Raises InputError
-    where its weights are damaged."""
-    disable_progress_bar()  # one a rank, for seconds
-    how = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa"}
+    """Load the frozen base model straight onto `device`, from a folder of `resolve_model`. Raises InputError when its
+    weights are damaged."""
+    disable_progress_bar()  # every rank would show one
+    options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa"}
     try:
-        return prepare_base(AutoModelForImageTextToText.from_pretrained(folder, **how))
+        return prepare_base(AutoModelForImageTextToText.from_pretrained(folder, **options))
     except SafetensorError as error:
         raise InputError(f"model {folder} has damaged weights ({error}): copy or download them again") from None
 
 
 def prepare_base(model: nn.Module) -> nn.Module:
-    """Freeze a model and give this instance what makes it run trees, and run them without waiting for the GPU."""
+    """Freeze a model, and replace on this instance what can't run trees or makes the CPU wait for the GPU."""
     visual, language_model = model.model.visual, model.model.language_model
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
-    generation = torch.cuda.get_device_capability(visual.device)[0] if visual.device.type == "cuda" else 0
-    tuned = generation == 9 and language_model.layers[0].self_attn.head_dim == 128 and visual.dtype != torch.float32
-    language_model.config._attn_implementation = "onelook_tree_hopper" if tuned else "onelook_tree"
+    capability = torch.cuda.get_device_capability(visual.device)[0] if visual.device.type == "cuda" else 0
+    is_tuned = capability == 9 and language_model.layers[0].self_attn.head_dim == 128 and visual.dtype != torch.float32
+    language_model.config._attn_implementation = "onelook_tree_hopper" if is_tuned else "onelook_tree"
     if hasattr(language_model, "_deepstack_process"):
         language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
     language_model.layers[-1].forward = types.MethodType(_last_layer, language_model.layers[-1])
-    if generation and visual.dtype != torch.float32:  # these kernels know half precision only
-        # cuDNN's goes by whole images, and windows (Qwen2.5-VL) are smaller: flash takes what the layer asks for
-        whole = generation >= 9 and not hasattr(visual.config, "window_size")
-        visual.config._attn_implementation = "onelook_cudnn_flash_vision" if whole else "onelook_flash_vision"
+    if capability and visual.dtype != torch.float32:  # these kernels take half precision only
+        # cuDNN's kernel attends within whole images. Qwen2.5-VL's windows are smaller: flash takes their bounds.
+        whole_images = capability >= 9 and not hasattr(visual.config, "window_size")
+        visual.config._attn_implementation = "onelook_cudnn_flash_vision" if whole_images else "onelook_flash_vision"
     return model.requires_grad_(False)
 
 
@@ -71,14 +71,14 @@ def _last_layer(layer, hidden_states: torch.Tensor, wanted: torch.Tensor, **kwar
 
 
 def _add_deepstack(_language_model, hidden: torch.Tensor, image_at: torch.Tensor, features: torch.Tensor):
-    """Add vision features (I, D) to (1, T, D) at image tokens: by index, where transformers' boolean mask would make
-    the CPU wait for the GPU."""
+    """Add vision features (I, D) to hidden states (1, T, D) at the image tokens. By index: transformers' boolean mask
+    would make the CPU wait for the GPU."""
     return hidden.index_add(1, image_at, features[None].to(hidden.dtype))
 
 
 class PatchProjection(nn.Linear):
-    """The vision tower's patch embedding as one matrix product: its Conv3d has stride = kernel, so the two are equal,
-    and cuDNN's Conv3d is many times slower on some versions (pytorch#174051)."""
+    """The vision tower's patch embedding as one matrix product. It equals the Conv3d, whose stride is its kernel size,
+    and cuDNN's Conv3d is many times slower in some versions (pytorch#174051)."""
 
     def __init__(self, conv: nn.Conv3d):
         with torch.device("meta"):
@@ -94,18 +94,18 @@ class PatchProjection(nn.Linear):
 
 @dataclass
 class Features:
-    """What the vision tower makes of a batch's images, I tokens in all, in the order of `Batch.image_at`."""
+    """What the vision tower computes for a batch's images: I tokens in all, in the order of `Batch.image_at`."""
 
     embeds: torch.Tensor  # (I, D)
-    deepstack: list[torch.Tensor]  # each (I, D), added after the first decoder layers; empty but for Qwen3-VL
+    deepstack: list[torch.Tensor]  # each (I, D), added after the first decoder layers; only Qwen3-VL has them
 
 
 class TreeModel(nn.Module):
-    """A (LoRA-wrapped) model that runs a packed `Batch` of trees."""
+    """A base model, with LoRA or without, that runs a packed `Batch` of trees."""
 
     def __init__(self, model: nn.Module, settings: ImageSettings, keep_features: Callable | None = None):
-        """`keep_features(names, image_tokens, features)` gets what the vision tower makes of images that have a name in
-        the vision cache: see `inputs.vision_cache.FeatureWriter.put`."""
+        """`keep_features(names, image_tokens, features)` gets the features of images that have a name in the vision
+        cache: see `inputs.vision_cache.FeatureWriter.put`."""
         super().__init__()
         self.model, self.settings, self.keep_features = model, settings, keep_features
         self.trains_vision = trains(self.base.model.visual)
@@ -114,7 +114,7 @@ class TreeModel(nn.Module):
     def train(self, mode: bool = True) -> "TreeModel":
         super().train(mode)
         if not self.trains_vision:
-            self.base.model.visual.eval()  # frozen: one mode, compiled once
+            self.base.model.visual.eval()  # frozen: the same in both modes, so it is compiled once
         return self
 
     @property
@@ -132,13 +132,12 @@ class TreeModel(nn.Module):
         return features
 
     def encode_images(self, batch: Batch) -> Features | None:
-        """Run the vision tower, once for every image of every tree. None without images."""
+        """Run the vision tower on each image of a batch's trees. None without images."""
         if not len(batch.grid):
             return None
         visual = self.base.model.visual
-        mean, std = (
-            torch.tensor(v, device=batch.patches.device)[:, None] for v in (self.settings.mean, self.settings.std)
-        )
+        statistics = (self.settings.mean, self.settings.std)
+        mean, std = (torch.tensor(values, device=batch.patches.device)[:, None] for values in statistics)  # (3, 1)
         pixels = (batch.patches / 255 - mean) / std  # (patches, 3, p * p)
         pixels = pixels[:, :, None].expand(-1, -1, self.settings.temporal_patch_size, -1)
         vision = batch.vision | {"image_starts": torch.tensor(batch.vision["image_starts"])}  # stays on the CPU
@@ -147,9 +146,9 @@ class TreeModel(nn.Module):
         return Features(out.pooler_output, getattr(out, "deepstack_features", []))
 
     def hidden_states(self, ids, positions, mask, wanted, image_at=None, features=None, past=None) -> torch.Tensor:
-        """Last hidden states (N, D) of the tokens `wanted` (N,) among token ids (T,) at rotary positions (3, T).
+        """Last hidden states (N, D) of the tokens at indices `wanted` (N,), from token ids (T,) and positions (3, T).
 
-        `past`: a cache to extend.
+        `image_at` (I,) says where the features go. `past` is a key-value cache to extend.
         """
         language_model = self.base.model.language_model
         embeds, deepstack = language_model.embed_tokens(ids), {}
@@ -157,8 +156,8 @@ class TreeModel(nn.Module):
             embeds = embeds.index_copy(0, image_at, features.embeds.to(embeds.dtype))
             if features.deepstack:
                 deepstack = {"visual_pos_masks": image_at, "deepstack_visual_embeds": features.deepstack}
-        if torch.is_grad_enabled():  # so that the first layer is like the others and is not compiled on its own
-            embeds.requires_grad_()
+        if torch.is_grad_enabled():
+            embeds.requires_grad_()  # like the inputs of later layers: else the first layer is compiled on its own
         return language_model(
             inputs_embeds=embeds[None],
             position_ids=positions[:, None],
@@ -170,12 +169,12 @@ class TreeModel(nn.Module):
         ).last_hidden_state[0]
 
     def answer_states(self, batch: Batch, past=None) -> torch.Tensor:
-        """Last hidden states (N, D) of a batch's answer tokens. `past`: a cache to fill."""
+        """Last hidden states (N, D) of the tokens that predict answers. `past` is a key-value cache to fill."""
         mask, features = tree_mask(batch), self.image_features(batch)
         return self.hidden_states(batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, past)
 
     def answer_logits(self, batch: Batch) -> torch.Tensor:
-        """Logits (N, vocabulary) in float32 of the answer tokens, and of no others."""
+        """Logits (N, vocabulary) in float32 for answer tokens only: those of all T would take gigabytes."""
         return self.base.lm_head(self.answer_states(batch)).float()
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +183,6 @@ class TreeModel(nn.Module):
             draw_dropout_seeds(self.model)
         logits = self.answer_logits(batch)
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
-        if self.trains_vision and not len(batch.grid):  # DDP waits for a gradient of every trained weight, here 0
+        if self.trains_vision and not len(batch.grid):  # DDP waits for every trained weight's gradient
             losses = losses + 0 * sum(p.sum() for p in self.base.model.visual.parameters() if p.requires_grad)
         return losses, logits.argmax(-1) == batch.targets

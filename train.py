@@ -60,6 +60,10 @@ class Run:
         """Whether the last step is done, or the evaluations of --patience have brought nothing better."""
         return progress.step >= self.prepared.steps or 0 < self.args.patience <= progress.stale
 
+    def is_due(self, every: int, progress: Progress) -> bool:
+        """Whether something that is done `every` so many steps, and at the end, follows the step just done."""
+        return settings.is_due(every, progress.step, self.prepared.steps)
+
 
 def main(argv: list[str], stop: Stop | None = None) -> int:
     """Train. Returns the exit code: 0 when done, dist_utils.STOPPED when stopped by a signal, 1 when saving failed."""
@@ -157,7 +161,7 @@ def rehearse(run: Run, progress: Progress, budgets: list[float]) -> None:
 
 def fit(run: Run, progress: Progress) -> dict | None:
     """Train until the last step, the end of --patience, or a stop. Returns the result of the last evaluation."""
-    args, metrics, steps = run.args, run.metrics, run.prepared.steps
+    args, metrics, steps, model, optimizer = run.args, run.metrics, run.prepared.steps, run.model, run.optimizer
     result, stopping = None, bool(run.stop.agreed())
     if progress.evaluation_due and not stopping:  # the run was stopped before this evaluation
         result = evaluate_now(run, progress)
@@ -174,15 +178,7 @@ def fit(run: Run, progress: Progress) -> dict | None:
         lr = learning_rate(progress.step, steps, args)
         with naming_samples(run, micro_batches):
             loss, grad_norm, loss_sums, stopping = train_step(
-                run.model,
-                run.optimizer,
-                micro_batches,
-                lr,
-                args.max_grad_norm,
-                run.ranks,
-                run.dtype,
-                args.seed,
-                run.stop,
+                model, optimizer, micro_batches, lr, args.max_grad_norm, run.ranks, run.dtype, args.seed, run.stop
             )
         progress.step += 1
 
@@ -201,18 +197,13 @@ def fit(run: Run, progress: Progress) -> dict | None:
 
         # Evaluate and save.
         with metrics.paused():
-            progress.evaluation_due = bool(run.prepared.val_batches) and settings.is_due(
-                args.eval_every, progress.step, steps
-            )
+            progress.evaluation_due = bool(run.prepared.val_batches) and run.is_due(args.eval_every, progress)
             if progress.evaluation_due and not stopping:
                 result = evaluate_now(run, progress)
                 stopping = progress.evaluation_due
             is_over = stopping or run.is_finished(progress)
-            if (
-                is_over
-                or progress.best.get("step") == progress.step
-                or settings.is_due(args.save_every, progress.step, steps)
-            ):
+            is_new_best = progress.best.get("step") == progress.step
+            if is_over or is_new_best or run.is_due(args.save_every, progress):
                 save(run, progress)
         if is_over:
             break

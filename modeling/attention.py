@@ -1,6 +1,6 @@
-"""Attention on trees: who sees whom, FlexAttention on CUDA, dense SDPA elsewhere, and the vision tower's attention.
+"""Attention: the mask of trees, by FlexAttention on CUDA and dense SDPA elsewhere, and the vision tower's kernels.
 
-Reached through transformers' `AttentionInterface`; the model's own code stays as it is.
+The model reaches them through transformers' `AttentionInterface`; its own code stays as it is.
 """
 
 from functools import cache, partial
@@ -16,13 +16,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from data import FLEX_BLOCK, Batch
 
-# Batches are padded to whole blocks, which a compiler that is told of no length can't know: no checks for the end.
+# Batches are padded to whole blocks, so the kernel may skip its bounds checks. A dynamic-shape compile cannot infer
+# that by itself.
 OPTIONS = {"IS_DIVISIBLE": True}
+# The fastest of the settings that were timed on an H100 with heads of 128 (docs/benchmarks.md).
 HOPPER_OPTIONS = OPTIONS | {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_stages": 3, "fwd_num_warps": 8}
 
 
 def tree_mask(batch: Batch) -> torch.Tensor | BlockMask:
-    """Who sees whom in a batch: a FlexAttention block mask on CUDA, a boolean (1, 1, T, T) elsewhere."""
+    """The visibility of a batch's tokens: a FlexAttention block mask on CUDA, a boolean (1, 1, T, T) elsewhere."""
     if batch.ids.device.type == "cuda":
         assert len(batch.ids) % FLEX_BLOCK == 0, len(batch.ids)
         return _block_mask(batch.tree, batch.branch)
@@ -31,11 +33,12 @@ def tree_mask(batch: Batch) -> torch.Tensor | BlockMask:
 
 
 def visible(tree_q, branch_q, order_q, tree_k, branch_k, order_k) -> torch.Tensor:
-    """Whether q sees k: the same tree, not later, and in the prefix (branch 0) or in the same branch."""
+    """Whether a query sees a key: in the same tree, not later, and in the prefix (branch 0) or the same branch."""
     return (tree_q == tree_k) & (order_k <= order_q) & ((branch_k == 0) | (branch_k == branch_q))
 
 
 def _block_mask(tree: torch.Tensor, branch: torch.Tensor) -> BlockMask:
+    # Compiled, the mask is evaluated block by block: eager code would hold all T x T of it in memory.
     def mask(_batch, _head, q, k):
         return visible(tree[q], branch[q], q, tree[k], branch[k], k)
 
@@ -52,7 +55,8 @@ def tree_attention(module, query, key, value, attention_mask, scaling, dropout=0
     if isinstance(attention_mask, BlockMask):
         attend = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
         groups = query.shape[1] // key.shape[1]
-        if groups > 1:  # a key a query head: the backward pass then has enough to do at once, 1.63 ms against 2.06
+        if groups > 1:
+            # One key head per query head gives the backward kernel more parallel work: 1.63 ms against 2.06, H100.
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         out = attend(query, key, value, block_mask=attention_mask, scale=scaling, kernel_options=kernel_options)
         return out.transpose(1, 2).contiguous(), None
@@ -67,8 +71,8 @@ def vision_flash_attention(module, query, key, value, attention_mask, scaling, c
 
 
 def vision_cudnn_attention(module, query, key, value, attention_mask, scaling, image_starts, **_):
-    """The same by cuDNN, image by image: on Hopper 1.55 ms for 10,800 patches where flash needs 2.46. It plans each new
-    size once, in some 0.04 s."""
+    """The same by cuDNN, image by image: 1.55 ms for 10,800 patches on an H100, where flash attention takes 2.46. cuDNN
+    plans each new image size once, which takes about 0.04 s."""
     return attend_within_images(query, key, value, image_starts, scaling), None
 
 
@@ -76,7 +80,8 @@ def vision_cudnn_attention(module, query, key, value, attention_mask, scaling, i
 def attend_within_images(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, image_starts: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """(1, heads, patches, d) to (1, patches, heads, d); `image_starts` (images + 1,) lies on the CPU."""
+    """(1, heads, patches, d) to (1, patches, heads, d). `image_starts` (images + 1,) is on the CPU: reading it from the
+    GPU would wait for all work before it."""
     images = zip(*(tensor.split(image_starts.diff().tolist(), dim=2) for tensor in (query, key, value)))
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], set_priority=True):
         outs = [F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2) for q, k, v in images]
@@ -90,6 +95,6 @@ def _(query, key, value, image_starts, scaling):
 
 AttentionInterface.register("onelook_tree", tree_attention)
 AttentionInterface.register("onelook_tree_hopper", partial(tree_attention, kernel_options=HOPPER_OPTIONS))
-# by "flash" in the name transformers knows that one call is wanted for all images
+# transformers makes one call for all images where the name has "flash" in it, else one per image.
 AttentionInterface.register("onelook_flash_vision", vision_flash_attention)
 AttentionInterface.register("onelook_cudnn_flash_vision", vision_cudnn_attention)

@@ -14,14 +14,14 @@ INDEX = "model.safetensors.index.json"  # names the files of weights where they 
 
 
 def resolve_model(name: str, weights: bool = True) -> str:
-    """The folder of a model given as a folder or a hub name, downloaded when it is not in the cache yet.
+    """The folder of a model that is named by its folder or its hub name; from the hub it is downloaded into the cache.
 
-    Without `weights`: only its settings and its tokenizer. Raises InputError for a model that this program can't train,
-    before its weights are downloaded.
+    Without `weights`, only settings and tokenizer are needed. Raises InputError for a model that this program can't
+    train, before its weights are downloaded.
     """
     is_folder = Path(name).is_dir()
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise InputError(f"model {name}: there is no such folder, and it is no name of a model on the hub")
+        raise InputError(f"model {name}: there is no such folder, and it is not a hub name either")
     folder = name if is_folder else _download(name, allow_patterns="config.json")
     if problem := _unsupported(Path(folder) / "config.json"):
         known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
@@ -44,7 +44,7 @@ def _download(name: str, **files) -> str:
 
 
 def _missing(folder: Path, weights: bool) -> str:
-    """What a model's folder lacks; "" where it is whole."""
+    """Which file a model's folder lacks; empty when it is complete."""
     wanted = [("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")]
     if weights:
         wanted.append(("model.safetensors", INDEX))
@@ -55,7 +55,7 @@ def _missing(folder: Path, weights: bool) -> str:
 
 
 def _unsupported(path: Path) -> str:
-    """What this program can't train of the model with this configuration file; "" where it can."""
+    """Why this program can't train the model with this configuration file; empty when it can."""
     if not path.is_file():
         return "has no config.json"
     try:

@@ -1,4 +1,4 @@
-"""LoRA's forward pass: PEFT's sums in fewer, smaller kernels. PEFT owns the weights, saves and loads them."""
+"""LoRA: PEFT makes, saves and loads the weights; its forward pass is replaced by one with fewer and smaller kernels."""
 
 import json
 import re
@@ -17,38 +17,38 @@ from torch.utils.flop_counter import register_flop_formula
 from common import InputError
 from modeling.targets import DEFAULT_TARGETS, target_pattern
 
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PEFT's init_lora_weights that leave base weights alone
+# PEFT's init_lora_weights that leave the base weights as they are
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def use_lean_lora(model: PeftModel) -> PeftModel:
-    """Give every LoRA layer a shorter forward, x W' + bias + s drop(x) A' B' with float32 A and B cast once to W's
-    dtype."""
+    """Give every LoRA layer the forward x W' + bias + s drop(x) A' B', with float32 A and B cast once to W's type."""
     for layer in _lean_layers(model):
         layer.forward, layer.dropout_seed = types.MethodType(_lean_forward, layer), None
     return model
 
 
 def enable_hashed_dropout(model: PeftModel) -> None:
-    """From now on drop LoRA inputs by a hash of `dropout_seed`, which each layer is given here.
+    """From now on, drop LoRA inputs by a hash of `dropout_seed`, which each layer gets here.
 
-    As an input of a compiled layer it is the same in its backward pass, where masks may be made again; what draws from
-    a generator there draws anew (torch 2.13: gradients 45% off at a memory budget of 0).
+    A compiled backward pass may compute masks again. A seed is an input of the layer and thus the same there, while a
+    random generator would give another mask (torch 2.13: gradients 45% off at a memory budget of 0).
     """
     layers = _lean_layers(model)
-    # four numbers a layer, of which one is used: compiled code copies what does not begin at a multiple of 16 bytes
+    # Four numbers per layer, of which one is used: compiled code copies inputs that are not aligned to 16 bytes.
     model.dropout_seeds = torch.zeros(len(layers), 4, dtype=torch.int32, device=model.device)
     for layer, seed in zip(layers, model.dropout_seeds[:, 0].unbind()):
         layer.dropout_seed = seed
 
 
 def draw_dropout_seeds(model: PeftModel) -> None:
-    """New seeds from torch's generator, for the next forward pass."""
+    """Draw seeds for the next forward pass from torch's generator. Eager layers draw masks from it directly."""
     if hasattr(model, "dropout_seeds"):
         model.dropout_seeds.random_(-(2**31), 2**31 - 1)
 
 
 def _lean_layers(model: PeftModel) -> list[LoraLinear]:
-    """All but DoRA's, which are left to PEFT."""
+    """All LoRA layers but DoRA's, which keep PEFT's forward pass."""
     return [module for module in model.modules() if isinstance(module, LoraLinear) and not module.lora_variant]
 
 
@@ -69,7 +69,8 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
 def lora_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, low: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:
-    """x (T, in) W' + bias + low (T, r) B' as (T, out). Added in place: `addmm` alone would copy (T, out) first."""
+    """x (T, in) W' + bias + low (T, r) B', as (T, out). In place: `addmm` alone would copy (T, out) first, and the
+    compiler can't split one operation."""
     return F.linear(x, weight, bias).addmm_(low, b.T)
 
 
@@ -84,27 +85,27 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, gradient):
-    weight, low, b = ctx.saved_tensors  # W and the bias are frozen
-    of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-    return of_x, None, None, gradient @ b, gradient.T @ low
+    weight, low, b = ctx.saved_tensors
+    x_gradient = gradient @ weight if ctx.needs_input_grad[0] else None
+    return x_gradient, None, None, gradient @ b, gradient.T @ low  # W and the bias are frozen
 
 
 lora_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.onelook.lora_linear)  # what choosing activations to compute again goes by
+@register_flop_formula(torch.ops.onelook.lora_linear)  # by which the compiler picks what to compute again
 def _(x, weight, bias, low, b, **_) -> int:
     return 2 * x[0] * (weight[0] * weight[1] + b[0] * b[1])
 
 
 def hashed_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """Dropout of x (..., T, D) whose mask is a hash of each place and of `seed` (), int32.
+    """Dropout of x (..., T, D) whose mask is a hash of each element's position and of `seed`, an int32 tensor ().
 
-    Compiled, it is cheaper than torch's own, by 9 of a tree of 9's 426 ms on an H100, and the backward pass can make
+    Compiled, it takes 9 ms less than torch's dropout in a tree of 9 (426 ms on an H100), and the backward pass can make
     the mask again where torch has to keep it. The hash is Wellons' lowbias32 (github.com/skeeto/hash-prospector).
     """
     rows, columns = (torch.arange(size, device=x.device, dtype=torch.int32) for size in x.shape[-2:])
-    h = (rows[:, None] * x.shape[-1] + columns) ^ seed  # int32 all along: products wrap, >> is made logical by &
+    h = (rows[:, None] * x.shape[-1] + columns) ^ seed  # int32: products wrap around, & makes >> logical
     h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
     h = (h ^ (h >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
     h = h ^ (h >> 16 & 0xFFFF)
@@ -117,8 +118,8 @@ def hashed_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tenso
 def add_lora(
     base: nn.Module, name: str, r: int, alpha: float, dropout: float, targets=DEFAULT_TARGETS, rslora=False, dora=False
 ) -> PeftModel:
-    """LoRA in float32 on the linear layers that `targets` names, and nowhere else. Raises InputError if a part of it
-    names none."""
+    """Add float32 LoRA to the linear layers that `targets` names, and to no others. Raises InputError if a part of
+    `targets` names no layer, or something else too."""
     linear, matched = {n for n, module in base.named_modules() if isinstance(module, nn.Linear)}, set()
     for part in targets.split(","):
         names = {n for n, _ in base.named_modules() if re.fullmatch(target_pattern(part), n)}
@@ -127,12 +128,12 @@ def add_lora(
             what = f"names {min(names - linear)} too" if names else "names nothing"
             raise InputError(f"--lora-targets: {part!r} {what}; linear layers: {', '.join(known)}, vision, merger")
         matched |= names
-    how = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
-    model = get_peft_model(base, LoraConfig(target_modules=target_pattern(targets), **how))
-    model.peft_config["default"].base_model_name_or_path = name  # what others will load, not where it lies here
+    options = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
+    model = get_peft_model(base, LoraConfig(target_modules=target_pattern(targets), **options))
+    model.peft_config["default"].base_model_name_or_path = name  # as given: a hub name works elsewhere
     assert sum(count for count, _ in lora_table(model).values()) == len(matched), lora_table(model)
     visual = base.model.visual
-    if trains(visual) and "cudnn" in visual.config._attn_implementation:  # that operation has no backward
+    if trains(visual) and "cudnn" in visual.config._attn_implementation:  # our cuDNN operation has no backward
         visual.config._attn_implementation = "onelook_flash_vision"
     return use_lean_lora(model)
 
@@ -142,21 +143,21 @@ def trains(module: nn.Module) -> bool:
 
 
 def lora_table(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """What is trained: projection -> (modules, parameters). Raises AssertionError for anything that is not LoRA."""
+    """Modules and parameters that are trained, by kind of layer. Anything trained must be LoRA."""
     table = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found = re.search(r"model\.(language_model|visual)\.(.+)\.lora_(A|B|magnitude_vector)\.", name)
-            assert found and parameter.dtype == torch.float32, f"{name} ({parameter.dtype}) should not be trained"
-            path = re.sub(r"\.\d+", "", found[2])
-            kind = path.rpartition(".")[2] if found[1] == "language_model" else f"visual.{path}"
+            match = re.search(r"model\.(language_model|visual)\.(.+)\.lora_(A|B|magnitude_vector)\.", name)
+            assert match and parameter.dtype == torch.float32, f"{name} ({parameter.dtype}) should not be trained"
+            path = re.sub(r"\.\d+", "", match[2])
+            kind = path.rpartition(".")[2] if match[1] == "language_model" else f"visual.{path}"
             count, size = table.get(kind, (0, 0))
-            table[kind] = (count + (found[3] == "A"), size + parameter.numel())
+            table[kind] = (count + (match[3] == "A"), size + parameter.numel())
     return table
 
 
 def lora_differences(model: PeftModel, folder: Path) -> list[str]:
-    """Why an adapter folder's weights are not those of this model's LoRA: its settings or its layers differ."""
+    """Why an adapter folder's weights can't be this model's LoRA: where settings or layers differ; empty if nowhere."""
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         if not (folder / name).is_file():
             return [f"it holds no {name}"]
@@ -168,15 +169,17 @@ def lora_differences(model: PeftModel, folder: Path) -> list[str]:
         return [f"it is damaged: {error}"]
     own = model.peft_config["default"].to_dict()
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-    found = [f"{n} is {other.get(n)!r} there, {own[n]!r} here" for n in names if (other.get(n) or 0) != (own[n] or 0)]
+    differences = [
+        f"{n} is {other.get(n)!r} there, {own[n]!r} here" for n in names if (other.get(n) or 0) != (own[n] or 0)
+    ]
     if (start := other.get("init_lora_weights", True)) not in KEEPS_BASE:
-        found.append(f"init_lora_weights is {start!r} there, which changes the base model's weights too")
+        differences.append(f"init_lora_weights is {start!r} there, which changes the base model's weights too")
     here = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
     for where, names in (("there", there.keys() - here.keys()), ("here", here.keys() - there.keys())):
-        found += [f"only {where}: {min(names)} and {len(names) - 1:,} more"] if names else []
-    if not found and here != there:
-        found = ["the base models differ in size"]
-    return found
+        differences += [f"only {where}: {min(names)} and {len(names) - 1:,} more"] if names else []
+    if not differences and here != there:
+        differences = ["the base models differ in size"]
+    return differences
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -190,7 +193,7 @@ def load_lora(model: PeftModel, folder: Path) -> None:
 
 
 def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
-    """Raises InputError for an adapter of a model of other sizes."""
+    """The model with a folder's adapter, for inference. Raises InputError for an adapter of a model of other sizes."""
     try:
         return use_lean_lora(PeftModel.from_pretrained(base, folder))
     except RuntimeError as error:
@@ -201,7 +204,7 @@ def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
 
 @torch.no_grad()
 def merge_lora(model: PeftModel) -> None:
-    """Add LoRA to the base weights, in float32 and rounded once to their type. From then on layers skip their LoRA."""
+    """Add LoRA to the base weights in float32, rounded once to their type. From then on the layers skip their LoRA."""
     for layer in model.modules():
         if isinstance(layer, LoraLinear) and layer.lora_variant:
             layer.merge()

@@ -1,4 +1,4 @@
-"""Memory: how much of the activations a GPU can keep, and layers compiled to keep that share."""
+"""Memory: which share of its activations a GPU can keep, and layers that are compiled to keep that share."""
 
 import torch
 import torch._dynamo.config
@@ -7,16 +7,17 @@ from peft import PeftModel
 
 from modeling.lora import enable_hashed_dropout
 
-# activation memory budget -> share of `kept_bytes` that is kept with dropout (without, less), seen on Qwen3-VL-8B with
-# 2,900 to 8,126 tokens
+# Activation memory budget -> share of `kept_bytes` that is kept. Measured on Qwen3-VL-8B with dropout, for 2,900 to
+# 8,126 tokens; without dropout it is less.
 MEMORY_BUDGETS = {1.0: 0.89, 0.5: 0.46, 0.2: 0.23, 0.0: 0.13}
-MEMORY_MARGIN = 2 * 2**30, 0.05  # bytes for the vision tower, logits and optimizer; share of a card for fragmentation
-RECOMPILE_LIMIT = 32  # variants (first and other layers, training and evaluation, text and vision) share one function
+MEMORY_MARGIN = 2 * 2**30, 0.05  # bytes for vision tower, logits and optimizer; share of the card for fragmentation
+# One compiled function has a variant for each of training and evaluation, text and vision, last and other layers.
+RECOMPILE_LIMIT = 32
 
 
 def kept_bytes(config, tokens: int) -> int:
-    """Activations that the decoder layers keep of `tokens` tokens, two bytes each: 8 of hidden and 3 of intermediate
-    size a token and layer."""
+    """Bytes of activations that the decoder layers keep for `tokens` tokens at most: per token and layer, 8 vectors of
+    the hidden size and 3 of the intermediate size, in bfloat16."""
     text = config.text_config
     return 2 * text.num_hidden_layers * tokens * (8 * text.hidden_size + 3 * text.intermediate_size)
 
@@ -29,7 +30,9 @@ def memory_margin(total: float) -> float:
 
 def choose_memory_budget(config, tokens: int, device: torch.device) -> float:
     """The highest memory budget at which a micro-batch of `tokens` tokens should fit beside what is allocated now.
-    The rehearsal has the last word."""
+
+    It is an estimate: the rehearsal runs such a micro-batch and goes on to lower budgets where it does not fit.
+    """
     kept = kept_bytes(config, tokens)
     total = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
     free = min(total - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0])
@@ -39,18 +42,18 @@ def choose_memory_budget(config, tokens: int, device: torch.device) -> float:
 
 
 def compile_layers(model: PeftModel, memory_budget: float, backend: str = "inductor") -> None:
-    """Compile each decoder layer and vision block in place, for any length; names and checkpoints stay as they are.
+    """Compile each decoder layer and vision block in place, for any length. Names of weights stay as they are.
 
-    `memory_budget` is the share of activations kept for the backward pass, the rest being computed again: 1 is fastest.
+    `memory_budget` is the share of activations kept for the backward pass, which computes the rest again: 1 is fastest.
     """
-    torch._dynamo.reset()  # of a budget that did not fit
+    torch._dynamo.reset()  # drops what was compiled for a budget that did not fit
     torch._functorch.config.activation_memory_budget = memory_budget
-    # dropped inputs are cheap to make again, and a quarter of what would be kept
+    # By default the partitioner keeps LoRA's inputs after dropout: a quarter of what is kept, though cheap to redo.
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._functorch.config.ban_recompute_used_far_apart = False
-    torch._functorch.config.is_non_builtin_to_include = True  # `lora_linear` is as dear as the product inside it
+    torch._functorch.config.is_non_builtin_to_include = True  # `lora_linear` costs as much as the product inside it
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets and can't split FlexAttention
+    torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets, which fails in FlexAttention
     enable_hashed_dropout(model)
     base = model.get_base_model().model
     blocks = base.visual.blocks if "flash" in base.visual.config._attn_implementation else []
