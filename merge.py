@@ -69,7 +69,8 @@ def main(argv: list[str], _stop=None) -> int:
         write_merged(folder, ckpt, dtype, device, partial)
         merged = answer_logits(TreeModel(load_base(str(partial), dtype, device), settings), data, device, dtype)
         apart = ((merged - tuned).norm() / (tuned - base).norm()).item()
-        verdict = f"logits of merged weights and of the adapter are {100 * apart:.2g}% as far apart as tuned and base are"
+        share = f"{100 * apart:.2g}% as far apart as tuned and base are"
+        verdict = f"logits of merged weights and of the adapter are {share}"
         if not apart < MOST_APART:
             rounded = f"too little is left once rounded to {dtype}; keep it, or --dtype float32"
             raise InputError(f"not merged, {verdict}: {rounded}")
