@@ -248,7 +248,7 @@ class Batch:
     question: torch.Tensor  # (N,) int64: index into `samples` of the sample that each belongs to
     patches: torch.Tensor  # (sum of grids, 3, patch_size**2) uint8: a quarter of float32's bytes on the way to the GPU
     grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
-    vision: dict  # what the vision tower derives from the grid; made here, as on the GPU it would wait for each value
+    vision: dict  # what the vision tower derives from the grid; made here, as the GPU would have to wait for it
     samples: list[int]  # indices into VQAData.samples
     assignment: Assignment
     features: torch.Tensor | None = None  # (sets, I, width) from the vision cache, instead of patches
@@ -372,12 +372,12 @@ def _image_fields(images: list[str], grids: dict, settings: ImageSettings, cache
     names = [cache.name(path, grids[path]) for path in images] if cache else []
     features = cache.load(names, image_tokens) if names else None
     encoded = images if features is None else []
-    # Several trees, or branches behind their prefix, may show the same image: it is decoded once.
+    # Several trees, or branches after their prefix, may show the same image: it is decoded once.
     patches = {path: load_patches(path, grids[path], settings) for path in dict.fromkeys(encoded)}
-    no_patches = np.zeros((0, 3, settings.patch_size**2), np.uint8)
+    arrays = [patches[path] for path in encoded] or [np.zeros((0, 3, settings.patch_size**2), np.uint8)]
     grid = torch.tensor([(1, *grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
     return {
-        "patches": torch.from_numpy(np.concatenate([no_patches, *(patches[path] for path in encoded)])),
+        "patches": torch.from_numpy(np.concatenate(arrays)),
         "grid": grid,
         "vision": vision_inputs(grid, settings) if encoded else {},
         "features": features,

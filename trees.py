@@ -14,7 +14,7 @@ from torch.utils.data import DistributedSampler
 # Cost of a tree in units of one language-model token's matrix products, forward and backward, for Qwen3-VL-8B:
 # a token 4 x 6.95e9 FLOP (frozen weights: no weight gradient), a vision patch 2 x 0.57e9 FLOP forward only, a pair of
 # patches 4 x 1152 x 27 layers, a visible pair of tokens 3.5 x 4 x 4096 x 36 layers. Only ratios matter: the plan
-# balances costs, and other models would change the balance little. A changed value changes every plan.
+# balances costs. Changing a value changes plans, and with them what a resumed run would do.
 PATCH_COST = 0.041
 PATCH_PAIR_COST = 4.5e-6
 TOKEN_PAIR_COST = 7.4e-5
@@ -37,8 +37,8 @@ class TreeShape:
     """How a tree's tokens are laid out: the prefix, from its first sample, then what each sample adds to it."""
 
     prefix: int  # language-model tokens that all branches share
-    branches: np.ndarray  # (samples,) language-model tokens of each branch behind the prefix
-    encoded: list[tuple[int, int]]  # (sample, image) of each image that the vision tower encodes, as places in lists
+    branches: np.ndarray  # (samples,) language-model tokens of each branch after the prefix
+    encoded: list[tuple[int, int]]  # (sample, image) indices of the images to encode
 
 
 MicroBatch = tuple[Tree, ...]
@@ -107,7 +107,7 @@ def tree_shape(samples: list, prefix_ids: int) -> TreeShape:
     """The shape of a tree of these samples, which share their first `prefix_ids` ids."""
     prefix = samples[0].tokens_before(prefix_ids)
     branches = np.array([sample.tokens for sample in samples]) - prefix
-    # An image in the prefix is encoded once, for the first sample. One behind the prefix, say after a first answer, is
+    # An image in the prefix is encoded once, for the first sample. One after the prefix, say after a first answer, is
     # encoded for every branch that shows it, since each branch has its own image tokens.
     places = ((k, image, at) for k, sample in enumerate(samples) for image, at in enumerate(sample.image_at))
     return TreeShape(prefix, branches, [(k, image) for k, image, at in places if k == 0 or at >= prefix_ids])
@@ -223,7 +223,7 @@ def _draw(queue: list[_Group], room: int, random: np.random.Generator) -> list[i
     """Places in the queue of groups that have at most `room` questions together.
 
     The first group is always among them, so that none waits for long. Random ones of the next LOOK_AHEAD follow and,
-    if all of these fit, those behind them.
+    if all of these fit, those after them.
     """
     drawn, near = [], min(len(queue), LOOK_AHEAD)
     for place in [0, *(1 + random.permutation(near - 1)), *range(near, min(len(queue), room))]:
@@ -335,7 +335,7 @@ class StepSampler(DistributedSampler):
         return make_plan(self.dataset, self.settings, self.epoch)
 
     def __iter__(self):
-        # Every rank makes the whole plan, about a second for 40,000 questions, so that none has to send it.
+        # Every rank makes the whole plan, in one to two seconds for 40,000 questions, so that none has to send it.
         for number, step in enumerate(self.plan()[self.first_step :], start=self.first_step):
             facts, share = self._facts(step, number), share_out(step, self.num_replicas)[self.rank]
             for index in share:

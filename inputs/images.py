@@ -152,7 +152,7 @@ def check_image(path: str, decode: bool = True) -> tuple[int, int] | str:
 
 def _displayed_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after EXIF orientation, from the header. Pillow has turned the size of a TIFF already."""
-    exif = Image.Image.getexif(image)  # PNG's own would decode the image to look for EXIF behind the pixels
+    exif = Image.Image.getexif(image)  # PNG's own would decode the image to look for EXIF after the pixels
     turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) and image.format != "TIFF"
     return (image.width, image.height) if turned else (image.height, image.width)
 

@@ -29,7 +29,7 @@ def refuse_special_tokens(messages: list[dict], options: list[str], special: lis
 def fill_template(messages: list[dict], template: str) -> list[dict]:
     """The messages with the `--prompt` template around the text of each user turn.
 
-    What comes before its {question} goes before a turn's first text, what comes after it goes behind the last text.
+    What comes before its {question} goes before a turn's first text, what comes after it goes after the last text.
     Images before the text stay there.
     """
     before, after = template.split("{question}")
@@ -58,7 +58,7 @@ def render_segments(messages: list[dict], tokenizer, system: str) -> list[tuple[
             continue
         prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
         full = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        # What the template puts behind the end-of-turn token, a line break for Qwen, is not part of the answer.
+        # What the template puts after the end-of-turn token, a line break for Qwen, is not part of the answer.
         end = full.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
         if not prompt.startswith(rendered) or not full.startswith(prompt) or end <= len(prompt):
             raise ValueError("the chat template does not render a conversation as its prompt followed by its answer")

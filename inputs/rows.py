@@ -44,7 +44,7 @@ class BadRow:
     file: int = 0
 
     def place(self) -> tuple[int, list[int]]:
-        """Sorts bad rows as they stand in their files."""
+        """A sort key: the order of files, and of rows in each."""
         return self.file, [int(number) for number in self.where.rpartition(":")[2].split(" row ")]
 
 
@@ -142,7 +142,7 @@ def _is_array(raw: bytes) -> bool:
 
 
 def _array_values(raw: bytes):
-    """The same for an array, read value by value, so that one bad row does not make the others unreadable."""
+    """As `_json_values`, for an array: decoded value by value, so that one bad row does not hide the others."""
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -163,8 +163,8 @@ def _array_values(raw: bytes):
             return
         if array_ends:
             if text[start + 1 :].strip():
-                behind = text[start + 1 : start + 1 + EXCERPT]
-                yield place, behind, f"the array ends here, but text follows; {REST_UNREAD}"
+                rest = text[start + 1 : start + 1 + EXCERPT]
+                yield place, rest, f"the array ends here, but text follows; {REST_UNREAD}"
             return
         value, error, end = _decode_value(text, start)
         yield place, value, error
