@@ -170,7 +170,7 @@ def fit(run: Run, progress: Progress) -> dict | None:
     elif run.prepared.checkpoint and run.prepared.checkpoint.parent.resolve() != run.output:
         save(run, progress)  # --resume auto looks for checkpoints in this run's folder
     metrics.start(progress)
-    dist_utils.shorten_timeout()
+    dist_utils.shorten_timeout()  # the start may take an hour of downloading, a step may not
 
     for micro_batches, waited in [] if stopping or run.is_finished(progress) else steps_from(run, progress.step):
         # Learning rate and step.
@@ -250,7 +250,7 @@ def train_step(
     any rank was asked to stop.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss_sums = []
+    loss_sums = []  # on the GPU: reading one here would wait for its micro-batch
     for batch in micro_batches:
         assignment, batch = batch.assignment, batch.to(ranks.device)
         seed_torch(seed, assignment.step.number, assignment.number)
@@ -267,6 +267,7 @@ def train_step(
     loss /= assignment.step.answer_weight
     trained = optimizer.param_groups[0]["params"]
     grad_norm = clip_grad_norm_(trained, max_grad_norm or math.inf).item()  # of reduced gradients: equal on all ranks
+    # All ranks see the same two numbers, so all of them step, or none does.
     if math.isfinite(loss) and math.isfinite(grad_norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -279,7 +280,7 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     warmup = args.warmup if args.warmup >= 1 else args.warmup * steps
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / max(1, steps - warmup)  # 0 after the warm-up, 1 behind the last step
     factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return args.lr * factor[args.schedule]
 

@@ -54,10 +54,11 @@ def _lean_layers(model: PeftModel) -> list[LoraLinear]:
 
 def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
-    if layer.disable_adapters or layer.merged:
+    if layer.disable_adapters or layer.merged:  # evaluation of the base model, and after merge_lora
         return F.linear(x, weight, bias)
     rows = x.flatten(0, -2).to(weight.dtype)  # (T, in)
     a = layer.lora_A["default"].weight.to(weight.dtype)  # (r, in)
+    # The scale goes into B, of (out, r) numbers, not into the result, of (T, out).
     b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(weight.dtype)  # (out, r)
     drop = layer.lora_dropout["default"]  # nn.Identity where there is none
     hashed = layer.dropout_seed is not None and isinstance(drop, nn.Dropout) and drop.training and drop.p < 1
@@ -158,6 +159,7 @@ def lora_table(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def lora_differences(model: PeftModel, folder: Path) -> list[str]:
     """Why an adapter folder's weights can't be this model's LoRA: where settings or layers differ; empty if nowhere."""
+    # Shapes are read from the file's header: no weight is loaded to compare them.
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         if not (folder / name).is_file():
             return [f"it holds no {name}"]
@@ -210,5 +212,6 @@ def merge_lora(model: PeftModel) -> None:
             layer.merge()
         elif isinstance(layer, LoraLinear):
             weight, delta = layer.base_layer.weight, layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            # A sum in bfloat16 would round the change away where it is far smaller than the weight.
             weight.copy_(weight.float() + layer.scaling["default"] * delta)
             layer.merged_adapters.append("default")

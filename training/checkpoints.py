@@ -39,6 +39,7 @@ def write_checkpoint(folder: Path, model, state: dict) -> None:
     with open(folder / "state.pt", "wb") as file:  # by path, torch.save reports a full disk as RuntimeError
         torch.save(state, file)
     files = {path.name: size_and_sum(path) for path in sorted(folder.iterdir())}
+    # Last of all: a folder without a manifest is not a checkpoint.
     manifest = {"step": state["step"], "versions": VERSIONS, "identity": state["identity"], "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*folder.iterdir(), folder]:
@@ -56,9 +57,9 @@ def save_checkpoint(output: Path, model, state: dict, keep: int) -> bool:
             write_checkpoint(partial, model, state)
             if folder.exists():  # damaged, or written when a stop came before its evaluation
                 os.rename(folder, output / f"{REPLACED}{folder.name}")
-        flush_to_disk(output)
+        flush_to_disk(output)  # the new name too
         mark_best(output, state["best"])
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         free = shutil.disk_usage(output).free / 2**20
         print0(f"warning: checkpoint of step {state['step']} not saved: {error} ({free:,.1f} MiB free in {output})")
         return False
@@ -70,6 +71,7 @@ def _remove_old(output: Path, newest: str, keep: int) -> None:
     """Remove all checkpoints but the last `keep` up to `newest`, and the best one. Those after `newest` are damaged, or
     of steps that are being trained again."""
     names = [folder.name for folder in checkpoints(output)]
+    # Counted back from the newest one: where a run went back, later checkpoints don't push out those it builds on.
     kept = {*names[: names.index(newest) + 1][-keep:], marked_best(output)}
     unwanted = [folder for folder in checkpoints(output) if folder.name not in kept]
     for old in [*output.glob(f"{REPLACED}*"), *unwanted]:
@@ -111,7 +113,7 @@ def damage(folder: Path) -> str:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != written["bytes"]:
+        if path.stat().st_size != written["bytes"]:  # says more than a wrong sum, and needs no reading
             return f"{name} has {path.stat().st_size:,} of {written['bytes']:,} bytes"
         if size_and_sum(path) != written:
             return f"{name} has changed since it was written (SHA-256)"
@@ -150,12 +152,13 @@ def find_checkpoint(choice: str, output: Path, identity: dict) -> Path | None:
     Raises InputError when the named one or all are damaged, or belong to a run that would learn something else.
     """
     folders = {"none": [], "auto": checkpoints(output)}.get(choice, [Path(choice)])
-    for folder in reversed(folders):
+    for folder in reversed(folders):  # a damaged one costs the steps since the one before it
         if problem := damage(folder):
             print0(f"warning: {folder} is damaged and not used: {problem}")
             continue
         before = json.loads((folder / "manifest.json").read_text())["identity"]
         now = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+        # Only what this version knows: a setting that was removed since can't be compared.
         if changed := [name for name in now if before.get(name) != now[name]]:
             lines = [f"  {name}: was {before.get(name)!r}, is now {now[name]!r}" for name in changed]
             raise InputError("\n".join([f"{folder} can't be resumed, the run has changed:", *lines]))
@@ -196,10 +199,11 @@ def open_output(output: str, name: str, resume: str) -> Path:
     metrics = folder / "metrics.jsonl"
     holds_run = checkpoints(folder) or (metrics.exists() and metrics.stat().st_size)
     is_resumed = resume == "auto" or (resume != "none" and Path(resume).resolve().parent == folder.resolve())
+    # torchrun --max-restarts starts the same command again: its own folder is then not another run's.
     lock.seek(0)
     if holds_run and not is_resumed and not (restarted() and launcher in lock.read()):
         raise InputError(f"--output {folder} holds a run: --resume auto goes on with it, another folder starts anew")
-    lock.truncate(0)
+    lock.truncate(0)  # the text names the holder to others; the lock itself is the kernel's
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{launcher}\n")
     lock.flush()
     _clear_unfinished(folder)
@@ -224,7 +228,7 @@ def _lock(folder: Path):
     except OSError as error:
         raise InputError(f"--output: can't write to {folder}: {error}") from None
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf, as flock is local to a machine on some NFS
     except OSError:
         lock.seek(0)
         raise InputError(f"--output {folder} is in use by {lock.readline().strip()}") from None

@@ -64,6 +64,7 @@ def make_job(
     largest: MicroBatch,
 ) -> Job:
     """`plan` is the first epoch's; `largest` is the micro-batch with the most tokens in all epochs."""
+    # Counted on the model itself, not by a formula: --lora-targets may name any layer.
     model = empty_model(config, args)
     lora = sum(count for _, count in lora_table(model).values())
     weights = sum(parameter.numel() for parameter in model.parameters()) - lora
@@ -112,6 +113,7 @@ def choose(options: list[Budget]) -> Budget:
 
 def remedy(job: Job, gpu: Gpu, images: ImageSettings) -> str:
     """The settings that would make a run fit that fits with no memory budget. Both limits are found by bisection."""
+    # Memory grows with tokens, so there is one largest number that fits. Batches are padded to whole blocks.
     candidates = range(FLEX_BLOCK, job.largest, FLEX_BLOCK)
     count = bisect_left(candidates, True, key=lambda tokens: not budgets(job, gpu, tokens)[-1].fits)
     tokens = candidates[count - 1] if count else 0
@@ -121,6 +123,7 @@ def remedy(job: Job, gpu: Gpu, images: ImageSettings) -> str:
 
     if not too_long(images.max_pixels):
         return f"--max-tokens {tokens} would fit"
+    # A picture's tokens alone may be over that limit: then it has to be smaller, in steps of one image token.
     pixels = (images.patch_size * images.merge_size) ** 2
     limits = range(max(pixels, images.min_pixels), largest_picture(job.train, images), pixels)
     count = bisect_left(limits, True, key=too_long)
@@ -158,6 +161,7 @@ def timeline(job: Job, times: tuple, gpus: int, epochs: int) -> list[tuple[int, 
     steps = count_steps(job.args, len(step_s), epochs)
     now = START_S + COMPILE_S * job.args.compile
     events = [(0, "training starts", now)]
+    # Every epoch draws other steps from the same trees: the first one's times stand for all of them.
     for step in range(1, steps + 1):
         now += step_s[(step - 1) % len(step_s)]
         follows = []
@@ -206,6 +210,7 @@ def report(job: Job, images: ImageSettings) -> str:
     chosen = choose(options)
     times = pace(job, gpu, chosen.slower)
     rates = "measured" if gpu.measured else "derived from data sheets, not measured"
+    # The same micro-batches on every card: --gpu changes times and budgets, never the plan.
     lines = [f"{args.model} in bfloat16 on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, options)]
     if not chosen.fits:
         lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, images)}")
