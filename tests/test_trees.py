@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from data import Sample
-from trees import PlanSettings, StepSampler, epoch_passes, group_samples, make_plan, rank_efficiency
+from trees import PlanSettings, StepSampler, Tree, epoch_passes, group_samples, make_plan, pack, rank_efficiency
 
 
 def make_samples(images: int, questions: int) -> list[Sample]:
@@ -35,6 +35,24 @@ def test_every_step_is_full_and_every_sample_comes_once(images, questions, limit
     steps = steps_of(make_plan(samples, PlanSettings(batch_size, limit, 400, seed=0), epoch=0))
     assert sorted(i for step in steps for i in step) == list(range(len(samples)))
     assert len(steps) == -(-len(samples) // batch_size) and {len(step) for step in steps[:-1]} <= {batch_size}
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    samples, settings = make_samples(40, 3), PlanSettings(24, 0, 400, seed=0)
+    first, second = (make_plan(samples, settings, epoch) for epoch in (0, 1))
+    assert first == make_plan(samples, settings, epoch=0) != second
+    assert steps_of(first) != steps_of(second)
+
+
+def test_micro_batches_keep_to_the_token_budget_whatever_their_trees_cost():
+    """Large images cost more per token than text, so micro-batches of equal cost may have unequal tokens."""
+    random = np.random.default_rng(0)
+    for count in (3, 10, 40):
+        tokens, costs = random.integers(1, 100, count), random.integers(1, 1000, count)
+        trees = [Tree((number,), 0, int(tokens[number]), float(costs[number])) for number in range(count)]
+        step = pack(trees, 100)
+        assert all(sum(tree.tokens for tree in batch) <= 100 for batch in step)
+        assert sorted(tree.samples for batch in step for tree in batch) == [(number,) for number in range(count)]
 
 
 @pytest.mark.parametrize("limit", [1, 4])
