@@ -196,6 +196,14 @@ def test_weight_decay_takes_its_share_of_every_weight(world, tmp_path):
         torch.testing.assert_close(decayed[name], plain[name] * (1 - 0.1 * 0.5), rtol=1e-5, atol=1e-8)
 
 
+def test_a_step_moves_weights_by_the_learning_rate_of_its_place_in_the_schedule(world, tmp_path):
+    """AdamW's first step moves every weight that has a gradient by the learning rate, here a tenth in the warm-up."""
+    settings = {"max-steps": 1, "lr": 0.1, "warmup": 9, "eval-every": 0, "save-every": 0}
+    train.main(arguments(world, tmp_path / "out", **settings))
+    moved = max(weight.abs().max() for name, weight in adapter(tmp_path / "out", 1).items() if "lora_B" in name)
+    assert moved == pytest.approx(0.01, rel=0.01) and lines(tmp_path / "out", "train")[0]["lr"] == pytest.approx(0.01)
+
+
 def test_a_run_clips_gradients_to_the_norm_of_its_settings(world, tmp_path):
     """The norm is so small that AdamW's epsilon, 1e-8, outweighs the gradients, and weights hardly move."""
     settings = {"max-steps": 1, "lr": 0.1, "warmup": 0, "eval-every": 0, "save-every": 0}
