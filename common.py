@@ -30,7 +30,7 @@ def replacing(path: Path):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file by one that is on disk on return."""
+    """Write a text file, whole or not at all. Its content is flushed to disk before it takes the place of `path`."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
         flush_to_disk(partial)

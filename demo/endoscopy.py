@@ -1,4 +1,4 @@
-"""The embedded default: generated endoscopy-like pictures with questions, and a tiny Qwen3-VL to train on them.
+"""The built-in default: generated endoscopy-like pictures with questions, and a tiny Qwen3-VL to train on them.
 
 `train.py` without arguments calls `make_demo` and trains with `SETTINGS`; nothing is downloaded. The pictures have what
 matters about Kvasir-VQA: tissue on a dark ground, polyps, instruments, overlaid text, a green or black box, and 1 to 17
@@ -127,7 +127,7 @@ def names(things) -> str:
 
 
 def location(things) -> str | None:
-    """Where the only one of the things is. None for several."""
+    """Where the thing is, "none" if there is no thing, or None if there are several: the question is not asked then."""
     return None if len(things) > 1 else CELLS[things[0].cell] if things else "none"
 
 

@@ -1,1 +1,1 @@
-"""What an evaluation makes: answers, scores, and the report."""
+"""What an evaluation produces: answers, scores, and the report."""

@@ -1,4 +1,4 @@
-"""Answers of a model to rows: generated greedily, and likelihoods of the true answer and of given options."""
+"""A model's answers to rows, generated greedily, and how likely it finds the true answer and each given option."""
 
 import math
 from dataclasses import replace

@@ -18,7 +18,7 @@ from inputs.images import open_picture
 
 MAX_CARDS = 300  # questions in the gallery
 THUMBNAIL_SIDE = 256  # pixels of the longer side
-MAX_THUMBNAIL_BYTES = 8_000_000  # of all thumbnails as text; the gallery ends before it has more
+MAX_THUMBNAIL_BYTES = 8_000_000  # of all thumbnails as data URIs; the gallery stops before it exceeds this
 MAX_WORST, MAX_CONFUSIONS, MAX_FLIPS = 15, 12, 50  # questions, tables and rows shown
 MARKS = "●■"  # of the first model and of the one that it is compared with
 SCORES = {

@@ -26,7 +26,7 @@ class Runner:
     dtype: torch.dtype
     workers: int  # processes per rank that prepare batches
     stop: Stop
-    folder: Path | None = None  # for results as they come, and a progress bar is shown; None: neither
+    folder: Path | None = None  # receives results as they come, with a progress bar; None: no files and no bar
 
     @torch.no_grad()
     def run(

@@ -4,7 +4,7 @@ from common import InputError
 
 
 def special_tokens(tokenizer) -> list[str]:
-    """The tokenizer's special tokens as text. No row may hold one: the tokenizer would take it for the token."""
+    """The texts of the tokenizer's special tokens. No row may contain one: it would be read as the token itself."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 

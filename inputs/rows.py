@@ -177,7 +177,7 @@ def _decode_value(text: str, start: int) -> tuple[object, str | None, int]:
         return value, None, end
     except (ValueError, RecursionError) as error:
         problem = f"not valid JSON: {error}"
-    try:  # some values, such as NaN, are refused but have an end
+    try:  # the end of some refused values, such as NaN, can still be found, and reading goes on from there
         end = LENIENT.raw_decode(text, start)[1]
         return text[start:end], problem, end
     except (ValueError, RecursionError):

@@ -1,8 +1,9 @@
 """Vision features that are kept from one epoch to the next: `--vision-cache`.
 
-A frozen vision tower makes the same features of an image in every epoch. An image's features are one file: 16 bytes
-with the CRC-32 of its name and of the rest, then (sets, tokens, width) in the model's type. The file's name stands for
-the content of the image file and its grid, its folder for all else that the features depend on.
+A frozen vision tower makes the same features of an image in every epoch. An image's features are one file: a
+header of 16 bytes with one checksum (CRC-32) of the file's name and features together, then the features, an array
+(sets, tokens, width) in the model's dtype. The file's name identifies the content of the image file and its grid; the
+folder's name identifies everything else that the features depend on.
 """
 
 import hashlib

@@ -1,1 +1,1 @@
-"""What the model is made of: tree attention, LoRA, loading, memory and compilation."""
+"""What sets up the model: attention over trees, LoRA, finding model folders, memory and compilation."""

@@ -16,8 +16,8 @@ INDEX = "model.safetensors.index.json"  # names the files of weights where they 
 def resolve_model(name: str, weights: bool = True) -> str:
     """The folder of a model that is named by its folder or its hub name; from the hub it is downloaded into the cache.
 
-    Without `weights`, only settings and tokenizer are needed. Raises InputError for a model that this program can't
-    train, before its weights are downloaded.
+    With `weights=False`, weight files are neither downloaded nor required. Raises InputError for a model that this
+    program can't train, before its weights are downloaded.
     """
     is_folder = Path(name).is_dir()
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):

@@ -24,7 +24,7 @@ NOT_COMPILED = (1.9, 1.37)  # share of `kept_bytes` (82.2 GiB at 7,308 tokens, H
 
 
 def known_gpu(device: torch.device) -> Gpu | None:
-    """The entry of GPUS for this device; None where its rate is not known."""
+    """This device's entry in GPUS, or None if it has none."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return next((gpu for gpu in GPUS.values() if name in gpu.devices), None)
 

@@ -39,7 +39,7 @@ System prompt: {system}.{prompt}
 {identity}
 """
 
-# vLLM wants a power of two from 8 as the highest rank
+# vLLM accepts only certain maximum ranks, so {rank} is the adapter's rank rounded up to a power of two, at least 8.
 VLLM = "With vLLM: `vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER`"
 
 
