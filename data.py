@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 import dist_utils
 from inputs import prompts
 from inputs.images import ImageSettings, check_images, find_images, load_patches, vision_inputs
-from inputs.rows import BadRow, Row, read_rows
+from inputs.row_files import read_rows
+from inputs.rows import BadRow, Row
 from inputs.vision_cache import VisionCache
 from trees import Assignment, tree_shape
 

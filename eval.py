@@ -31,7 +31,8 @@ from evaluation.report import write_report
 from evaluation.runner import Runner
 from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, check_image, image_settings
-from inputs.rows import parse_row, read_rows, stop_or_skip_bad
+from inputs.row_files import read_rows, stop_or_skip_bad
+from inputs.rows import parse_row
 from inputs.vision_cache import VisionCache
 from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.loading import fingerprint, resolve_model

@@ -20,7 +20,7 @@ from common import PARTIAL, InputError, remove, replacing
 from data import VQAData, build_batch, encode_rows, padding
 from dist_utils import print0
 from inputs.images import ImageSettings
-from inputs.rows import read_rows
+from inputs.row_files import read_rows
 from model import TreeModel, autocast, load_base
 from modeling.loading import resolve_model
 from modeling.lora import load_adapter, merge_lora

@@ -107,8 +107,8 @@ def _without_variables(css: str, colours: dict[str, str]) -> str:
 
 
 def reliability(bins: list[dict]) -> str:
-    """Bins of `scores.calibration_bins`: the share right as a bar with the number of answers on top, and a dot at the
-    mean confidence."""
+    """Bins of `statistics.calibration_bins`: the share right as a bar with the number of answers on top, and a dot at
+    the mean confidence."""
     axis, description = [k / 10 for k in range(11)], "share right: "
     shapes = f'<path class="dashed" d="M{X[0]} {Y[0]}L{X[1]} {Y[1]}"/>'  # where confidence equals the share right
     for b in bins:

@@ -51,7 +51,7 @@ def text(value, limit: int = MAX_LETTERS) -> str:
 
 
 def percent(mean: dict) -> str:
-    """A mean and its interval (see `scores.mean_with_interval`) in percent."""
+    """A mean and its interval (see `statistics.mean_with_interval`) in percent."""
     return f"{100 * mean['mean']:.1f}% <small>{100 * mean['low']:.1f} to {100 * mean['high']:.1f}</small>"
 
 

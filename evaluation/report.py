@@ -13,7 +13,8 @@ from urllib.parse import urlencode
 from common import write_whole
 from evaluation import charts
 from evaluation.page import MAX_LETTERS, document, grid, legend, percent, table, text
-from evaluation.scores import calibration_bins, calibration_error, row_key
+from evaluation.scores import row_key
+from evaluation.statistics import calibration_bins, calibration_error
 from inputs.images import open_picture
 
 MAX_CARDS = 300  # questions in the gallery

@@ -17,7 +17,7 @@ import data as data_file
 from common import InputError
 from data import TreeDataset, VQAData, load_data
 from inputs.images import image_settings
-from inputs.rows import MAX_LISTED, stop_or_skip_bad
+from inputs.row_files import MAX_LISTED, stop_or_skip_bad
 from training.description import describe_sample
 from training.settings import parse_settings
 from trees import Assignment, PlanSettings, grow_tree, make_plan, rank_efficiency

@@ -14,7 +14,7 @@ import pytest
 import eval as evaluation
 import merge
 import train
-from inputs.rows import read_rows
+from inputs.row_files import read_rows
 from training import settings
 from training.settings import FREE_SETTINGS, Wrong
 

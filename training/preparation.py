@@ -18,7 +18,7 @@ from data import VQAData, load_data
 from dist_utils import Ranks, print0
 from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
-from inputs.rows import stop_or_skip_bad
+from inputs.row_files import stop_or_skip_bad
 from inputs.vision_cache import SPARE, cache_at
 from modeling.loading import fingerprint, resolve_model
 from modeling.lora import lora_differences

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import charts, report, scores
+from evaluation import charts, report, scores, statistics
 
 HOSTILE = (
     "</script></style><img src=x onerror=\"document.title='broken'\"> ' \" & <script>document.title='broken'</script>"
@@ -172,14 +172,14 @@ def test_confusion_tables_count_answers_of_the_most_asked_questions(write):
 
 def test_calibration_has_the_bins_and_the_error_of_scores(write):
     confidences, right = [1.0, 0.95, 0.05, 0.42], [True, False, False, True]
-    bins = scores.calibration_bins(confidences, right)
+    bins = statistics.calibration_bins(confidences, right)
     assert [(each["low"], each["questions"], each["accuracy"]) for each in bins] == [
         (0, 1, 0),
         (0.4, 1, 1),
         (0.9, 2, 0.5),
     ]
     assert bins[2]["confidence"] == pytest.approx(0.975)
-    assert scores.calibration_error(confidences, right) == pytest.approx((0.05 + 0.58 + 2 * 0.475) / 4)
+    assert statistics.calibration_error(confidences, right) == pytest.approx((0.05 + 0.58 + 2 * 0.475) / 4)
     part = section(write(pair()), "calibration")
     assert "tuned Expected calibration error 0.000" in words(part) and "base Expected calibration error 0.250" in words(
         part

@@ -11,7 +11,7 @@ import eval as evaluation
 import train
 from common import InputError
 from inputs.holdout import hold_out, possible_names, relative_names, split
-from inputs.rows import read_rows
+from inputs.row_files import read_rows
 
 
 @pytest.fixture(scope="module")
