@@ -1,16 +1,33 @@
-"""What all rooms share: the error for users, and writing a file or a folder whole or not at all."""
+"""What all rooms share: the error for users, their own values in messages, and writing a file or a folder whole or not
+at all."""
 
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 PARTIAL = ".onelook-"  # prefix of the name of a file or a folder that is being written or replaced
+SHOWN = 100  # characters of a user's value in a message
+# Control characters apart from tab and line feed, and those that reverse the order of the text after them: a terminal
+# obeys them.
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class InputError(ValueError):
     """Something that the user gave is wrong. The message names it and the remedy, and is shown without a traceback."""
+
+
+def quote(value) -> str:
+    """A user's value for a message: as Python writes it, so in quotes and on one line, cut to SHOWN characters."""
+    text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 2]}…{text[-1]}"
+
+
+def printable(text: str) -> str:
+    """The text with everything that a terminal would obey written as an escape, line breaks apart."""
+    return OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 @contextmanager

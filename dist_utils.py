@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError
+from common import InputError, printable
 
 TIMEOUT = timedelta(minutes=60)  # the first start may download a model while the other ranks wait
 TIMEOUT_IN_STEPS = timedelta(minutes=10)  # longer than any step, evaluation or save
@@ -150,11 +150,11 @@ def run_and_exit(main: Callable, argv: list[str]) -> None:
     except Exception as error:
         notes = "; ".join(getattr(error, "__notes__", []))
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo raises RuntimeError
-            print(f"rank {os.environ['RANK']} lost the others ({notes}): {error}", file=sys.stderr)
+            print(printable(f"rank {os.environ['RANK']} lost the others ({notes}): {error}"), file=sys.stderr)
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"error: no room on a disk: {error}", file=sys.stderr)
+            print(printable(f"error: no room on a disk: {error}"), file=sys.stderr)
         else:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -169,8 +169,9 @@ def is_rank0() -> bool:
 
 
 def print0(*values) -> None:
+    """Print on rank 0. What rows and file names bring along, such as escape codes, does not reach the terminal."""
     if is_rank0():
-        print(*values, flush=True)
+        print(printable(" ".join(map(str, values))), flush=True)
 
 
 def from_rank0(function: Callable):
