@@ -138,11 +138,14 @@ def encode_rows(
     def locate(row: Row) -> None:
         row.images = find_images(row.images, Path(images_dir), allow_outside_images)
 
-    def render(row: Row) -> list[tuple[str, bool]]:
+    def render(row: Row) -> list[tuple[str, float]]:
         grids.update((image, _grid(image, sizes[image], settings)) for image in row.images)
         messages = prompts.fill_template(row.messages, prompt)
         prompts.refuse_special_tokens(messages, row.fields.get("options", []), special)
-        return prompts.render_segments(messages, tokenizer, system)
+        segments = prompts.render_segments(messages, tokenizer, system)
+        if not segments[-1][1] or len({weight for _, weight in segments if weight}) > 1:
+            raise ValueError("the last answer must be trained, and all trained answers must have the same weight")
+        return segments
 
     located = [row for row, _ in _accept(rows, locate, bad)]
     sizes = check_images(sorted({image for row in located for image in row.images}), headers_only)
@@ -205,11 +208,11 @@ def _sample(row: Row, segments: list, token_ids: dict, image_token: int, grids: 
         where=row.where,
         images=tuple(row.images),
         ids=ids,
-        trained=np.concatenate([np.full(len(token_ids[text]), is_trained) for text, is_trained in segments]),
+        trained=np.concatenate([np.full(len(token_ids[text]), weight > 0) for text, weight in segments]),
         image_at=tuple(np.flatnonzero(ids == image_token).tolist()),
         **_image_lengths(row.images, grids, merge_size),
         fields=row.fields,
-        weight=row.weight,
+        weight=segments[-1][1],
         file=row.file,
     )
 

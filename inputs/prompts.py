@@ -40,13 +40,13 @@ def fill_template(messages: list[dict], template: str) -> list[dict]:
         if message["role"] == "user":
             texts[0]["text"] = before + texts[0]["text"]
             texts[-1]["text"] += after
-        filled.append({"role": message["role"], "content": parts})
+        filled.append(message | {"content": parts})
     return filled
 
 
-def render_segments(messages: list[dict], tokenizer, system: str) -> list[tuple[str, bool]]:
-    """The chat template's text as (text, is_trained) segments: the trained ones are answers with their end-of-turn
-    token. `system` is the system prompt of conversations that have none.
+def render_segments(messages: list[dict], tokenizer, system: str) -> list[tuple[str, float]]:
+    """The chat template's text as (text, weight) segments: prompts have weight 0, answers, each with its end-of-turn
+    token, that of their message. `system` is the system prompt of conversations that have none.
 
     Raises ValueError if the template does not render a conversation as its prompt followed by its answer.
     """
@@ -62,6 +62,6 @@ def render_segments(messages: list[dict], tokenizer, system: str) -> list[tuple[
         end = full.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
         if not prompt.startswith(rendered) or not full.startswith(prompt) or end <= len(prompt):
             raise ValueError("the chat template does not render a conversation as its prompt followed by its answer")
-        segments += [(prompt[len(rendered) :], False), (full[len(prompt) : end], True)]
+        segments += [(prompt[len(rendered) :], 0.0), (full[len(prompt) : end], message["weight"])]
         rendered = full[:end]
     return segments

@@ -5,11 +5,16 @@ docs/rows.md shows an example of each.
 """
 
 import json
+import math
 from dataclasses import dataclass
+
+from common import quote
 
 IMAGE_KEYS = ("image", "images")
 FLAT_IMAGE_KEYS = (*IMAGE_KEYS, "image_filename", "image_id")
 ROLES = ("system", "user", "assistant")
+WEIGHTS = ("weight", "loss", "loss_scale")  # of a turn or a row: what its answers count in the loss
+LEAST, MOST = 1e-6, 1e6  # weights other than 0
 LLAVA_ROLES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant"}
 
 
@@ -18,10 +23,10 @@ class Row:
     """One usable row."""
 
     where: str  # file:line, and the row's number where several rows share a line
-    messages: list[dict]  # {"role", "content": [{"type": "text", "text"} or {"type": "image"}]}
+    messages: list[dict]  # {"role", "content": [{"type": "text", "text"} or {"type": "image"}]}; an assistant's has
+    # "weight" too, that of its tokens in the loss: its turn's times the row's, 0 where it is not trained
     images: list[str]  # as the row names them, in the order of the image parts of `messages`
     fields: dict  # id, question, answer; question_type and options where the row has them
-    weight: float = 1.0  # of its answer tokens in the loss
     file: int = 0  # number of its file
 
     def refused(self, reason: ValueError | str) -> "BadRow":
@@ -48,10 +53,11 @@ def parse_row(where: str, row) -> Row:
     _check_fields(row)
     messages, images = _conversation(row)
     _check_turns(messages)
+    _weigh(messages, _weight_of(row, "row"))
     _check_options(row.get("options"))
     kept = {key: row[key] for key in ("id", "question_type", "options") if row.get(key) is not None}
     fields = {"id": where, **kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
-    return Row(where, messages, images, fields, _weight_of(row))
+    return Row(where, messages, images, fields)
 
 
 def _check_fields(row) -> None:
@@ -103,7 +109,7 @@ def _from_llava(row: dict) -> list[dict]:
         role = LLAVA_ROLES.get(str(turn.get("from")))
         if role is None or not isinstance(turn.get("value"), str):
             raise ValueError(f"a turn needs `from` (human, gpt or system) and a text `value`, found {turn}")
-        messages.append(_message(role, turn["value"]))
+        messages.append(_message(role, turn["value"]) | {"weight": _weight_of(turn, role)})
     return messages
 
 
@@ -114,7 +120,8 @@ def _from_messages(row: dict) -> list[dict]:
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
         is_text = isinstance(content, str)
-        messages.append(_message(role, content) if is_text else {"role": role, "content": _typed_parts(role, content)})
+        spoken = _message(role, content) if is_text else {"role": role, "content": _typed_parts(role, content)}
+        messages.append(spoken | {"weight": _weight_of(message, role)})
     return messages
 
 
@@ -171,11 +178,30 @@ def _check_turns(messages: list[dict]) -> None:
             raise ValueError(f"no {'question' if message['role'] == 'user' else 'answer'}: a turn has no text")
 
 
-def _weight_of(row: dict) -> float:
-    weight = 1 if row.get("weight") is None else row["weight"]
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-6 <= weight <= 1e6:
-        raise ValueError(f"`weight` must be a number from 1e-6 to 1e6, found {str(weight)[:20]!r}")
-    return float(weight)
+def _weight_of(place: dict, role: str) -> float | None:
+    """The weight that a row or a turn of this role gives its answers, the product of its WEIGHTS; none: None."""
+    given = {name: place[name] for name in WEIGHTS if place.get(name) is not None}
+    for name, value in given.items():
+        is_switch = isinstance(value, bool) and name == "loss"
+        is_number = (
+            isinstance(value, int | float) and not isinstance(value, bool) and (not value or LEAST <= value <= MOST)
+        )
+        if not is_switch and not is_number:
+            known = "true, false, 0" if name == "loss" else "0"
+            raise ValueError(f"`{name}` must be {known} or a number from {LEAST:g} to {MOST:g}, found {quote(value)}")
+    if role in ("system", "user") and any(given.values()):
+        raise ValueError(f"`{next(iter(given))}` in a turn of role {role}: only answers are trained, remove it there")
+    return math.prod(map(float, given.values())) if given else None
+
+
+def _weigh(messages: list[dict], weight: float | None) -> None:
+    """Give each assistant message its weight times that of the row. Raises ValueError where all are 0."""
+    for message in messages:
+        own = message.pop("weight", None)
+        if message["role"] == "assistant":
+            message["weight"] = (1.0 if own is None else own) * (1.0 if weight is None else weight)
+    if not any(message.get("weight") for message in messages):
+        raise ValueError("nothing of the row is trained: its `weight` or `loss` is 0")
 
 
 def _check_options(options) -> None:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from examples import BAD, FORMATS, GOOD_LINE, flat
+from examples import BAD, FORMATS, GOOD_LINE, chat, flat, llava
 
 from inputs.row_files import read_rows
 
@@ -14,9 +14,27 @@ def read(tmp_path, content: str | bytes, name: str = "rows.jsonl"):
     return read_rows(path)
 
 
+def weights_of(row) -> list[float]:
+    return [message["weight"] for message in row.messages if message["role"] == "assistant"]
+
+
 def test_a_row_s_weight_is_read_and_1_where_there_is_none(tmp_path):
     rows, bad = read(tmp_path, "".join(json.dumps(flat(weight=w)) + "\n" for w in (2, 0.5, None)) + GOOD_LINE)
-    assert not bad and [row.weight for row in rows] == [2.0, 0.5, 1.0, 1.0]
+    assert not bad and [weights_of(row) for row in rows] == [[2.0], [0.5], [1.0], [1.0]]
+
+
+WEIGHED = [({}, 1), ({"loss": True}, 1), ({"loss": False}, 0), ({"weight": 0}, 0), ({"loss_scale": 0.25}, 0.25)]
+
+
+@pytest.mark.parametrize("fields, weight", [*WEIGHED, ({"loss": None, "weight": 2}, 2), ({"loss": 0, "weight": 2}, 0)])
+@pytest.mark.parametrize("write, turns", [(llava, "conversations"), (chat, "messages")])
+def test_a_turn_s_weight_times_the_row_s_is_the_weight_of_its_answer(tmp_path, write, turns, fields, weight):
+    row = write("user: What colour?", "assistant: red", "user: Sure?", "assistant: yes", weight=3)
+    row[turns][1] |= fields
+    row[turns][2] |= {"loss": False}  # a question is never trained
+    (read_row,), bad = read(tmp_path, json.dumps(row))
+    assert not bad and weights_of(read_row) == [3 * weight, 3]
+    assert "weight" not in read_row.messages[0]
 
 
 def turns_of(row) -> list[str]:
