@@ -4,6 +4,7 @@ at all."""
 import os
 import re
 import shutil
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -35,15 +36,31 @@ def replacing(path: Path):
     """Yield a path at which to write a file or a folder; it takes the place of `path` when the block ends.
 
     At any moment `path` is the old one or the new one, whole. A block that raises changes nothing and leaves nothing
-    behind. A folder takes the place of none or of an empty one: remove a full one at the end of the block.
+    behind. A folder takes the place of none or of an empty one: remove a full one at the end of the block. Whatever
+    made the files, they may be read by those whom the user's umask lets read.
     """
     # A rename is atomic only within a file system, hence the same folder, which several machines may share.
     partial = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{path.name}")
     try:
         yield partial
+        follow_umask(partial)
         os.replace(partial, path)
     finally:
         remove(partial)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or each file of a folder, the permissions of a new file: safetensors lets the owner alone read."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    private = {file: mode for file in files if not (mode := stat.S_IMODE(file.stat().st_mode)) & 0o077}
+    if private:
+        # The umask can't be read without setting it, for all threads. A new file also follows the folder's ACL.
+        probe = path.with_name(f"{PARTIAL}{uuid4().hex[:8]}-{path.name}")
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        probe.unlink()
+        for file in (file for file, own in private.items() if own != mode):
+            file.chmod(mode)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from torch import library, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from common import InputError
-from modeling.targets import DEFAULT_TARGETS, target_pattern
+from modeling.targets import DEFAULT_TARGETS, module_suffixes, target_pattern
 
 # PEFT's init_lora_weights that leave the base weights as they are
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
@@ -130,8 +130,11 @@ def add_lora(
             raise InputError(f"--lora-targets: {part!r} {what}; linear layers: {', '.join(known)}, vision, merger")
         matched |= names
     options = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
-    model = get_peft_model(base, LoraConfig(target_modules=target_pattern(targets), **options))
-    model.peft_config["default"].base_model_name_or_path = name  # as given: a hub name works elsewhere
+    suffixes, excluded = module_suffixes(matched, {n for n, _ in base.named_modules()} - matched)
+    model = get_peft_model(base, LoraConfig(target_modules=suffixes, exclude_modules=excluded, **options))
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = name  # as given: a hub name works elsewhere
+    config.target_modules = suffixes  # PEFT holds a set, and would write it in another order every time
     assert sum(count for count, _ in lora_table(model).values()) == len(matched), lora_table(model)
     visual = base.model.visual
     if trains(visual) and "cudnn" in visual.config._attn_implementation:  # our cuDNN operation has no backward

@@ -1,5 +1,7 @@
 """Which layers get LoRA: the names that `--lora-targets` knows, as patterns of module names."""
 
+import re
+
 DEFAULT_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 # Names in --lora-targets that stand for layers outside the language model.
 VISION_TARGETS = {
@@ -15,6 +17,24 @@ def target_pattern(targets: str) -> str:
     language = "|".join(part for part in parts if part not in VISION_TARGETS)
     patterns = [rf"model\.language_model\.(\w+\.)*({language})"] if language else []
     return "|".join(patterns + [VISION_TARGETS[part] for part in parts if part in VISION_TARGETS])
+
+
+def module_suffixes(chosen: set[str], others: set[str]) -> tuple[list[str], str | None]:
+    """The `target_modules` and `exclude_modules` by which PEFT chooses these modules and none of the others.
+
+    The first is a list of ends of module paths, each as short as can be: vLLM and SGLang know a layer by its last name,
+    and SGLang takes a list only. Where nothing of the vision tower is chosen, the second excludes it as a whole:
+    Qwen2.5-VL's has projections of the same names.
+    """
+    excluded = None if any("visual." in name for name in chosen) else r"(.*\.)?visual\..*"
+    taken = {end for name in others if not (excluded and re.fullmatch(excluded, name)) for end in _ends(name)}
+    return sorted({next(end for end in _ends(name) if end not in taken) for name in chosen}), excluded
+
+
+def _ends(name: str) -> list[str]:
+    """The ends of a module's path in whole names, the shortest first."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def names_vision(targets: str) -> bool:

@@ -1,10 +1,14 @@
-"""What users gave is shown in messages, but short, and never obeyed by their terminal."""
+"""What users gave is shown in messages, but short, and never obeyed by their terminal; files that others may read."""
 
+import os
+import stat
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from common import SHOWN, InputError, printable, quote
+from common import SHOWN, InputError, printable, quote, replacing, write_whole
 from dist_utils import print0, run_and_exit
 
 NASTY = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u202ed\x00\x7f"
@@ -43,3 +47,21 @@ def test_a_quoted_value_is_at_most_100_characters_long(value):
 @pytest.mark.parametrize("value", ["yes", "x" * 98, "a\nb", "it's", {"from": "robot"}, None, 2.5])
 def test_a_short_value_is_quoted_whole(value):
     assert quote(value) == repr(value)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_are_read_by_whom_the_umask_lets_read_whatever_wrote_them(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "folder") as partial:
+            (partial / "below").mkdir(parents=True)
+            save_file({"a": torch.zeros(2)}, partial / "below" / "adapter_model.safetensors")
+            torch.save({}, partial / "state.pt")
+        with replacing(tmp_path / "one.safetensors") as partial:
+            save_file({"a": torch.zeros(2)}, partial)
+        write_whole(tmp_path / "text", "")
+    finally:
+        os.umask(before)
+    paths = list(tmp_path.rglob("*"))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {mode} and len(paths) == 6
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_dir()} == {0o777 & ~umask}

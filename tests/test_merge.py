@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 
 import pytest
 import tiny
@@ -103,7 +104,8 @@ def test_a_checkpoint_has_the_names_and_the_configuration_that_vllm_reads(run):
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert len(names) == 2 * len(modules)
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["r"] == 16 and config["lora_alpha"] == 32 and config["target_modules"]
+    assert config["r"] == 16 and config["lora_alpha"] == 32 and config["target_modules"] == sorted(layers)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}  # others may read them too
     assert not config["modules_to_save"] and not config["use_dora"] and config["bias"] == "none"
 
 

@@ -146,6 +146,28 @@ def test_windows_do_not_recompile(windows, monkeypatch):
     assert graphs[3] == graphs[-1] > 0, graphs
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [DEFAULT_TARGETS, "gate_proj,vision", "q_proj,vision,merger", r"layers\.[02]\.self_attn\..*_proj,up_proj"],
+)
+def test_a_saved_adapter_lists_its_layers_for_peft_vllm_and_sglang(world, tmp_path, targets):
+    """Ends of module names in a list. vLLM and SGLang read a layer's last name; Qwen2.5-VL's vision tower has layers of
+    the same names as its language model, which PEFT must not take."""
+    ours = tiny.lora_model(world, targets=targets).model
+    save_adapter(ours, tmp_path)
+    named = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    chosen = {name for name, module in ours.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert isinstance(named, list) and named == sorted(named)
+    assert {end.rpartition(".")[2] for end in named} == {name.rpartition(".")[2] for name in chosen}
+    if targets == DEFAULT_TARGETS:
+        assert named == sorted(DEFAULT_TARGETS.split(","))
+    plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(world / "model"), tmp_path)
+    assert {n for n, module in plain.get_base_model().named_modules() if hasattr(module, "lora_A")} == chosen
+    expected = {name: weight for name, weight in ours.state_dict().items() if "lora_" in name}
+    found = plain.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
 def test_a_saved_adapter_is_plain_peft_with_the_same_logits(world, tmp_path):
     ours = tiny.lora_model(world).eval()
     save_adapter(ours.model, tmp_path / "adapter")
