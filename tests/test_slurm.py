@@ -1,5 +1,6 @@
 """run.slurm on a real SLURM with two nodes on this machine: jobs out of time, cancelled, failed, on two nodes."""
 
+import json
 import os
 import re
 import shutil
@@ -142,6 +143,22 @@ def test_a_requeued_job_continues_from_its_own_checkpoint_or_starts_afresh(progr
     (program / "out" / "checkpoint-000002").mkdir()
     without_slurm(program, words, SLURM_RESTART_COUNT="1")
     assert (program / "started").read_text().endswith("train.py --output=out --resume elsewhere --resume auto\n")
+
+
+@pytest.mark.parametrize("output", ["run[1]", "-x", "a b", "run*", "$HOME", "it's", 'say "no"', "{a,b}", "ends/"])
+@pytest.mark.parametrize("form", ["flag", "config"])
+def test_an_output_folder_of_any_name_keeps_the_files_of_its_run(program, output, form):
+    folder = program / output
+    (folder / "checkpoint-000002").mkdir(parents=True)
+    for name in ("metrics.jsonl", "status", "requeued"):
+        (folder / name).write_text("2\n")
+    (program / "run1").mkdir()  # what the pattern run[1] stands for
+    (program / "c.toml").write_text(f"output = {json.dumps(output)}\n")
+    words = [f"--output={output}"] if form == "flag" else ["--config", "c.toml"]
+    done = without_slurm(program, words, SLURM_RESTART_COUNT="1")
+    assert (program / "started").read_text().endswith("--resume auto\n") and f"output {output}\n" in done.stdout
+    assert (folder / "metrics.jsonl").exists() and (folder / "requeued").exists()
+    assert not (folder / "status").exists()  # it is of the start before
 
 
 def without_slurm(program: Path, words: list[str], **more) -> subprocess.CompletedProcess:
