@@ -65,9 +65,9 @@ def evaluate(
     model.train()
     if results is None:
         return None
-    by_type = {}
+    by_type, kinds = {}, scores.question_types([sample.fields for sample in data.samples])
     for index, (_, _, correct) in sorted(results.items()):
-        by_type.setdefault(scores.question_type(data.samples[index].fields), []).append(correct)
+        by_type.setdefault(kinds[index], []).append(correct)
     losses, tokens, correct = zip(*results.values())
     return {
         "loss": sum(losses) / sum(tokens),
@@ -90,12 +90,14 @@ def accuracy_table(results: dict[str, dict]) -> str:
 
 
 def _accuracy_cells(result: dict) -> list[tuple[str, int, str]]:
-    """(question type, questions, exact match in percent) of every type, and last of all of them."""
+    """(question type, questions, exact match in percent) of every type and of all of them, and scores of benchmarks."""
     if "all" not in result:  # of `evaluate`
         rows = [*result["by_type"].items(), ("all", (result["exact_match"], result["questions"]))]
         return [(kind, questions, f"{100 * share:.1f}") for kind, (share, questions) in rows]
     rows = [*result["by_type"].items(), ("all", result["all"])]
     means = [(kind, score["exact_match"]) for kind, score in rows]
+    benchmarks = {"VQA accuracy %": "vqa_accuracy", "ANLS %": "anls"}  # of rows with several accepted answers
+    means += [(title, result["all"][name]) for title, name in benchmarks.items() if name in result["all"]]
     return [
         (kind, mean["questions"], f"{100 * mean['mean']:.1f} ({100 * mean['low']:.1f} to {100 * mean['high']:.1f})")
         for kind, mean in means
@@ -383,8 +385,9 @@ def read_predictions(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # an answer may hold U+2028
         predictions = [json.loads(line) for line in lines]
-        if not all({"where", "right"} <= prediction.keys() for prediction in predictions):
-            raise ValueError("a line without `where` and `right`")
+        needed = {"id", "where", "images", "answer", "prediction"}
+        if lacking := next((missing for line in predictions if (missing := needed - line.keys())), None):
+            raise ValueError(f"a line without `{sorted(lacking)[0]}`")
         return predictions
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is no predictions file: {error}") from None

@@ -9,8 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from data import Batch, Sample, VQAData
+from evaluation.normalization import accepted, is_right
 from evaluation.runner import Runner
-from evaluation.scores import normalize, question_type
+from evaluation.scores import question_types
 from inputs.holdout import relative_names
 from model import TreeModel
 from modeling.attention import visible
@@ -28,6 +29,7 @@ def predict(
     scored = answers and score_all(runner, data, options, tokenizer, args.max_tokens)
     if not scored:
         return None
+    kinds = question_types([sample.fields for sample in data.samples])
     return [
         {
             "id": sample.id,
@@ -35,12 +37,13 @@ def predict(
             "images": relative_names(sample.images, images_dir),
             "question": sample.fields["question"],
             "answer": sample.fields["answer"],
-            "right": normalize(answer["prediction"]) == normalize(sample.fields["answer"]),
-            "question_type": question_type(sample.fields),
+            **({"answers": sample.fields["answers"]} if "answers" in sample.fields else {}),
+            "right": is_right(answer["prediction"], accepted(sample.fields)),
+            "question_type": kind,
             **answer,
             **scores,
         }
-        for sample, answer, scores in zip(data.samples, answers, scored)
+        for sample, kind, answer, scores in zip(data.samples, kinds, answers, scored)
     ]
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 
 from common import write_whole
 from evaluation import charts
+from evaluation.normalization import accepted
 from evaluation.page import MAX_LETTERS, document, grid, legend, percent, table, text
 from evaluation.scores import row_key
 from evaluation.statistics import calibration_bins, calibration_error
@@ -28,6 +29,9 @@ SCORES = {
     "numeric": "numbers and sizes, within tolerance",
     "set_f1": "set F1, answers in several parts",
     "set_match": "all parts right, answers in several parts",
+    "anls": "ANLS, rows with `answers`",
+    "vqa_accuracy": "VQA accuracy, rows with several `answers`",
+    "relaxed_accuracy": "relaxed accuracy, as for charts",
 }
 
 
@@ -72,8 +76,8 @@ def headline(summary: dict, predictions: dict, images: list[list[str]]) -> str:
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in lines.items())
     return f"""<p class="big">{percent(exact_match)} exact match</p><dl>{rows}</dl>
     <p class="dim">Small numbers after a value are its 95% confidence interval, from a bootstrap over images. An answer
-    is right if it equals the row's, ignoring case, articles, punctuation at the edges of words, and whether numbers
-    are written as words.</p>"""
+    is right if it equals any that the row accepts, ignoring case, articles before a word, punctuation at the edges of
+    words, the order of parts, and how numbers and units are written.</p>"""
 
 
 def score_table(intro: str, scores: dict[str, dict], field: str, names: list[str]) -> str:
@@ -115,6 +119,12 @@ def named_scores(score: dict) -> dict[str, tuple[int, str]]:
     forced = score["teacher_forced"]
     cells = {SCORES.get(name, name): mean_cell(mean) for name, mean in score["all"].items()}
     cells["exact match, teacher-forced"] = mean_cell(forced["exact_match"])
+    if difference := forced.get("in_parts"):
+        low, mean, high = (100 * difference[end] for end in ("low", "mean", "high"))
+        cells["generated − teacher-forced, answers in several parts"] = (
+            difference["questions"],
+            f"{mean:+.1f} points <small>{low:+.1f} to {high:+.1f}</small>",
+        )
     cells["loss per answer token"] = cell(forced, "loss", forced["exact_match"]["questions"])
     if options := score.get("options"):
         cells["likeliest option is right"] = mean_cell(options["top1"])
@@ -179,6 +189,11 @@ def training(metrics: list[dict], name: str) -> str:
     return grid(f"The dashed line marks this checkpoint, step {step:,}." if step else "", figures)
 
 
+def truth(prediction: dict) -> str:
+    """All answers that the row accepts, first the one that it trains."""
+    return text(" | ".join(accepted(prediction)))
+
+
 def verdict(prediction: dict) -> str:
     css_class, mark = ("right", "✓") if prediction["right"] else ("wrong", "✗")
     return f'<span class="{css_class}">{mark} {text(prediction["prediction"].strip()) or "(empty)"}</span>'
@@ -193,7 +208,8 @@ def flipped(summary: dict, predictions: dict[str, list[dict]]) -> str:
     for title, field in (f"Lost: only {base} is right", "only_a"), (f"Won: only {main} is right", "only_b"):
         keys, rows = summary["comparison"][field], []
         for pair in (pairs[key] for key in keys[:MAX_FLIPS]):
-            rows.append([*(text(pair[0][name]) for name in ("where", "question", "answer")), *map(verdict, pair)])
+            row = [text(pair[0]["where"]), text(pair[0]["question"]), truth(pair[0])]
+            rows.append([*row, *map(verdict, pair)])
         title += f", {len(keys):,} questions" + f"; the first {MAX_FLIPS}" * (len(keys) > MAX_FLIPS)
         listing = table(["row", "question", "truth", main, base], rows, "texts")
         parts += f"<details><summary>{title}</summary>{listing}</details>"
@@ -253,7 +269,7 @@ def choose(predictions: list[dict], images: list[list[str]]) -> tuple[list[int],
 def card(answers: dict[str, dict], pictures: str) -> str:
     """A question with its pictures, the true answer, the answer of each model, and the first model's confidence."""
     main = next(iter(answers.values()))
-    lines = {"truth": text(main["answer"])} | {text(kind): verdict(answer) for kind, answer in answers.items()}
+    lines = {"truth": truth(main)} | {text(kind): verdict(answer) for kind, answer in answers.items()}
     lines["confidence"] = f"{main['confidence']:.3f}"
     if "options" in main:
         likeliest = sorted(main["options"].items(), key=lambda option: -option[1])[:4]

@@ -1,92 +1,23 @@
-"""Scores of answers: what counts as right, and how certain a mean is. Plain functions on strings and numbers.
+"""Scores of answers: of one, of all predictions of a run, and of two runs. Plain functions on strings and numbers.
 
-Answers are compared after `normalize`. Every mean has a confidence interval from a bootstrap over images, because
+`normalization.py` says which answers count as the same. Every mean has a confidence interval over images, because
 questions about the same image are not independent.
 """
 
-import math
 import re
-import string
-import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
 
+from evaluation.benchmarks import anls, relaxed_accuracy, vqa_accuracy
+from evaluation.normalization import accepted, is_right, normalize, parts, quantities_match
 from evaluation.statistics import auroc, calibration_error, mcnemar, mean_with_interval
 
-NUMBER_WORDS = {
-    word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
-}
-ARTICLES = {"a", "an", "the"}
-MILLIMETRES = {"mm": 1.0, "cm": 10.0, "m": 1000.0}
-NUMBER = r"\d+(?:\.\d+)?"
-UNIT = r"(mm|cm|m|%|)"
 MAX_CLASSES = 10  # different true answers up to which a question gets a confusion table
 OTHER = "(other)"  # never a normalized answer, which loses its parentheses
 
-
-def normalize(text: str) -> str:
-    """Unicode NFKC in lower case, with number words up to twelve as digits, and without articles, repeated white space
-    and punctuation at the edges of words."""
-    words = unicodedata.normalize("NFKC", text).casefold().split()
-    words = [word for word in map(_strip_punctuation, words) if word] or words  # "?" is not ""
-    content = [word for word in words if word not in ARTICLES] or words  # "A" may be a choice
-    return " ".join(NUMBER_WORDS.get(word, word) for word in content)
-
-
-def _strip_punctuation(word: str) -> str:
-    """A word without punctuation at its ends. Signs that matter next to a number stay, and ".5" becomes "0.5"."""
-    kept = [c in "<>%-+" or not (c in string.punctuation or unicodedata.category(c)[0] == "P") for c in word]
-    if not any(kept):
-        return ""
-    start, end = kept.index(True), len(word) - kept[::-1].index(True)
-    return ("0." if word[start].isdigit() and word[:start].endswith(".") else "") + word[start:end]
-
-
 # ---------------------------------------------------------------------------------------------------------- one answer
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A number or a range, lengths in millimetres: "5" is 5 to 5, "<5mm" is 0 to 5, ">20mm" is 20 to infinity."""
-
-    low: float
-    high: float
-    unit: str  # "mm" for every length, "%" or ""
-
-
-def parse_quantity(text: str) -> Quantity | None:
-    """The quantity that an answer as a whole states; None when it states anything else."""
-    text = normalize(text).replace(" ", "")
-    if match := re.fullmatch(rf"({NUMBER}){UNIT}(?:-|–|to)({NUMBER}){UNIT}", text):
-        low, low_unit, high, unit = float(match[1]), match[2], float(match[3]), match[4]
-        if low_unit not in ("", unit):
-            return None
-    elif match := re.fullmatch(rf"(<|>|<=|>=|)({NUMBER}){UNIT}", text):
-        sign, value, unit = match[1], float(match[2]), match[3]
-        low, high = {"<": (0.0, value), ">": (value, math.inf)}.get(sign[:1], (value, value))
-    else:
-        return None
-    scale = MILLIMETRES.get(unit, 1.0)
-    return Quantity(low * scale, high * scale, "mm" if unit in MILLIMETRES else unit)
-
-
-def quantities_match(prediction: str, truth: str, tolerance: float) -> bool | None:
-    """Whether both ends agree within a relative `tolerance`, in the same unit. None when the truth is no quantity."""
-    expected, given = parse_quantity(truth), parse_quantity(prediction)
-    if expected is None:
-        return None
-    if given is None or given.unit != expected.unit:
-        return False
-    ends = ((given.low, expected.low), (given.high, expected.high))
-    return all(math.isclose(a, b, rel_tol=0, abs_tol=tolerance * abs(b)) if b < math.inf else a == b for a, b in ends)
-
-
-def parts(text: str) -> Counter:
-    """The normalized parts of an answer such as "pink; red; white". A part that is repeated counts twice."""
-    return Counter(filter(None, map(normalize, text.split(";"))))
 
 
 def f1(prediction: Counter, truth: Counter) -> float:
@@ -96,41 +27,93 @@ def f1(prediction: Counter, truth: Counter) -> float:
     return 2 * (prediction & truth).total() / (prediction.total() + truth.total())
 
 
-def score_answer(prediction: str, truth: str, tolerance: float) -> dict:
-    """Every score of one answer, between 0 and 1. Only a number has `numeric`, only an answer in parts `set_f1` and
-    `set_match`."""
-    exact = normalize(prediction) == normalize(truth)
-    scores = {"exact_match": float(exact)}
-    scores["token_f1"] = f1(Counter(normalize(prediction).split()), Counter(normalize(truth).split()))
-    if (numeric := quantities_match(prediction, truth, tolerance)) is not None:
-        scores["numeric"] = float(exact or numeric)
-    if len(parts(truth)) > 1:
-        scores |= {"set_f1": f1(parts(prediction), parts(truth)), "set_match": float(parts(prediction) == parts(truth))}
+def words(text: str) -> Counter:
+    """The words of all parts of an answer."""
+    return Counter(" ".join(parts(text).elements()).split())
+
+
+def score_answer(prediction: str, answers: list[str], tolerance: float) -> dict:
+    """Every score of one answer, between 0 and 1: the best over all accepted `answers`, of which the first one says
+    what kind of answer it is. Only a number has `numeric`, only an answer in parts `set_f1` and `set_match`."""
+    exact = float(is_right(prediction, answers))
+    scores = {"exact_match": exact, "token_f1": max(f1(words(prediction), words(answer)) for answer in answers)}
+    if quantities_match(prediction, answers[0], tolerance) is not None:
+        scores["numeric"] = max(exact, *(float(quantities_match(prediction, a, tolerance) or 0) for a in answers))
+    if in_parts(answers[0]):
+        set_f1 = max(f1(parts(prediction), parts(answer)) for answer in answers)
+        scores |= {"set_f1": set_f1, "set_match": exact}
     return scores
 
 
-def question_type(fields: dict) -> str:
-    """The row's own `question_type`. Without one: yes/no if the answer is, else by words in the question: count, size,
-    colour, location or choice ("... or ...?"); open if it has none of these."""
-    if fields.get("question_type"):
-        return str(fields["question_type"])
-    if normalize(fields["answer"]) in ("yes", "no"):
+def in_parts(answer: str) -> bool:
+    """Whether an answer has several parts, such as "pink; red"."""
+    return parts(answer).total() > 1
+
+
+def score_benchmarks(prediction: dict) -> dict:
+    """The scores that public benchmarks report: relaxed accuracy of every answer; ANLS where the row has `answers`, and
+    VQA accuracy where it has several."""
+    answers = prediction.get("answers", [])
+    scores = {"anls": anls(prediction["prediction"], answers)} if answers else {}
+    if len(answers) > 1:
+        scores["vqa_accuracy"] = vqa_accuracy(prediction["prediction"], answers)
+    return scores | {"relaxed_accuracy": relaxed_accuracy(prediction["prediction"], accepted(prediction))}
+
+
+# ------------------------------------------------------------------------------------------------------ question types
+
+VERB_FIRST = re.compile(
+    r"\W*(?:is|are|was|were|am|do|does|did|has|have|had|can|could|will|would|should|may|might|must)\b"
+)
+KINDS = {
+    "count": re.compile(r"\b(?:how many|number of)\b"),
+    "size": re.compile(r"\b(?:sizes?|how (?:large|big))\b"),
+    "colour": re.compile(r"\bcolou?r(?:s|ed)?\b"),
+    "location": re.compile(r"\b(?:where|locations?|located)\b"),
+}
+
+
+def question_types(rows: list[dict]) -> list[str]:
+    """The type of each row's question: the row's own `question_type`, or else the same for all rows with this question.
+
+    `rows` are the fields of all rows of a data set. The rule looks at the question's text, and where that leaves it
+    open at all answers that the rows give to it: yes/no, count, size, colour, location, choice or open.
+    """
+    answers = {}  # question -> its normalized answers
+    for row in rows:
+        answers.setdefault(row["question"], Counter())[normalize(row["answer"])] += 1
+    kinds = {question: _kind(question.casefold(), given) for question, given in answers.items()}
+    return [str(row.get("question_type") or kinds[row["question"]]) for row in rows]
+
+
+def _kind(question: str, answers: Counter) -> str:
+    """Yes/no where the question begins with a verb and its answers with yes or no, or where it has no word of KINDS and
+    most of its answers are yes or no. Choice where it has an "or" and one of its answers."""
+    plain = answers["yes"] + answers["no"]
+    begun = sum(count for answer, count in answers.items() if answer.split()[:1] in (["yes"], ["no"]))
+    if VERB_FIRST.match(question) and (plain or 2 * begun > answers.total()):
         return "yes/no"
-    question = f" {normalize(fields['question'])} "
-    words = {"how many": "count", "number of": "count", " size": "size", "how large": "size", "how big": "size"}
-    words |= {"color": "colour", "colour": "colour", " where ": "location", "location": "location", " or ": "choice"}
-    return next((kind for word, kind in words.items() if word in question), "open")
+    if kind := next((kind for kind, pattern in KINDS.items() if pattern.search(question)), None):
+        return kind
+    if 2 * plain > answers.total():
+        return "yes/no"
+    asked = f" {' '.join(parts(question).elements())} "
+    names_an_answer = any(f" {answer} " in asked for answer in answers)
+    return "choice" if " or " in asked and names_an_answer else "open"
 
 
 # ------------------------------------------------------------------------------------------------------- many answers
 
 
-def confusion(predictions: list[str], truths: list[str]) -> dict[str, dict[str, int]]:
-    """Counts of a closed question: truth -> prediction -> answers. Predictions that are no row's truth are OTHER."""
-    predictions, truths = [normalize(p) for p in predictions], [normalize(t) for t in truths]
-    table = {truth: Counter() for truth in sorted(set(truths))}
-    for prediction, truth in zip(predictions, truths):
-        table[truth][prediction if prediction in table else OTHER] += 1
+def confusion(predictions: list[dict]) -> dict[str, dict[str, int]]:
+    """Counts of a closed question: truth -> prediction -> answers. Predictions that are no row's truth are OTHER; one
+    that equals another accepted answer of its row counts as the truth."""
+    table = {truth: Counter() for truth in sorted({normalize(p["answer"]) for p in predictions})}
+    for prediction in predictions:
+        truth, given = normalize(prediction["answer"]), normalize(prediction["prediction"])
+        if is_right(prediction["prediction"], accepted(prediction)):
+            given = truth
+        table[truth][given if given in table else OTHER] += 1
     return {truth: dict(row) for truth, row in table.items()}
 
 
@@ -161,7 +144,7 @@ def score_options(predictions: list[dict], images: list[str]) -> dict:
     """Scores of predictions with `options` (text -> probability): whether the likeliest option is right, and how well
     its probability is calibrated. Yes/no questions also get the area under the ROC curve of yes against no, and the
     calibration of these two."""
-    right = [normalize(p["option"]) == normalize(p["answer"]) for p in predictions]
+    right = [_option_is_right(p) for p in predictions]
     result = {"top1": mean_with_interval(right, images)}
     result["calibration_error"] = calibration_error([p["options"][p["option"]] for p in predictions], right)
     yes, truth = [], []  # the probability of yes, were yes and no the only options; whether yes is right
@@ -174,6 +157,12 @@ def score_options(predictions: list[dict], images: list[str]) -> dict:
         error = calibration_error([max(p, 1 - p) for p in yes], [(p > 0.5) == t for p, t in zip(yes, truth)])
         result["yes/no"] = {"auroc": auroc(yes, truth), "calibration_error": error, "questions": len(yes)}
     return result
+
+
+def _option_is_right(prediction: dict) -> bool:
+    """By exact text, unless none of the options is spelled as the row spells its answer."""
+    option, answers = prediction["option"], accepted(prediction)
+    return option in answers if prediction["options"].keys() & set(answers) else is_right(option, answers)
 
 
 def bootstrap_group(prediction: dict) -> str:
@@ -193,32 +182,43 @@ def bleu(predictions: list[dict]) -> dict:
 def summarize(predictions: list[dict], tolerance: float) -> dict:
     """Every score with its interval, over all answers, by question type and by question; also the confusion table of
     each question with 2 to MAX_CLASSES true answers. `predictions` are lines of predictions.jsonl."""
-    scored = [score_answer(p["prediction"], p["answer"], tolerance) for p in predictions]
+    scored = [score_answer(p["prediction"], accepted(p), tolerance) for p in predictions]
+    both = [scores | score_benchmarks(p) for scores, p in zip(scored, predictions)]
     images = [bootstrap_group(p) for p in predictions]
 
-    def means(chosen: list[int]) -> dict:
+    def means(scored: list[dict], chosen: list[int]) -> dict:
         result = {}
         for name in dict.fromkeys(name for i in chosen for name in scored[i]):
             having = [i for i in chosen if name in scored[i]]
             result[name] = mean_with_interval([scored[i][name] for i in having], [images[i] for i in having])
         return result
 
-    summary = {"all": means(list(range(len(predictions)))), "closed": {}}
-    by_question = _group_by(predictions, "question")
-    summary["by_type"] = {kind: means(chosen) for kind, chosen in _group_by(predictions, "question_type").items()}
-    summary["by_question"] = {question: means(chosen) for question, chosen in by_question.items()}
+    summary = {"all": means(both, list(range(len(predictions)))), "closed": {}}
+    by_type, by_question = _group_by(predictions, "question_type"), _group_by(predictions, "question")
+    summary["by_type"] = {kind: means(both, chosen) for kind, chosen in by_type.items()}
+    summary["by_question"] = {question: means(scored, chosen) for question, chosen in by_question.items()}
     for question, chosen in by_question.items():
-        table = confusion([predictions[i]["prediction"] for i in chosen], [predictions[i]["answer"] for i in chosen])
+        table = confusion([predictions[i] for i in chosen])
         if 1 < len(table) <= MAX_CLASSES:
             summary["closed"][question] = {"balanced_accuracy": balanced_accuracy(table), "confusion": table}
-    loss = sum(p["loss"] for p in predictions) / sum(p["answer_tokens"] for p in predictions)
-    teacher_forced = mean_with_interval([p["teacher_forced"] for p in predictions], images)
-    summary["teacher_forced"] = {"loss": loss, "exact_match": teacher_forced}
+    summary["teacher_forced"] = score_teacher_forcing(predictions, [s["exact_match"] for s in scored], images)
     if find_spec("sacrebleu"):
         summary["bleu"] = bleu(predictions)
     if chosen := [i for i, p in enumerate(predictions) if "options" in p]:
         summary["options"] = score_options([predictions[i] for i in chosen], [images[i] for i in chosen])
     return summary
+
+
+def score_teacher_forcing(predictions: list[dict], exact: list[float], images: list[str]) -> dict:
+    """Loss and exact match of the rows' own answers, letter by letter. `in_parts`, where there are answers in parts: by
+    how much exact match of the generated answers is above it on these."""
+    loss = sum(p["loss"] for p in predictions) / sum(p["answer_tokens"] for p in predictions)
+    forced = [p["teacher_forced"] for p in predictions]
+    result = {"loss": loss, "exact_match": mean_with_interval(forced, images)}
+    if chosen := [i for i, p in enumerate(predictions) if in_parts(p["answer"])]:
+        differences = [exact[i] - forced[i] for i in chosen]
+        result["in_parts"] = mean_with_interval(differences, [images[i] for i in chosen])
+    return result
 
 
 def _group_by(predictions: list[dict], field: str) -> dict[str, list[int]]:
@@ -231,11 +231,15 @@ def _group_by(predictions: list[dict], field: str) -> dict[str, list[int]]:
 
 def compare(a: list[dict], b: list[dict]) -> dict:
     """Exact match of b minus that of a on the same rows with its interval over images, McNemar's p, and the rows that
-    only one of them got right. Raises ValueError when the two don't answer the same rows."""
+    only one of them got right. Raises ValueError when the two don't answer the same rows.
+
+    Both are judged by today's rule and by the answers that either of them lists, whatever rule wrote the files."""
     a, b = ({row_key(prediction): prediction for prediction in predictions} for predictions in (a, b))
     if a.keys() != b.keys() or any(a[row]["answer"] != b[row]["answer"] for row in a):
         raise ValueError("the two files don't answer the same rows")
-    differences = {row: b[row]["right"] - a[row]["right"] for row in a}
+    answers = {row: accepted(a[row] | b[row]) for row in a}
+    right_a, right_b = ({row: is_right(x[row]["prediction"], answers[row]) for row in a} for x in (a, b))
+    differences = {row: right_b[row] - right_a[row] for row in a}
     only_a, only_b = ([row for row, difference in differences.items() if difference == sign] for sign in (-1, 1))
     mean = mean_with_interval(list(differences.values()), [bootstrap_group(a[row]) for row in a])
     return {"difference": mean, "p": mcnemar(len(only_a), len(only_b)), "only_a": only_a, "only_b": only_b}

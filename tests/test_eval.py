@@ -193,10 +193,8 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
 
 
 def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
-    prediction, path = (
-        {"where": "val.jsonl:1", "right": True, "prediction": "a\u2028b\u0085c"},
-        tmp_path / "predictions.jsonl",
-    )
+    prediction = {"id": 1, "where": "val.jsonl:1", "images": [], "answer": "a", "prediction": "a\u2028b\u0085c"}
+    path = tmp_path / "predictions.jsonl"
     path.write_text(2 * (json.dumps(prediction, ensure_ascii=False) + "\n"), encoding="utf-8")
     assert evaluation.read_predictions(path) == [prediction, prediction]
 

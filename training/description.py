@@ -6,7 +6,7 @@ import numpy as np
 
 from data import Sample, VQAData
 from dist_utils import print0
-from evaluation.scores import normalize
+from evaluation.normalization import accepted, is_right
 from modeling.lora import lora_table
 from training.plan import GPU_COUNTS
 from trees import Step, group_samples, rank_efficiency
@@ -63,7 +63,7 @@ def _row_warnings(data: VQAData) -> list[str]:
         if answer in earlier:
             repeats.append(f"{sample.where} repeats {earlier[answer].where}")
         for other, row in earlier.items():
-            if normalize(other) != normalize(answer):
+            if not any(is_right(given, accepted(row.fields)) for given in accepted(sample.fields)):
                 contradictions.append(f"{sample.where} says {answer[:40]!r}, {row.where} {other[:40]!r}")
                 break
         earlier.setdefault(answer, sample)

@@ -37,7 +37,7 @@ def answered(number: int, prediction: str, **changes) -> dict:
     answer |= {"question": f"Question about {kind}?", "answer": "yes", "prediction": prediction, "confidence": 0.75}
     answer |= {"loss": 0.3, "answer_tokens": 2, "teacher_forced": prediction == "yes"}  # as eval.py writes them
     answer |= changes
-    return answer | {"right": scores.normalize(answer["prediction"]) == scores.normalize(answer["answer"])}
+    return answer | {"right": scores.is_right(answer["prediction"], scores.accepted(answer))}
 
 
 def pair() -> dict[str, list[dict]]:
@@ -146,6 +146,23 @@ def test_scores_are_shown_where_they_apply(write):
     assert not [name for name in table if "option" in name or "ROC" in name]
     numbers = {"tuned": [answered(i, "4", answer="4") for i in range(8)]}
     assert "numbers and sizes, within tolerance" in rows(section(write(numbers), "all-scores"))
+
+
+def test_all_accepted_answers_and_scores_of_benchmarks_are_shown(write):
+    given = [answered(i, "two", answer="2", answers=["2", "2", "a pair"], confidence=1 - i / 10) for i in range(4)]
+    page = write({"tuned": given, "base": [line | {"prediction": "red", "right": False} for line in given]})
+    table = rows(section(page, "all-scores"))
+    assert table["ANLS, rows with `answers`"].startswith("4 0.0%") and "relaxed accuracy, as for charts" in table
+    assert table["VQA accuracy, rows with several `answers`"].startswith("4 44.4%")
+    assert "truth 2 | a pair tuned" in words(section(page, "pictures"))
+    assert rows(section(page, "flipped-answers"))["val.jsonl:1"] == "Question about yes/no? 2 | a pair ✓ two ✗ red"
+
+
+def test_the_gain_over_teacher_forcing_is_shown_for_answers_in_parts(write):
+    given = [answered(i, "red; pink", answer="pink; red") for i in range(4)] + [answered(4, "yes"), answered(5, "yes")]
+    table = rows(section(write({"tuned": given}), "all-scores"))
+    assert table["generated − teacher-forced, answers in several parts"].startswith("4 +100.0 points")
+    assert table["exact match"].startswith("6 100.0%") and table["exact match, teacher-forced"].startswith("6 33.3%")
 
 
 def test_worst_questions_come_first_and_rare_ones_are_left_out(write):
