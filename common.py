@@ -1,5 +1,5 @@
-"""What all rooms share: the error for users, their own values in messages, and writing a file or a folder whole or not
-at all."""
+"""What all rooms share: the error for users, their own values in messages, which process speaks, and writing a file or
+a folder whole or not at all."""
 
 import os
 import re
@@ -18,6 +18,11 @@ OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 class InputError(ValueError):
     """Something that the user gave is wrong. The message names it and the remedy, and is shown without a traceback."""
+
+
+def is_rank0() -> bool:
+    """Whether this process is torchrun's first one, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def quote(value) -> str:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, printable
+from common import InputError, is_rank0, printable
 
 TIMEOUT = timedelta(minutes=60)  # the first start may download a model while the other ranks wait
 TIMEOUT_IN_STEPS = timedelta(minutes=10)  # longer than any step, evaluation or save
@@ -162,10 +162,6 @@ def run_and_exit(main: Callable, argv: list[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- collectives
-
-
-def is_rank0() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def print0(*values) -> None:

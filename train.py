@@ -6,10 +6,16 @@ torchrun --nproc_per_node=4 train.py --config recipes/default.toml --train train
 torchrun --nproc_per_node=4 train.py --config runs/kvasir/settings.toml --resume auto        # go on after a stop
 """
 
+import sys
+
+if __name__ == "__main__":  # wrong settings and --help are answered before torch is imported, which takes seconds
+    from training.settings import answer_early, parse_settings
+
+    answer_early(parse_settings)
+
 import argparse
 import faulthandler
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

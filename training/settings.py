@@ -4,11 +4,14 @@ import argparse
 import json
 import math
 import re
+import signal
+import sys
 import tomllib
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import InputError
+from common import InputError, is_rank0, printable
 from modeling.targets import DEFAULT_TARGETS
 from training.gpus import GPUS
 
@@ -44,6 +47,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise InputError(message.removeprefix("argument "))
+
+    def print_help(self, file=None):
+        if is_rank0():
+            super().print_help(file)
 
 
 def _budget(text: str):
@@ -145,6 +152,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--time-limit", type=number(float, 0), default=0.0, help="hours that --plan checks the run against; 0: none")
     parser.add_argument("--config", default="", help="TOML file of settings by these names; the command line overrides")
     return parser
+
+
+def answer_early(parse: Callable[[list[str]], object]) -> None:
+    """Parse the command line before slow imports: rank 0 answers --help and wrong settings at once, and exits.
+
+    Until the program watches signals, Ctrl-C ends it without a traceback.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if is_rank0():  # torchrun ends the others with it
+        try:
+            parse(sys.argv[1:])
+        except InputError as error:
+            print(printable(f"error: {error}"))
+            sys.exit(2)
 
 
 def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Namespace:

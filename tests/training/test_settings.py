@@ -1,8 +1,12 @@
 """All wrong settings are named at once; the command line overrides the file, which overrides the defaults."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from runs import ROOT
 
 from common import InputError
 from training.settings import build_parser, parse_settings, to_toml
@@ -184,3 +188,23 @@ def test_every_flag_has_a_help_text():
     assert len(actions) > 30
     assert [action.dest for action in actions if not action.help] == []
     assert "--allow-outside-images" in build_parser().format_help()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--help"], 0, "--batch-size"),
+        (["--lr", "x"], 2, "--lr: 'x' is not a number"),
+        (["--train", "nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["--config", "nowhere.toml"], 2, "nowhere.toml"),
+    ],
+)
+def test_help_and_wrong_settings_are_answered_before_torch_is_imported(tmp_path, words, code, said):
+    for name in ("torch", "numpy", "transformers"):  # importing one of these would fail
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "train.py", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code and said in done.stdout and not done.stderr
+    done = subprocess.run(command, env=environment | {"RANK": "1"}, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "imported" and not done.stdout  # only rank 0 speaks
