@@ -130,9 +130,9 @@ def encode_rows(
 
     `max_tokens` limits a single sample. `system` is the system prompt of rows that have none. `prompt` is a template
     whose {question} is replaced by each question. `headers_only` reads the sizes of images and decodes none. Raises
-    InputError when `system` or `prompt` holds a special token.
+    InputError when `system` or `prompt` holds a special token, and for a chat template that can't be trained on.
     """
-    special, bad, grids = prompts.special_tokens(tokenizer), list(bad), {}
+    special, end, bad, grids = prompts.special_tokens(tokenizer), prompts.end_of_turn(tokenizer), list(bad), {}
     prompts.refuse_special_settings(system, prompt, special)
 
     def locate(row: Row) -> None:
@@ -142,7 +142,7 @@ def encode_rows(
         grids.update((image, _grid(image, sizes[image], settings)) for image in row.images)
         messages = prompts.fill_template(row.messages, prompt)
         prompts.refuse_special_tokens(messages, row.fields.get("options", []), special)
-        segments = prompts.render_segments(messages, tokenizer, system)
+        segments = prompts.render_segments(messages, tokenizer, system, end)
         if not segments[-1][1] or len({weight for _, weight in segments if weight}) > 1:
             raise ValueError("the last answer must be trained, and all trained answers must have the same weight")
         return segments

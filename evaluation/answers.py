@@ -13,6 +13,7 @@ from evaluation.normalization import accepted, is_right
 from evaluation.runner import Runner
 from evaluation.scores import question_types
 from inputs.holdout import relative_names
+from inputs.prompts import end_of_turn
 from model import TreeModel
 from modeling.attention import visible
 from trees import plan_evaluation
@@ -59,13 +60,18 @@ def answer_all(runner: Runner, data: VQAData, tokenizer, max_tokens: int, max_ne
 
 
 def answer_batch(model: TreeModel, batch: Batch, tokenizer, max_new_tokens: int) -> list[dict]:
-    """{"prediction", "confidence"} of every question of a `prompts_only` batch. An answer ends at any token at which
-    `model.generate` would end it."""
-    ends = model.base.generation_config.eos_token_id  # one, several or None
-    stop_tokens = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    answers = generate(model, batch, max_new_tokens, stop_tokens)
+    """{"prediction", "confidence"} of every question of a `prompts_only` batch."""
+    answers = generate(model, batch, max_new_tokens, set(stop_tokens(model.base, tokenizer)))
     texts = tokenizer.batch_decode([tokens for tokens, _ in answers])
     return [{"prediction": text, "confidence": probability} for text, (_, probability) in zip(texts, answers)]
+
+
+def stop_tokens(base: torch.nn.Module, tokenizer) -> list[int]:
+    """The tokens that end an answer: those at which `model.generate` ends it, the tokenizer's, and the template's."""
+    ends = base.generation_config.eos_token_id  # one, several or None
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = [*ends, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 @torch.no_grad()
@@ -150,5 +156,5 @@ def score_samples(model: TreeModel, batch: Batch) -> list[tuple[float, int, bool
 def with_answer(sample: Sample, answer: str, tokenizer) -> Sample:
     """The sample with another last answer, of which alone the loss is taken."""
     start = sample.last_answer
-    ids = np.array(tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"], np.int32)
+    ids = np.array(tokenizer(answer, add_special_tokens=False)["input_ids"] + [sample.ids[-1]], np.int32)
     return replace(sample, ids=np.concatenate([sample.ids[:start], ids]), trained=np.arange(start + len(ids)) >= start)

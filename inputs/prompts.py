@@ -44,9 +44,49 @@ def fill_template(messages: list[dict], template: str) -> list[dict]:
     return filled
 
 
-def render_segments(messages: list[dict], tokenizer, system: str) -> list[tuple[str, float]]:
+def end_of_turn(tokenizer) -> str:
+    """The special token by which the chat template ends an answer. It need not be the tokenizer's end-of-text token.
+
+    Raises InputError for a template that does not render pictures, or an answer right after its prompt and before a
+    special token: no row of it could be trained on.
+    """
+    name, question, answer = f"the tokenizer of {tokenizer.name_or_path}", "Question 1?", "Answer 1."
+    if not tokenizer.chat_template:
+        raise InputError(f"{name} has no chat template: use the Instruct model, or put its chat_template.jinja there")
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    try:
+        open_prompt = _render([asked], tokenizer)
+        prompt = _render([asked], tokenizer, add_generation_prompt=True)
+        full = _render([asked, answered], tokenizer)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+    ends = {full.find(token, len(prompt + answer)): token for token in special_tokens(tokenizer)}
+    ends.pop(-1, None)
+    checks = {
+        "leaves out the pictures or the text of a turn": question not in prompt or "<|image_pad|>" not in prompt,
+        "has no generation prompt": prompt == open_prompt,
+        f"puts other text between its prompt, which ends in {prompt[-30:]!r}, and an answer; models that think before "
+        "they answer are not supported": not full.startswith(prompt + answer),
+        "ends an answer without a special token": not ends,
+    }
+    for problem, is_wrong in checks.items():
+        if is_wrong:
+            raise InputError(f"{name} has a chat template that {problem}: use the Instruct model's tokenizer files")
+    return ends[min(ends)]
+
+
+def _render(messages: list[dict], tokenizer, **options) -> str:
+    """The chat template's text. Raises ValueError where the template, a program, fails."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:
+        raise ValueError(f"the chat template fails: {' '.join(str(error).split())}") from None
+
+
+def render_segments(messages: list[dict], tokenizer, system: str, end: str) -> list[tuple[str, float]]:
     """The chat template's text as (text, weight) segments: prompts have weight 0, answers, each with its end-of-turn
-    token, that of their message. `system` is the system prompt of conversations that have none.
+    token `end`, that of their message. `system` is the system prompt of conversations that have none.
 
     Raises ValueError if the template does not render a conversation as its prompt followed by its answer.
     """
@@ -56,12 +96,12 @@ def render_segments(messages: list[dict], tokenizer, system: str) -> list[tuple[
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        full = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        prompt = _render(messages[:number], tokenizer, add_generation_prompt=True)
+        full = _render(messages[: number + 1], tokenizer)
         # What the template puts after the end-of-turn token, a line break for Qwen, is not part of the answer.
-        end = full.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)
-        if not prompt.startswith(rendered) or not full.startswith(prompt) or end <= len(prompt):
+        stop = full.rfind(end) + len(end)
+        if not prompt.startswith(rendered) or not full.startswith(prompt) or stop <= len(prompt):
             raise ValueError("the chat template does not render a conversation as its prompt followed by its answer")
-        segments += [(prompt[len(rendered) :], 0.0), (full[len(prompt) : end], message["weight"])]
-        rendered = full[:end]
+        segments += [(prompt[len(rendered) :], 0.0), (full[len(prompt) : stop], message["weight"])]
+        rendered = full[:stop]
     return segments

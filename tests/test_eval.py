@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import eval as evaluation
 import train
-from common import InputError
+from common import InputError, printable
 from data import build_batch
 from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
@@ -390,13 +390,13 @@ def printed(capsys) -> tuple:
 
 
 def plainly(reference, inputs: dict) -> tuple[str, float]:
-    """Text and probability of transformers' own greedy generation."""
+    """Text, as a terminal gets it, and probability of transformers' own greedy generation."""
     del inputs["labels"]
     options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     out = reference.model.generate(**inputs, **options)
     text = reference.tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     probability = math.prod(step.softmax(-1).max().item() for step in out.logits)
-    return text, probability
+    return printable(text), probability
 
 
 @pytest.mark.parametrize(
