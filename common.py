@@ -26,9 +26,12 @@ def is_rank0() -> bool:
 
 
 def quote(value) -> str:
-    """A user's value for a message: as Python writes it, so in quotes and on one line, cut to SHOWN characters."""
-    text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 2]}…{text[-1]}"
+    """A user's value for a message: as Python writes it, so in quotes and on one line, cut to SHOWN characters.
+
+    It is cut in the middle: paths begin alike, and differ at the end."""
+    long = isinstance(value, str) and len(value) > 2 * SHOWN
+    text = repr(value[:SHOWN] + value[-SHOWN:] if long else value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 41]}…{text[-40:]}"
 
 
 def printable(text: str) -> str:

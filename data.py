@@ -17,9 +17,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import dist_utils
+from common import quote
 from inputs import prompts
 from inputs.images import ImageSettings, check_images, find_images, load_patches, vision_inputs
-from inputs.row_files import read_rows
+from inputs.row_files import distinct_names, read_rows
 from inputs.rows import BadRow, Row
 from inputs.vision_cache import VisionCache
 from trees import Assignment, tree_shape
@@ -36,12 +37,12 @@ class Sample:
     where: str  # file:line
     images: tuple[str, ...]  # paths, in the order of their image tokens
     ids: np.ndarray  # (n,) int32
-    trained: np.ndarray  # (n,) bool: tokens of answers, each with its end of turn
+    weights: np.ndarray  # (n,) float64: of each id in the loss; 0 for all but answers that are trained, with their end
+    last_answer: int  # index of the last answer's first id, where generation starts
     image_at: tuple[int, ...]  # index of each image token in ids
     image_tokens: tuple[int, ...]  # language-model tokens of each image
     patches: tuple[int, ...]  # vision patches of each image
     fields: dict  # question, answer, question_type, options
-    weight: float = 1.0  # of its answer tokens in the loss
     file: int = 0  # number of its file of rows
 
     @property
@@ -49,9 +50,15 @@ class Sample:
         return self.tokens_before(len(self.ids))
 
     @property
-    def last_answer(self) -> int:
-        """Index of the last answer's first id."""
-        return int(np.flatnonzero(~self.trained)[-1]) + 1
+    def trained(self) -> np.ndarray:
+        """(n,) bool: the ids that are trained."""
+        return self.weights > 0
+
+    @property
+    def before_answers(self) -> int:
+        """Number of ids before the first that is trained, or generated: answers that are not trained may be among
+        them."""
+        return min(int(self.trained.argmax()), self.last_answer)
 
     def tokens_before(self, index: int) -> int:
         """Language-model tokens of the ids before `index`."""
@@ -83,7 +90,7 @@ class VQAData:
         return replace(self.only(samples), files=self.files[first:end], bad=bad)
 
     def fingerprint(self, folder: str) -> str:
-        """Changes with any sample's tokens, images (by name below `folder` and grid), weight, file or place.
+        """Changes with any sample's tokens, images (by name below `folder` and grid), weights, file or place.
 
         Checkpoints hold it: a run whose fingerprint differs is not resumed.
         """
@@ -91,7 +98,10 @@ class VQAData:
         for sample in self.samples:
             digest.update(sample.ids.tobytes() + sample.trained.tobytes())
             images = [(os.path.relpath(image, folder), self.grids[image]) for image in sample.images]
-            digest.update(repr([sample.file, sample.weight, *images]).encode())
+            first, *others = dict.fromkeys(sample.weights[sample.trained].tolist())
+            digest.update(repr([sample.file, first, *images]).encode())
+            if others:  # not where a row has one weight, as all rows had when the first checkpoints were written
+                digest.update(sample.weights.tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -103,7 +113,7 @@ def load_data(
 ) -> VQAData:
     """Read files of rows and encode them (see `encode_rows`). Raises InputError when a file can't be read."""
     rows, bad = [], []
-    for number, (path, name) in enumerate(zip(files, _distinct_names(files))):
+    for number, (path, name) in enumerate(zip(files, distinct_names(files))):
         usable, unusable = read_rows(Path(path), name)
         for row in (*usable, *unusable):
             row.file = number
@@ -142,10 +152,7 @@ def encode_rows(
         grids.update((image, _grid(image, sizes[image], settings)) for image in row.images)
         messages = prompts.fill_template(row.messages, prompt)
         prompts.refuse_special_tokens(messages, row.fields.get("options", []), special)
-        segments = prompts.render_segments(messages, tokenizer, system, end)
-        if not segments[-1][1] or len({weight for _, weight in segments if weight}) > 1:
-            raise ValueError("the last answer must be trained, and all trained answers must have the same weight")
-        return segments
+        return prompts.render_segments(messages, tokenizer, system, end)
 
     located = [row for row, _ in _accept(rows, locate, bad)]
     sizes = check_images(sorted({image for row in located for image in row.images}), headers_only)
@@ -174,17 +181,6 @@ def _accept(rows: list[Row], function: Callable, bad: list[BadRow]) -> list[tupl
     return accepted
 
 
-def _distinct_names(paths: list[str]) -> list[str]:
-    """The shortest ends of the paths, in whole folder names, that still tell the paths apart."""
-    names = []
-    for path in paths:
-        parts = Path(path).parts
-        others, depths = {Path(other).parts for other in paths} - {parts}, range(1, len(parts))
-        depth = next((n for n in depths if all(other[-n:] != parts[-n:] for other in others)), len(parts))
-        names.append("/".join(parts[-depth:]))
-    return names
-
-
 def _grid(image: str, size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int]:
     """The patch grid of an image. Raises ValueError if `size` is an error instead, or if the image is too narrow."""
     try:
@@ -192,7 +188,7 @@ def _grid(image: str, size: tuple[int, int] | str, settings: ImageSettings) -> t
             raise ValueError(size)
         return settings.grid(*size)
     except ValueError as problem:
-        raise ValueError(f"image {image}: {problem}") from None
+        raise ValueError(f"image {quote(image)}: {problem}") from None
 
 
 def _token_ids(texts: set[str], tokenizer) -> dict[str, list[int]]:
@@ -203,16 +199,17 @@ def _token_ids(texts: set[str], tokenizer) -> dict[str, list[int]]:
 
 def _sample(row: Row, segments: list, token_ids: dict, image_token: int, grids: dict, merge_size: int) -> Sample:
     ids = np.concatenate([token_ids[text] for text, _ in segments]).astype(np.int32)
+    lengths = [len(token_ids[text]) for text, _ in segments]
     return Sample(
         id=str(row.fields["id"]),
         where=row.where,
         images=tuple(row.images),
         ids=ids,
-        trained=np.concatenate([np.full(len(token_ids[text]), weight > 0) for text, weight in segments]),
+        weights=np.repeat([weight for _, weight in segments], lengths),
+        last_answer=len(ids) - lengths[-1],
         image_at=tuple(np.flatnonzero(ids == image_token).tolist()),
         **_image_lengths(row.images, grids, merge_size),
         fields=row.fields,
-        weight=segments[-1][1],
         file=row.file,
     )
 
@@ -312,11 +309,11 @@ def _branch_fields(
     sample: Sample, branch: int, prefix: int, grids: dict, merge_size: int, prompts_only: bool
 ) -> dict[str, np.ndarray]:
     """A branch's part of the fields of `Batch`. Indices count from the part's first token."""
-    ids, trained, is_image = _expand(sample)
+    ids, weights, is_image = _expand(sample)
     start = 0 if branch == 1 else prefix  # the first branch brings the tree's prefix, so it is in the batch once
     end = sample.tokens_before(sample.last_answer) if prompts_only else len(ids)
     # A prompt's last token predicts the first generated one; what it is compared with there does not matter.
-    answers = np.array([end]) if prompts_only else np.flatnonzero(trained)
+    answers = np.array([end]) if prompts_only else np.flatnonzero(weights)
     return {
         "ids": ids[start:end],
         "positions": rotary_positions(sample, grids, merge_size)[:, start:end],
@@ -324,7 +321,7 @@ def _branch_fields(
         "image_at": np.flatnonzero(is_image[start:end]),
         "answer_at": answers - 1 - start,  # never negative: prefixes end before the token that predicts an answer
         "targets": ids[answers],
-        "weights": np.full(len(answers), sample.weight, np.float32),
+        "weights": weights[answers].astype(np.float32),
     }
 
 
@@ -342,12 +339,12 @@ def _padding_fields(length: int, pad_to: int) -> dict[str, np.ndarray]:
 
 
 def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids and whether each is trained or of an image, all (tokens,): image tokens repeated as images need."""
+    """Token ids, their weights and whether each is of an image, all (tokens,): image tokens repeated as images need."""
     repeats = np.ones(len(sample.ids), int)
     repeats[list(sample.image_at)] = sample.image_tokens
     is_image = np.isin(np.arange(len(sample.ids)), sample.image_at)
-    ids, trained, is_image = (np.repeat(values, repeats) for values in (sample.ids, sample.trained, is_image))
-    return ids.astype(np.int64), trained, is_image
+    ids, weights, is_image = (np.repeat(values, repeats) for values in (sample.ids, sample.weights, is_image))
+    return ids.astype(np.int64), weights, is_image
 
 
 def rotary_positions(sample: Sample, grids: dict[str, tuple[int, int]], merge_size: int) -> np.ndarray:

@@ -31,7 +31,8 @@ from evaluation.report import write_report
 from evaluation.runner import Runner
 from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, check_image, image_settings
-from inputs.row_files import read_rows, stop_or_skip_bad
+from inputs.refused import stop_or_skip_bad
+from inputs.row_files import read_rows
 from inputs.rows import parse_row
 from inputs.vision_cache import VisionCache
 from model import TreeModel, autocast, load_base, pick_dtype
@@ -264,7 +265,7 @@ def load_rows(
     data = load_data(sources.files, sources.images, tokenizer, settings, **limits, **sources.prompts)
     make_output(sources.output)
     usable = {sample.file for sample in data.samples}
-    stop_or_skip_bad(data.bad, sources.files, usable, args.skip_bad, sources.output)
+    stop_or_skip_bad(data.bad, sources.files, usable, args.skip_bad, sources.output, sources.images)
     if sources.held_out and not args.data:
         names = [relative_names(sample.images, sources.images) for sample in data.samples]
         data = data.only([data.samples[i] for i in split(names, sources.held_out)[1]])

@@ -52,7 +52,7 @@ class StepFacts:
     number: int  # over all epochs, from 0
     questions: int
     images: int  # trees
-    answer_weight: float  # divides the step's loss: the number of answer tokens, each times its row's weight
+    answer_weight: float  # divides the step's loss: the number of answer tokens, each times its weight
     tokens: int = 0  # of the language model; a prefix counts once
     flops: float = 0.0  # operations without recomputation; 0 where the model's are not known
 
@@ -89,7 +89,7 @@ def grow_tree(samples: list, indices: list[int]) -> Tree:
     """The tree of these samples, with the longest prefix that they can share."""
     chosen = [samples[i] for i in indices]
     # The token before an answer predicts the answer's first token, so it must stay in the branch.
-    shared = min(int(sample.trained.argmax()) for sample in chosen) - 1
+    shared = min(sample.before_answers for sample in chosen) - 1
     for sample in chosen[1:]:
         differs = chosen[0].ids[:shared] != sample.ids[:shared]
         shared = int(differs.argmax()) if differs.any() else shared
@@ -115,12 +115,12 @@ def tree_shape(samples: list, prefix_ids: int) -> TreeShape:
 
 def group_samples(samples: list, among: Iterable[int] | None = None) -> list[list[int]]:
     """Indices of samples that can share a tree, group by group: those with the same images, all of them before the
-    first answer, in the same rendering. `among` limits them to these indices."""
+    first answer that is trained, in the same rendering. `among` limits them to these indices."""
     groups = {}
     for index in range(len(samples)) if among is None else among:
         sample = samples[index]
         end = sample.image_at[-1] + 1 if sample.images else 0
-        can_share = sample.images and end < int(sample.trained.argmax())
+        can_share = sample.images and end < sample.before_answers
         key = (sample.images, sample.ids[:end].tobytes()) if can_share else index
         groups.setdefault(key, []).append(index)
     return list(groups.values())
@@ -346,7 +346,7 @@ class StepSampler(DistributedSampler):
     def _facts(self, step: Step, number: int) -> StepFacts:
         trees = trees_of(step)
         samples = [self.dataset[i] for tree in trees for i in tree.samples]
-        weight = sum(sample.weight * int(sample.trained.sum()) for sample in samples)
+        weight = sum(float(sample.weights.sum()) for sample in samples)
         tokens, flops = sum(tree.tokens for tree in trees), sum(map(self.tree_flops, trees))
         return StepFacts(self.epoch * len(self) + number, len(samples), len(trees), weight, tokens, flops)
 

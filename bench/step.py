@@ -120,10 +120,12 @@ def make_data(preset: Preset, questions: int, folder: Path) -> tuple[VQAData, Im
         ids = random.integers(10, 1000, 5 + preset.question_tokens).astype(np.int32)
         ids[:5] = [1, 2, 3, IMAGE_TOKEN, 4]
         ids[5] = 10 + number  # questions differ from their first token
-        trained = np.arange(len(ids)) >= len(ids) - preset.answer_tokens
+        answer = len(ids) - preset.answer_tokens
+        weights = np.repeat([0.0, 1.0], [answer, preset.answer_tokens])
         tokens = grid[0] * grid[1] // 4
+        image = {"image_at": (3,), "image_tokens": (tokens,), "patches": (4 * tokens,)}
         samples.append(
-            Sample(str(number), f"bench:{number}", (str(picture),), ids, trained, (3,), (tokens,), (4 * tokens,), {})
+            Sample(str(number), f"bench:{number}", (str(picture),), ids, weights, answer, **image, fields={})
         )
     return VQAData("bench", samples, {str(picture): grid}), settings
 

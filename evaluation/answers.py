@@ -157,4 +157,5 @@ def with_answer(sample: Sample, answer: str, tokenizer) -> Sample:
     """The sample with another last answer, of which alone the loss is taken."""
     start = sample.last_answer
     ids = np.array(tokenizer(answer, add_special_tokens=False)["input_ids"] + [sample.ids[-1]], np.int32)
-    return replace(sample, ids=np.concatenate([sample.ids[:start], ids]), trained=np.arange(start + len(ids)) >= start)
+    weights = np.repeat([0.0, 1.0], [start, len(ids)])
+    return replace(sample, ids=np.concatenate([sample.ids[:start], ids]), weights=weights)

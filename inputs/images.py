@@ -23,7 +23,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from common import InputError, replacing
+from common import InputError, quote, replacing
 
 MAX_IMAGE_PIXELS = 100_000_000
 IMAGE_EXTENSIONS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out
@@ -78,6 +78,14 @@ def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) 
 # --------------------------------------------------------------------------------------------------- finding, checking
 
 
+class MissingImage(ValueError):
+    """An image that a row names is not there."""
+
+    def __init__(self, name: str, folder: Path, is_folder: bool):
+        super().__init__(f"image {quote(name)} is {'a folder' if is_folder else 'missing'} in {folder}")
+        self.missing = name
+
+
 def find_images(names: list[str], folder: Path, allow_outside: bool) -> list[str]:
     """Paths of the images that a row names, from `folder`. A name may leave out its extension (see IMAGE_EXTENSIONS).
 
@@ -95,10 +103,11 @@ def _find_image(name: str, folder: Path, allow_outside: bool) -> str:
     if exists and not path.is_relative_to(root):  # the row may reach the folder through a link
         real, real_root = Path(os.path.realpath(path.parent), path.name), os.path.realpath(folder)
         path = root / real.relative_to(real_root) if real.is_relative_to(real_root) else path
-    if not allow_outside and not path.is_relative_to(root):
-        raise ValueError(f"image {name} lies outside {folder} (--allow-outside-images permits that)")
+    is_outside = not path.is_relative_to(root) and (exists or not os.path.isabs(name))
+    if is_outside and not allow_outside:
+        raise ValueError(f"image {quote(name)} lies outside {folder} (--allow-outside-images permits that)")
     if not exists:
-        raise ValueError(f"image {str(path)[:300]} is {'a folder' if os.path.isdir(path) else 'missing'}")
+        raise MissingImage(name, root, os.path.isdir(path))
     return str(path)
 
 

@@ -1,69 +1,64 @@
-"""Files of rows, JSON arrays or JSON lines: reading them whole, and telling which rows can't be used."""
+"""Files of rows, JSON arrays, JSON lines or tables, read whole: which rows can be used, and which can't."""
 
 import codecs
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from common import InputError
+from inputs.file_kinds import HEAD, refuse_object, refuse_other_kinds, refuse_spread
 from inputs.rows import BadRow, Row, parse_row
+from inputs.tables import is_table, table_values
 
-MAX_LISTED = 50  # bad rows listed on the console; bad_rows.jsonl has all of them
 EXCERPT = 80  # characters shown of what can't be read
 REST_UNREAD = "the rest of the file was not read"
 
 
 def read_rows(path: Path, shown_as: str = "") -> tuple[list[Row], list[BadRow]]:
-    """Usable and bad rows of a file that is a JSON array or JSON lines; `shown_as` replaces the file's name in places.
-    Raises InputError when the file can't be read."""
+    """Usable and bad rows of a file that is a JSON array, JSON lines or a table; `shown_as` replaces the file's name in
+    places. Raises InputError when the file can't be read, or is of another kind."""
     name = shown_as or path.name
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"rows {path}: {error.strerror}") from None
+    raw = _read_bytes(path)
     good, bad = [], []
-    for place, value, error in _json_values(raw.removeprefix(codecs.BOM_UTF8)):
+    for place, value, error in table_values(path, raw) if is_table(path, raw) else _json_values(path, raw):
         where = f"{name}:{place}"
         try:
             if error:
                 raise ValueError(error)
-            good.append(parse_row(where, value))
-        except ValueError as reason:
+            row = parse_row(where, value)
+        except (ValueError, RecursionError) as reason:
             bad.append(BadRow(where, str(reason), value))
+        else:
+            row.written = value
+            good.append(row)
     if not good and not bad:
         bad.append(BadRow(f"{name}:1", "no rows in the file"))
     return good, bad
 
 
-def stop_or_skip_bad(
-    bad: list[BadRow], files: list[str], usable: set[int], skip_bad: bool, output: Path | None
-) -> None:
-    """Write every bad row to output/bad_rows.jsonl. `usable` has the numbers of the files with usable rows.
-
-    Raises InputError that lists the bad rows unless `skip_bad` is set, and in any case for a file without usable rows.
-    """
-    file = output / "bad_rows.jsonl" if output else None
-    if file:
-        _write_bad_rows(file, bad, files)
-    if not bad:
-        return
-    listed = "".join(f"\n  {row.where}: {row.reason}" for row in bad[:MAX_LISTED])
-    if len(bad) > MAX_LISTED:
-        listed += f"\n  and {len(bad) - MAX_LISTED:,} more" + (f", see {file}" if file else "")
-    if empty := [path for number, path in enumerate(files) if number not in usable]:
-        raise InputError(f"{', '.join(empty)}: no usable row{listed}")
-    if not skip_bad:
-        raise InputError(f"{len(bad):,} rows can't be used (--skip-bad goes on without them):{listed}")
+def distinct_names(paths: list[str]) -> list[str]:
+    """The shortest ends of the paths, in whole folder names, that still tell the paths apart."""
+    names = []
+    for path in paths:
+        parts = Path(path).parts
+        others, depths = {Path(other).parts for other in paths} - {parts}, range(1, len(parts))
+        depth = next((n for n in depths if all(other[-n:] != parts[-n:] for other in others)), len(parts))
+        names.append("/".join(parts[-depth:]))
+    return names
 
 
-def _write_bad_rows(file: Path, bad: list[BadRow], files: list[str]) -> None:
-    if not bad:
-        file.unlink(missing_ok=True)  # an earlier start may have written it, before the rows were corrected
-        return
-    with open(file, "w", encoding="utf-8", errors="backslashreplace") as out:
-        for row in bad:
-            line = {"file": files[row.file], "where": row.where, "reason": row.reason, "row": row.row}
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _read_bytes(path: Path) -> bytes:
+    """The file's content without a byte order mark. Its beginning tells its kind, so no large file is read in vain."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name the file of rows in it")
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+            refuse_other_kinds(path, head)
+            return (head + file.read()).removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise InputError(f"rows {path}: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -78,20 +73,48 @@ LENIENT = json.JSONDecoder(strict=False)
 SEPARATOR = re.compile(r"\s*(,?)\s*")
 
 
-def _json_values(raw: bytes):
+def _json_values(path: Path, raw: bytes):
     """Yield (place, value, None) for each row, or (place, text, error) where it is not JSON. A place is a line and, in
     an array, the number of a row that does not begin its line."""
     if _is_array(raw):
         yield from _array_values(raw)
         return
+    _refuse_other_objects(path, raw)
     for number, line in enumerate(raw.split(b"\n"), start=1):
         if line.strip():
             try:
                 yield str(number), STRICT.decode(line.decode()), None
             except json.JSONDecodeError as error:
-                yield str(number), line.decode(), f"not valid JSON: {error.msg} at column {error.colno}"
+                yield (
+                    str(number),
+                    line.decode(),
+                    _problem(line.decode(), f"not valid JSON: {error.msg} at column {error.colno}"),
+                )
             except (ValueError, RecursionError) as error:
                 yield str(number), line.decode(errors="replace"), f"not valid JSON: {error}"
+
+
+def _refuse_other_objects(path: Path, raw: bytes) -> None:
+    """Raise InputError where the file is one object with the rows inside, or objects over several lines."""
+    first, _, rest = raw.strip().partition(b"\n")
+    value, is_spread = None, False
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        with suppress(ValueError, RecursionError):
+            text = raw.decode().strip()
+            value, end = json.JSONDecoder().raw_decode(text)
+            is_spread, rest = "\n" in text[:end], text[end:]
+    if isinstance(value, dict) and not rest:
+        refuse_object(path, value)
+    if is_spread:
+        refuse_spread(path)
+
+
+def _problem(text: str, error: str) -> str:
+    """Why a text that begins so is not JSON."""
+    is_python = text.lstrip().startswith("{'")
+    return "not JSON but as Python prints it, in single quotes: write it with json.dumps" if is_python else error
 
 
 def _is_array(raw: bytes) -> bool:
@@ -141,7 +164,7 @@ def _decode_value(text: str, start: int) -> tuple[object, str | None, int]:
         value, end = STRICT.raw_decode(text, start)
         return value, None, end
     except (ValueError, RecursionError) as error:
-        problem = f"not valid JSON: {error}"
+        problem = _problem(text[start : start + EXCERPT], f"not valid JSON: {error}")
     try:  # the end of some refused values, such as NaN, can still be found, and reading goes on from there
         end = LENIENT.raw_decode(text, start)[1]
         return text[start:end], problem, end

@@ -28,9 +28,10 @@ class Row:
     images: list[str]  # as the row names them, in the order of the image parts of `messages`
     fields: dict  # id, question, answer; question_type and options where the row has them
     file: int = 0  # number of its file
+    written: object = None  # the row as its file has it
 
     def refused(self, reason: ValueError | str) -> "BadRow":
-        return BadRow(self.where, str(reason), self.fields, self.file)
+        return BadRow(self.where, str(reason), self.written, self.file, getattr(reason, "missing", ""))
 
 
 @dataclass
@@ -39,6 +40,7 @@ class BadRow:
     reason: str
     row: object = None  # the parsed row, or its text where it is not JSON
     file: int = 0
+    missing: str = ""  # the image that it names and that is not there
 
     def place(self) -> tuple[int, list[int]]:
         """A sort key: the order of files, and of rows in each."""
@@ -80,7 +82,9 @@ def _conversation(row: dict) -> tuple[list[dict], list[str]]:
         listed = _images_of(row, FLAT_IMAGE_KEYS)
         messages = _from_flat(row, len(listed))
     else:
-        raise ValueError(f"no question, conversations or messages field among: {', '.join(row) or 'no fields at all'}")
+        raise ValueError(
+            f"no question, conversations or messages field among: {quote(', '.join(row)) if row else 'none'}"
+        )
     # An image part names its image or takes the next one of the row's own list.
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     names = [part.pop("image", None) for part in parts]
@@ -108,7 +112,7 @@ def _from_llava(row: dict) -> list[dict]:
     for turn in _list_of_dicts(row["conversations"], "conversations"):
         role = LLAVA_ROLES.get(str(turn.get("from")))
         if role is None or not isinstance(turn.get("value"), str):
-            raise ValueError(f"a turn needs `from` (human, gpt or system) and a text `value`, found {turn}")
+            raise ValueError(f"a turn needs `from` (human, gpt or system) and a text `value`, found {quote(turn)}")
         messages.append(_message(role, turn["value"]) | {"weight": _weight_of(turn, role)})
     return messages
 
@@ -118,7 +122,7 @@ def _from_messages(row: dict) -> list[dict]:
     for message in _list_of_dicts(row["messages"], "messages"):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise ValueError(f"unknown role {role!r}; known: {', '.join(ROLES)}")
+            raise ValueError(f"unknown role {quote(role)}; known: {', '.join(ROLES)}")
         is_text = isinstance(content, str)
         spoken = _message(role, content) if is_text else {"role": role, "content": _typed_parts(role, content)}
         messages.append(spoken | {"weight": _weight_of(message, role)})
@@ -133,7 +137,7 @@ def _typed_parts(role: str, content) -> list[dict]:
         elif part.get("type") == "image" and isinstance(part.get("image"), str | None):
             parts.append({"type": "image", "image": part.get("image")})
         else:
-            raise ValueError(f"a content part must be of type text or image, found {part}")
+            raise ValueError(f"a content part must be of type text or image, found {quote(part)}")
     return parts
 
 
@@ -154,7 +158,7 @@ def _images_of(row: dict, keys: tuple[str, ...]) -> list[str]:
     value = next((row[key] for key in keys if row.get(key) not in (None, [])), [])
     images = value if isinstance(value, list) else [value]
     if not all(isinstance(image, str) and image for image in images):
-        raise ValueError(f"an image must be a file name, found {value!r}")
+        raise ValueError(f"an image must be a file name, found {quote(value)}")
     return images
 
 
@@ -169,7 +173,8 @@ def _check_turns(messages: list[dict]) -> None:
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError(f"turns must alternate user, assistant and end with an answer, found: {', '.join(roles)}")
+        found = quote(", ".join(roles))
+        raise ValueError(f"turns must alternate user, assistant and end with an answer, found: {found}")
     for message in messages:
         if message["role"] != "user" and any(part["type"] == "image" for part in message["content"]):
             raise ValueError(f"only a question can hold an image, found one in a turn of role {message['role']}")

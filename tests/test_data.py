@@ -15,10 +15,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import data as data_file
 from common import InputError
-from data import TreeDataset, VQAData, load_data
+from data import Sample, TreeDataset, VQAData, load_data
 from inputs.images import image_settings
-from inputs.row_files import MAX_LISTED, stop_or_skip_bad
-from training.description import describe_sample
+from inputs.refused import stop_or_skip_bad
+from training.description import describe_data, describe_sample
 from training.settings import parse_settings
 from trees import Assignment, PlanSettings, grow_tree, make_plan, rank_efficiency
 
@@ -147,6 +147,46 @@ def test_the_fingerprint_changes_with_the_picture_s_folder_and_not_with_that_of_
     assert fingerprint("one", "a.png") == fingerprint("two", "a.png") != fingerprint("one", "b/a.png")
 
 
+def test_the_fingerprint_has_weights_and_is_that_of_the_first_checkpoints_where_a_row_has_one():
+    ids, fields = np.arange(6, dtype=np.int32), {}
+
+    def fingerprint(*weights) -> str:
+        first = Sample("a", "r:1", ("/p/a.png",), ids, np.array([0, 0, 0, 0, 0.1, 0.1]), 4, (1,), (4,), (16,), fields)
+        second = Sample("b", "r:2", (), ids, np.array(weights), 4, (), (), (), fields, file=1)
+        return VQAData(["x"], [first, second], {"/p/a.png": (4, 4)}).fingerprint("/p")
+
+    assert fingerprint(0, 0, 1.0, 0, 1.0, 1.0) == "d98cc212be4c6b81"  # of version 00dba3a
+    others = [(0, 0, 1.0, 0, 0.5, 0.5), (0, 0, 0.5, 0, 1.0, 1.0), (0, 0, 1.0, 0, 0.5, 1.0), (0, 0, 0, 0, 1.0, 1.0)]
+    others += [(0, 0, 0.5, 0, 0.5, 0.5), (0, 0, 1.0, 0, 0, 0)]
+    assert len({"d98cc212be4c6b81", *(fingerprint(*weights) for weights in others)}) == len(others) + 1
+
+
+def test_a_turn_s_weight_is_that_of_its_tokens_and_0_trains_none(load, tokenizer, capsys):
+    turns = FORMATS["messages, system and turns"][0]
+    weights = [{"weight": weight} for weight in (0.5, 3)]
+    rows = [chat_with(turns, *weights), chat_with(turns, {"loss": False}, {}), chat_with(turns, {}, {"loss": False})]
+    data = load([*rows, flat(image="a.png", weight=0.25), flat(image="a.png")])
+    texts = [
+        {w: tokenizer.decode(s.ids[s.weights == w].tolist()) for w in set(s.weights) - {0}} for s in data.samples[:3]
+    ]
+    assert texts == [{0.5: "red<|im_end|>", 3.0: "white<|im_end|>"}, {1.0: "white<|im_end|>"}, {1.0: "red<|im_end|>"}]
+    for sample in data.samples[:3]:  # generated and compared all the same
+        assert tokenizer.decode(sample.ids[sample.last_answer :].tolist()) == "white<|im_end|>"
+        assert sample.fields["answer"] == "white"
+    assert "red<|im_end|>\n" in describe_sample(data.samples[1], tokenizer).replace("⟦white<|im_end|>⟧", "")
+    assert describe_sample(data.samples[2], tokenizer).endswith("assistant\nwhite<|im_end|>")
+    describe_data(data, None, make_plan(data.samples, PlanSettings(9, 0, 9999, 0), 0), tokenizer)
+    told = capsys.readouterr().out
+    assert "rows whose `weight` is not 1: 2; the loss counts their answers by it" in told
+    assert "rows whose last answer is not trained: 1, rows.jsonl:3" in told
+
+
+def chat_with(row: dict, *fields: dict) -> dict:
+    """The row with these fields in its answers."""
+    fields = iter(fields)
+    return row | {"messages": [m | (next(fields) if m["role"] == "assistant" else {}) for m in row["messages"]]}
+
+
 def test_a_picture_that_is_damaged_after_the_check_is_named(load, world, settings, tmp_path):
     random = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
     Image.fromarray(random).save(tmp_path / "a.png")
@@ -184,8 +224,8 @@ def test_an_over_long_sample_is_named_with_its_length_and_the_remedy(load):
 # ------------------------------------------------------------------------------------------------------------- bad rows
 
 
-def stop(data: VQAData, skip_bad: bool, output: Path) -> None:
-    stop_or_skip_bad(data.bad, data.files, {sample.file for sample in data.samples}, skip_bad, output)
+def stop(data: VQAData, skip_bad: bool, output: Path, images: str = "") -> None:
+    stop_or_skip_bad(data.bad, data.files, {sample.file for sample in data.samples}, skip_bad, output, images)
 
 
 def bad_lines() -> list[str]:
@@ -209,8 +249,8 @@ def test_bad_rows_and_images_are_reported_together_in_the_order_of_the_file(load
         stop(data, False, tmp_path)
     message = str(caught.value).split("\n  ")
     assert f"{len(data.bad)} rows can't be used" in message[0] and "--skip-bad" in message[0]
-    assert message[1:51] == [f"{bad_row.where}: {bad_row.reason}" for bad_row in data.bad[:MAX_LISTED]]
-    assert message[51:] == [f"and {len(data.bad) - MAX_LISTED} more, see {tmp_path / 'bad_rows.jsonl'}"]
+    assert message[1] == f"{data.bad[0].where}: {data.bad[0].reason}"
+    assert message[-1] == f"all of them: {tmp_path / 'bad_rows.jsonl'}"
 
 
 def test_bad_rows_jsonl_holds_all_of_them_and_good_ones_survive_skip_bad(load, tmp_path):

@@ -8,6 +8,7 @@ import tiny
 import torch
 from PIL import Image
 from steps import assert_exact, run_step, whole
+from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as model_file
@@ -55,6 +56,49 @@ def test_rows_with_weights_count_that_much_in_loss_and_gradients(tmp_path):
     expected = tiny.Reference(world, tiny.lora_model(world), tmp_path / "adapter").loss_and_gradients(rows)
     trees = whole(tiny.load_world(world)[0].samples)
     assert_exact(run_step(world, [trees[::2], trees[1::2]]), expected)
+
+
+def weighted_turns() -> list[dict]:
+    """Rows whose turns have weights: an answer that is not trained is part of what rows share, and so is an image after
+    it, but not where it is the last, which generation begins with."""
+    first, answer = tiny.turn("user", "Is this sharp?", 1), tiny.turn("assistant", "yes, it is")
+    rows = []
+    for number in range(6):
+        second = [
+            tiny.turn("user", f"What is in part {number}?", number % 2),
+            tiny.turn("assistant", f"finding {number}"),
+        ]
+        weights = (0, 1) if number < 4 else (0.25, 3.5)
+        turns = [first, answer | {"weight": weights[0]}, second[0], second[1] | {"weight": weights[1]}]
+        rows.append({"messages": turns, "images": ["a.png", "b.png"][: 1 + number % 2], "weight": (1, 0.5)[number % 2]})
+    rows += [{"messages": [first, answer | {"weight": 2.5}, tiny.turn("user", "And now?"), answer | {"weight": 0}],
+              "images": ["a.png"]}]  # fmt: skip
+    return rows + [tiny.single("a.png", f"How many polyps are in part {i}?", f"{i}") for i in range(3)]
+
+
+def test_turns_with_weights_count_that_much_in_loss_and_gradients(tmp_path):
+    rows = weighted_turns()
+    world = tiny.write_world(tmp_path / "world", rows)
+    expected = tiny.Reference(world, tiny.lora_model(world), tmp_path / "adapter").loss_and_gradients(rows)
+    samples = tiny.load_world(world)[0].samples
+    trees, ones = whole(samples), [grow_tree(samples, [index]) for index in range(len(samples))]
+    assert sorted(len(tree.samples) for tree in trees) == [1, 2, 7]
+    assert_exact(run_step(world, [trees[:1], trees[1:]]), expected)
+    assert_exact(run_step(world, [ones]), expected)
+
+
+def test_rows_share_what_comes_before_their_first_trained_or_last_answer(tmp_path):
+    samples = tiny.load_world(tiny.write_world(tmp_path / "world", weighted_turns()))[0].samples
+    decode = AutoTokenizer.from_pretrained(tmp_path / "world" / "model").decode
+    tree = grow_tree(samples, [0, 2])
+    assert decode(samples[0].ids[: tree.prefix_ids]).endswith(
+        "assistant\nyes, it is<|im_end|>\n<|im_start|>user\nWhat is in part "
+    )
+    two_pictures = grow_tree(samples, [1, 3])
+    assert decode(samples[1].ids[: two_pictures.prefix_ids]).count("<|image_pad|>") == 2
+    trained_first, not_trained_last = grow_tree(samples, [0, 4]), grow_tree(samples, [6])
+    assert decode(samples[0].ids[: trained_first.prefix_ids]).endswith("sharp?<|im_end|>\n<|im_start|>assistant")
+    assert not_trained_last.prefix_ids == trained_first.prefix_ids < samples[6].last_answer
 
 
 def test_a_picture_is_encoded_once_for_all_its_questions(world):

@@ -17,8 +17,8 @@ def make_samples(images: int, questions: int) -> list[Sample]:
     samples = []
     for number in range(images * questions):
         ids = np.array([1, 5, 2, 10 + number, 3, 4], dtype=np.int32)
-        trained, image = np.array([False] * 4 + [True] * 2), f"{number // questions}.png"
-        samples.append(Sample(f"{number}", f"rows:{number}", (image,), ids, trained, (1,), (16,), (64,), {}))
+        weights, image = np.array([0.0] * 4 + [1.0] * 2), f"{number // questions}.png"
+        samples.append(Sample(f"{number}", f"rows:{number}", (image,), ids, weights, 4, (1,), (16,), (64,), {}))
     return samples
 
 

@@ -156,8 +156,9 @@ class Reference:
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder / "model")
         self.folder = folder
 
-    def inputs(self, row: dict, answered: bool = True) -> dict:
-        """Model inputs and labels of a row, tokenized piece by piece from the chat template's text."""
+    def inputs(self, row: dict, answered: bool = True, only: int | None = None) -> dict:
+        """Model inputs and labels of a row, tokenized piece by piece from the chat template's text. `only`: the message
+        that alone has labels."""
         if "messages" in row:
             messages, names = row["messages"], row["images"]
         else:
@@ -170,14 +171,14 @@ class Reference:
         vision = self.processor(pictures, return_tensors="pt") if names else {}
         counts = iter((vision["image_grid_thw"].prod(-1) // 4).tolist() if names else [])
         ids, labels = [], []
-        for message in messages:
+        for number, message in enumerate(messages):
             text = "".join("<|vision_start|><|image_pad|><|vision_end|>" if part["type"] == "image" else part["text"]
                            for part in message["content"])  # fmt: skip
             head = self.encode(f"<|im_start|>{message['role']}\n")
             body = self.encode(text + "<|im_end|>")
             pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
             body = [token for t in body for token in [t] * (next(counts) if t == pad else 1)]
-            spoken = message["role"] == "assistant"
+            spoken = message["role"] == "assistant" and only in (None, number)
             ids += head + body + self.encode("\n")
             labels += [-100] * len(head) + (body if spoken else [-100] * len(body)) + [-100]
         if not answered:
@@ -191,9 +192,15 @@ class Reference:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def loss_and_gradients(self, rows: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
-        """Mean of all answer tokens' cross-entropy, weighted by rows, and its gradient by parameter name."""
-        all_inputs = [self.inputs(row) for row in rows]
-        weights = [row.get("weight", 1) * int((i["labels"] != -100).sum()) for row, i in zip(rows, all_inputs)]
+        """Mean of all answer tokens' cross-entropy, weighted by rows and turns, and its gradient by parameter name."""
+        all_inputs, weights = [], []
+        for row in rows:
+            turns = [(n, turn["weight"]) for n, turn in enumerate(row.get("messages", [])) if "weight" in turn]
+            for only, weight in turns or [(None, 1)]:
+                inputs = self.inputs(row, only=only)
+                if weight:
+                    all_inputs.append(inputs)
+                    weights.append(row.get("weight", 1) * weight * int((inputs["labels"] != -100).sum()))
         total = 0.0
         self.model.zero_grad()
         for inputs, weight in zip(all_inputs, weights):

@@ -22,7 +22,7 @@ def describe_data(train: VQAData, val: VQAData | None, plan: list[Step], tokeniz
             print0(f"{name}: {sizes}, {len(data.bad):,} rows left out")
     for warning in data_warnings(train, val):
         print0(f"warning: {warning}")
-    if weighted := sum(sample.weight != 1 for sample in train.samples):
+    if weighted := sum(bool((sample.weights[sample.trained] != 1).any()) for sample in train.samples):
         print0(f"rows whose `weight` is not 1: {weighted:,}; the loss counts their answers by it")
     groups = [len(group) for group in group_samples(train.samples)]
     print0(f"questions per image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
@@ -55,8 +55,10 @@ def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
 
 
 def _row_warnings(data: VQAData) -> list[str]:
-    """Warnings of rows that repeat or contradict an earlier one, and of very long answers."""
+    """Warnings of rows that repeat or contradict an earlier one, of very long answers, and of last answers that are not
+    trained but evaluated all the same."""
     answers_by_prompt, repeats, contradictions, long = {}, [], [], []
+    untrained = [sample.where for sample in data.samples if not sample.weights[-1]]
     for sample in data.samples:
         prompt = sample.ids[: sample.last_answer].tobytes()
         answer, earlier = sample.fields["answer"], answers_by_prompt.setdefault((sample.images, prompt), {})
@@ -73,6 +75,7 @@ def _row_warnings(data: VQAData) -> list[str]:
         "rows that repeat another in images, question and answer": repeats,
         "rows that contradict another of the same images and question": contradictions,
         f"rows of over {LONG_ANSWER} answer tokens": long,
+        "rows whose last answer is not trained": untrained,
     }
     return [f"{kind}: {len(rows):,}, {rows[0]}" for kind, rows in kinds.items() if rows]
 

@@ -18,7 +18,7 @@ from data import VQAData, load_data
 from dist_utils import Ranks, print0
 from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
-from inputs.row_files import stop_or_skip_bad
+from inputs.refused import stop_or_skip_bad
 from inputs.vision_cache import SPARE, cache_at
 from modeling.loading import fingerprint, resolve_model
 from modeling.lora import lora_differences
@@ -84,7 +84,7 @@ def load_rows(args: argparse.Namespace, tokenizer, images, output: Path | None) 
     files = [*args.train, args.val] if args.val else args.train
     options = {"system": args.system, "prompt": args.prompt, "allow_outside_images": args.allow_outside_images}
     data = load_data(files, args.images, tokenizer, images, args.max_tokens, headers_only=args.plan, **options)
-    stop_or_skip_bad(data.bad, files, {sample.file for sample in data.samples}, args.skip_bad, output)
+    stop_or_skip_bad(data.bad, files, {sample.file for sample in data.samples}, args.skip_bad, output, args.images)
     count = len(args.train)
     train, val = data.of_files(0, count), data.of_files(count, count + 1) if args.val else None
     if args.val_fraction:

@@ -98,7 +98,7 @@ def test_rows_with_weights_of_their_own_are_reported(bare, capsys):
 
 def test_rows_that_can_t_be_used_are_reported_as_by_a_run(bare):
     (bare / "images" / "b.png").unlink()
-    with pytest.raises(InputError, match=r"rows can't be used(.|\n)*b.png is missing"):
+    with pytest.raises(InputError, match=r"rows can't be used(.|\n)*b.png' is missing"):
         train.main([*arguments(bare, ""), "--plan"])
 
 
