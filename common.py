@@ -1,15 +1,23 @@
-"""What all rooms share: the error for users, their own values in messages, which process speaks, and writing a file or
-a folder whole or not at all."""
+"""What all rooms share: the error for users, their own values in messages, which process speaks, writing a file or a
+folder whole or not at all, and locks."""
 
+import errno
+import fcntl
 import os
 import re
 import shutil
+import socket
 import stat
+import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, TextIO
 from uuid import uuid4
 
+from safetensors import SafetensorError
+
 PARTIAL = ".onelook-"  # prefix of the name of a file or a folder that is being written or replaced
+WRITE_ERRORS = OSError, SafetensorError  # that a write raises which a disk does not take; safetensors has its own
 SHOWN = 100  # characters of a user's value in a message
 # Control characters apart from tab and line feed, and those that reverse the order of the text after them: a terminal
 # obeys them.
@@ -88,5 +96,80 @@ def flush_to_disk(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if there is one."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove a file, a link (not what it leads to) or a folder, if there is one."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(place: str):
+    """Report a write that fails as InputError "PLACE: reason": for files without which a command can't go on."""
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        raise InputError(f"{place}: {error}") from None
+
+
+def is_text(path: Path | str) -> bool:
+    """Whether a path can be written into files and messages: names on a disk may hold bytes that are not UTF-8."""
+    return not any(0xD800 <= ord(character) < 0xE000 for character in str(path))  # as which Python reads such bytes
+
+
+# --------------------------------------------------------------------------------------------------------------- locks
+
+
+_locks: dict[Path, TextIO] = {}  # of the folders that this process writes to: a lock lasts as long as its file is open
+
+
+def lock_folder(folder: Path, flag: str) -> TextIO:
+    """Make a folder for what a command writes, and lock it for this process: the kernel frees it however it ends.
+
+    Returns the file `lock`. Raises InputError when another process has locked it, or when it can't be written.
+    """
+    if not is_text(folder.resolve()):
+        raise InputError(f"{flag}: the path {ascii(str(folder.resolve()))} holds bytes that are not UTF-8")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{flag}: {folder} is a file, name a folder")
+    with writing(f"{flag}: can't write to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{PARTIAL}probe", "")  # the lock may be writable in a folder that is not
+        remove(folder / f"{PARTIAL}probe")
+        path = folder.resolve()
+        if path not in _locks or is_gone(path):  # a file's lock is lost when this process closes another handle of it
+            _locks[path] = open_locked(path / "lock", f"{flag} {folder}")
+        return _locks[path]
+
+
+def is_gone(folder: Path) -> bool:
+    """Whether a folder was removed, emptied, moved or unmounted since `lock_folder`. It also counts as gone when its
+    lock alone was removed, as another process may be writing to it."""
+    return not is_same_file(folder / "lock", _locks[folder])
+
+
+def open_locked(path: Path, subject: str) -> TextIO:
+    """A file, open and locked. Raises InputError "SUBJECT is in use by ..." when another process has locked it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # a link could lead to anything
+    file = open(descriptor, "r+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf, as flock is local to a machine on some NFS
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise InputError(f"{subject} is in use by {file.readline(200).strip() or 'another process'}") from None
+    except OSError as error:  # a file system without locks
+        print(f"warning: {path} can't be locked ({error}): let nothing else write to this folder", file=sys.stderr)
+    return file
+
+
+def sign(lock: TextIO, more: str = "") -> None:
+    """Write into a lock file who holds it, for those whom it keeps out; the lock itself is the kernel's."""
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{more}")
+    lock.flush()
+
+
+def is_same_file(path: Path, file: IO) -> bool:
+    """Whether a path still leads to an open file: not once the file was removed, moved or unmounted."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except OSError as error:  # a network's other faults may pass
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)

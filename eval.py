@@ -22,7 +22,7 @@ import torch
 from transformers import AutoTokenizer
 
 import dist_utils
-from common import InputError, write_whole
+from common import InputError, lock_folder, sign, write_whole, writing
 from data import TreeDataset, VQAData, encode_rows, load_data, padding
 from dist_utils import Ranks, Stop, print0
 from evaluation import scores
@@ -205,9 +205,10 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
     # Results.
     if ranks.is_main:
-        write_results(args, sources, facts, data, predictions)
-        for partial in folders.values():
-            shutil.rmtree(partial)
+        with writing(f"--output: can't write to {sources.output}, the same command writes the results anew"):
+            write_results(args, sources, facts, data, predictions)
+            for partial in folders.values():
+                shutil.rmtree(partial)
     dist_utils.leave()
     return 0
 
@@ -285,13 +286,13 @@ def closed_options(sources: Sources, at_most: int) -> dict[str, list[str]]:
 
 
 def make_output(output: Path) -> None:
-    """Raises InputError where no folder can be made, or where the folder is a training run's."""
+    """Make and lock the folder for results. Raises InputError where it can't be written, where another evaluation is
+    using it, or where it is a training run's."""
     if (output / "settings.toml").exists():
         raise InputError(f"--output: {output} is the folder of a training run")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output: can't make {output}: {error}") from None
+    lock = lock_folder(output, "--output")
+    with writing(f"--output: can't write to {output}"):
+        sign(lock)
 
 
 def identify(

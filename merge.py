@@ -7,8 +7,11 @@ model is loaded from it, and its logits on rows of the run are compared with the
 """
 
 import argparse
+import os
+import re
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import dist_utils
-from common import PARTIAL, InputError, remove, replacing
+from common import PARTIAL, InputError, open_locked, remove, replacing, sign, writing
 from data import VQAData, build_batch, encode_rows, padding
 from dist_utils import print0
 from inputs.images import ImageSettings
@@ -40,7 +43,12 @@ def main(argv: list[str], _stop=None) -> int:
     # Settings: what to merge, and where to.
     args = parse(argv)
     ckpt, out = pick_checkpoint(Path(args.ckpt)), Path(args.out)
-    check_output(out)
+    with reserving(out):
+        return merge(args, ckpt, out)
+
+
+def merge(args: argparse.Namespace, ckpt: Path, out: Path) -> int:
+    """Write the merged model. Returns the exit code 0; raises InputError for what can't be merged."""
     run = read_state(ckpt)["settings"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = resolve_model(args.model or run["model"])
@@ -65,7 +73,7 @@ def main(argv: list[str], _stop=None) -> int:
         raise InputError(f"{rows}: the adapter changes no logits on these rows, name others by --rows and --images")
 
     # The merged model gets its name once its logits have been compared.
-    with replacing(out) as partial:
+    with writing(f"--out: {out} was not written"), replacing(out) as partial:
         write_merged(folder, ckpt, dtype, device, partial)
         merged = answer_logits(TreeModel(load_base(str(partial), dtype, device), settings), data, device, dtype)
         apart = ((merged - tuned).norm() / (tuned - base).norm()).item()
@@ -78,17 +86,27 @@ def main(argv: list[str], _stop=None) -> int:
     return 0
 
 
-def check_output(out: Path) -> None:
-    """Raises InputError where the folder exists, or can't be made: minutes before it is needed."""
-    if out.exists():
+@contextmanager
+def reserving(out: Path):
+    """Keep the new folder's name for this process. Raises InputError where it exists, another merge has it, or no
+    folder can be made there: minutes before it is needed."""
+    if os.path.lexists(out):
         raise InputError(f"--out: {out} exists already")
-    try:
-        out.mkdir(parents=True)
+    place, made_here = out.with_name(f"{PARTIAL}lock-{out.name}"), re.compile(f"{PARTIAL}[0-9a-f]{{8}}-(.*)", re.DOTALL)
+    with writing(f"--out: can't write to {out.parent}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = open_locked(place, f"--out {out}")
+        sign(lock)
+        out.mkdir()
         out.rmdir()
-    except OSError as error:
-        raise InputError(f"--out: can't write to {out.parent}: {error}") from None
-    for leftover in out.parent.glob(f"{PARTIAL}*-{out.name}"):  # of a merge that was killed: the size of a model
-        remove(leftover)
+        for leftover in out.parent.glob(f"{PARTIAL}*"):  # of a merge that was killed: the size of a model
+            if (match := made_here.fullmatch(leftover.name)) and match[1] == out.name:
+                remove(leftover)
+    with lock:
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
 
 
 def weights_dtype(folder: str) -> torch.dtype:

@@ -26,6 +26,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import dist_utils
+from common import is_gone
 from data import Batch, TreeDataset, make_loader, next_batches, padding
 from demo import endoscopy
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
@@ -200,6 +201,8 @@ def fit(run: Run, progress: Progress) -> dict | None:
         # Log.
         is_logged = progress.step == steps or progress.step % args.log_every == 0
         metrics.step(progress, facts, loss, grad_norm, lr, waited, is_logged)
+        if is_logged:
+            stop_if_output_is_gone(run)
 
         # Evaluate and save.
         with metrics.paused():
@@ -317,12 +320,23 @@ def save(run: Run, progress: Progress) -> None:
     """Write a checkpoint on rank 0. After FAILED_SAVES_IN_A_ROW failures the run is asked to stop."""
     if not run.ranks.is_main:
         return
-    saved = checkpoints.save_checkpoint(run.output, run.model, checkpoint_state(run, progress), run.args.keep)
+    is_there = not stop_if_output_is_gone(run)
+    saved = is_there and checkpoints.save_checkpoint(
+        run.output, run.model, checkpoint_state(run, progress), run.args.keep
+    )
     progress.failed_saves = 0 if saved else progress.failed_saves + 1
     if progress.failed_saves == FAILED_SAVES_IN_A_ROW:
         run.stop.reason = f"{progress.failed_saves} checkpoints in a row could not be saved"
     run.metrics.status("running", progress)
     run.metrics.draw()
+
+
+def stop_if_output_is_gone(run: Run) -> bool:
+    """Ask the run to stop where its folder is gone. It is not made again: what it held would be lost all the same."""
+    gone = run.ranks.is_main and is_gone(run.output)
+    if gone:
+        run.stop.reason = f"{run.output} was removed, emptied, moved or unmounted"
+    return gone
 
 
 def checkpoint_state(run: Run, progress: Progress) -> dict:
@@ -371,7 +385,8 @@ def conclude(run: Run, progress: Progress) -> int:
     reason, output, steps = run.stop.agreed(), run.output, run.prepared.steps
     if dist_utils.from_rank0(lambda: progress.failed_saves):
         state, code = "failed", 1
-        print0(f"error: stopped at step {progress.step} of {steps}: the last checkpoint was not saved to {output}")
+        because = f"the last checkpoint was not saved to {output}" + f" ({reason})" * bool(reason)
+        print0(f"error: stopped at step {progress.step} of {steps}: {because}")
     elif progress.evaluation_due or not run.is_finished(progress):
         state, code = "stopped", STOPPED
         go_on = f"--config {output}/settings.toml --resume auto"

@@ -1,20 +1,28 @@
-"""Passes of a model over data on all ranks. With a folder for its results, an interrupted pass can be continued."""
+"""Passes of a model over data on all ranks. With a folder for its results, an interrupted pass can be continued.
+
+Results are kept as lines of a checksum and [sample index, result].
+"""
 
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
 
 import dist_utils
+from common import InputError, is_same_file, writing
 from data import TreeDataset, VQAData, make_loader, next_batches, padding
-from dist_utils import Ranks, Stop
+from dist_utils import Ranks, Stop, print0
 from model import TreeModel, autocast
 from trees import MicroBatch, evaluation_share
+
+CONTINUES = "answers can't be kept; the same command continues from those that are"  # an error's first words
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,7 @@ class Runner:
         result that JSON can hold. Results that an interrupted pass left under `name` are kept, and batches that lack
         none are skipped. Every other batch runs on exactly one rank. A collective.
         """
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        stored = dist_utils.from_rank0(lambda: self._stored(name)) if self.folder else {}
+        stored = dist_utils.from_rank0(lambda: self._stored(name, batches)) if self.folder else {}
         missing = [batch for batch in batches if not stored.keys() >= _samples(batch)]
         share = evaluation_share(missing, self.ranks.rank, self.ranks.world_size)
         total, computed = sum(len(_samples(batch)) for batch in batches), {}
@@ -48,14 +54,15 @@ class Runner:
         dataset = TreeDataset(data, self.model.settings, padding(self.ranks.device), **options)
         bar = tqdm(total=total, initial=len(stored), desc=name, unit="q", disable=not shows_bar)
         path = self.folder / f"{name}-{time.time_ns()}-{self.ranks.rank}.jsonl" if self.folder else os.devnull
-        with open(path, "w", encoding="utf-8") as file, bar:
+        with writing(CONTINUES):
+            file = open(path, "wb", buffering=0)
+        with file, bar:
             for batch in next_batches(make_loader(dataset, share, self.workers, self.ranks.device)):
                 if self.stop.reason:
                     break
                 with autocast(self.ranks.device, self.dtype):
                     results = dict(zip(batch.samples, function(self.model, batch.to(self.ranks.device))))
-                file.writelines(json.dumps(item) + "\n" for item in results.items())
-                file.flush()
+                _keep(file, results)
                 computed |= results
                 bar.update(len(results) * self.ranks.world_size)  # the other ranks are about as far
         if self.stop.agreed():
@@ -65,11 +72,40 @@ class Runner:
         assert len(stored) == total
         return stored
 
-    def _stored(self, name: str) -> dict[int, object]:
-        """Sample index -> result, of all whole lines: a kill may have cut the last one of a file."""
-        texts = [path.read_text(encoding="utf-8") for path in sorted(self.folder.glob(f"{name}-*.jsonl"))]
-        lines = [line for text in texts for line in text.splitlines(keepends=True)]
-        return dict(json.loads(line) for line in lines if line.endswith("\n"))
+    def _stored(self, name: str, batches: list[MicroBatch]) -> dict[int, object]:
+        """Sample index -> result, of what an interrupted pass left. Damaged lines are computed again."""
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise InputError(f"{self.folder} is not a folder that an evaluation made: remove it")
+        stored, damaged, expected = {}, 0, set().union(*map(_samples, batches))
+        with writing(f"--output: can't use {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(self.folder.glob(f"{name}-*.jsonl")):
+                *lines, _cut_by_a_kill = path.read_bytes().split(b"\n")
+                items = [_item(line) for line in lines]
+                stored |= dict(item for item in items if item and item[0] in expected)
+                damaged += items.count(None)
+        if damaged:
+            print0(f"warning: {damaged:,} damaged line(s) in {self.folder}: these answers are computed again")
+        return stored
+
+
+def _keep(file: BinaryIO, results: dict[int, object]) -> None:
+    """Write results. Raises InputError where the disk does not take them, or the file was removed."""
+    with writing(CONTINUES):
+        if not is_same_file(Path(file.name), file):
+            raise FileNotFoundError(f"{file.name} was removed")
+        file.write(b"".join(_line(item) for item in results.items()))
+
+
+def _line(item: tuple[int, object]) -> bytes:
+    text = json.dumps(item).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _item(line: bytes) -> tuple[int, object] | None:
+    """What `_line` made a line of; None where the line is damaged."""
+    checksum, _, text = line.partition(b" ")
+    return tuple(json.loads(text)) if checksum == b"%08x" % zlib.crc32(text) else None
 
 
 def _samples(batch: MicroBatch) -> set[int]:

@@ -20,7 +20,7 @@ import PIL
 import torch
 import transformers
 
-from common import replacing
+from common import replacing, writing
 from inputs.images import ImageSettings
 
 HEADER = 16  # bytes
@@ -50,10 +50,12 @@ class VisionCache:
         features = []
         for name, count in zip(names, tokens):
             try:
+                if (self.folder / name).stat().st_size != self.size(count):
+                    return None
                 data = np.fromfile(self.folder / name, np.uint8)
             except OSError:
                 return None
-            if _checksum(name, data[HEADER:]) != bytes(data[:HEADER]):
+            if len(data) != self.size(count) or _checksum(name, data[HEADER:]) != bytes(data[:HEADER]):
                 return None
             features.append(torch.from_numpy(data[HEADER:]).view(self.dtype).view(self.sets, count, self.width))
         return torch.cat(features, dim=1)
@@ -85,7 +87,8 @@ def open_cache(folder: str, visual: torch.nn.Module, config, settings: ImageSett
     facts += [visual.config._attn_implementation, torch.__version__, transformers.__version__, PIL.__version__]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     cache = cache_at(Path(folder) / key, config, visual.dtype)
-    cache.folder.mkdir(parents=True, exist_ok=True)
+    with writing(f"--vision-cache: can't write to {cache.folder}"):
+        cache.folder.mkdir(parents=True, exist_ok=True)
     return cache
 
 

@@ -308,7 +308,10 @@ def test_partial_answers_of_other_weights_or_pictures_are_not_reused(world, tmp_
 
 def test_results_do_not_go_where_they_can_t_or_where_a_run_lies(world, run, tmp_path):
     (tmp_path / "file").touch()
-    for output, message in ((tmp_path / "file", "can't make .*file"), (run, "is the folder of a training run")):
+    for output, message in (
+        (tmp_path / "file", "file is a file, name a folder"),
+        (run, "is the folder of a training run"),
+    ):
         with pytest.raises(InputError, match=f"--output: .*{message}"):
             answer(run, "--output", output)
 

@@ -4,29 +4,41 @@ A checkpoint is a PEFT adapter folder with `state.pt` and, written last, `manife
 every file. It gets its name, checkpoint-STEP, once it is complete and on disk.
 """
 
-import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import peft
 import torch
 import transformers
-from safetensors import SafetensorError
 
-from common import PARTIAL, InputError, flush_to_disk, remove, replacing, write_whole
+from common import (
+    PARTIAL,
+    WRITE_ERRORS,
+    InputError,
+    flush_to_disk,
+    lock_folder,
+    quote,
+    remove,
+    replacing,
+    sign,
+    write_whole,
+    writing,
+)
 from dist_utils import print0, restarted, unwrap
-from modeling.lora import load_lora, save_adapter
+from modeling.lora import load_lora, lora_differences, save_adapter
+from training.compatibility import setting_differences, unknown_settings, with_defaults
 from training.model_card import model_card
 from training.progress import Progress
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
 REPLACED = f"{PARTIAL}old-"  # begins the name of a checkpoint that another one is taking the place of
-_locks = []  # open files: a lock lasts as long as its file is open
+NAME = re.compile(r"checkpoint-\d+")
+NEEDED = {"state.pt", "adapter_config.json", "adapter_model.safetensors"}  # without which nothing can be loaded
 
 # ------------------------------------------------------------------------------------------------------------- writing
 
@@ -34,10 +46,13 @@ _locks = []  # open files: a lock lasts as long as its file is open
 def write_checkpoint(folder: Path, model, state: dict) -> None:
     """Write adapter, model card, state and manifest. All of it is on disk on return: a crash of the machine right after
     the rename must not leave a checkpoint with empty files."""
+    folder.mkdir()  # not its parents: a run's folder that was removed stays so
     save_adapter(unwrap(model).model, folder)
     (folder / "README.md").write_text(model_card(state), encoding="utf-8")
-    with open(folder / "state.pt", "wb") as file:  # by path, torch.save reports a full disk as RuntimeError
-        torch.save(state, file)
+    # By way of memory: on a disk that does not take it, torch.save raises one of several RuntimeErrors, or OSError.
+    content = io.BytesIO()
+    torch.save(state, content)
+    (folder / "state.pt").write_bytes(content.getbuffer())
     files = {path.name: size_and_sum(path) for path in sorted(folder.iterdir())}
     # Last of all: a folder without a manifest is not a checkpoint.
     manifest = {"step": state["step"], "versions": VERSIONS, "identity": state["identity"], "files": files}
@@ -59,23 +74,32 @@ def save_checkpoint(output: Path, model, state: dict, keep: int) -> bool:
                 os.rename(folder, output / f"{REPLACED}{folder.name}")
         flush_to_disk(output)  # the new name too
         mark_best(output, state["best"])
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        free = shutil.disk_usage(output).free / 2**20
-        print0(f"warning: checkpoint of step {state['step']} not saved: {error} ({free:,.1f} MiB free in {output})")
+    except WRITE_ERRORS as error:
+        print0(f"warning: checkpoint of step {state['step']} not saved: {error}{_room(output)}")
         return False
-    _remove_old(output, folder.name, keep)
+    _remove_old(output, state, keep)
     return True
 
 
-def _remove_old(output: Path, newest: str, keep: int) -> None:
-    """Remove all checkpoints but the last `keep` up to `newest`, and the best one. Those after `newest` are damaged, or
-    of steps that are being trained again."""
-    names = [folder.name for folder in checkpoints(output)]
+def _room(folder: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(folder).free / 2**20:,.1f} MiB free in {folder})"
+    except OSError:  # the disk is gone altogether
+        return ""
+
+
+def _remove_old(output: Path, state: dict, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` up to the step of `state`, and the best one. Those after it are
+    damaged, or of steps that are being trained again."""
     # Counted back from the newest one: where a run went back, later checkpoints don't push out those it builds on.
-    kept = {*names[: names.index(newest) + 1][-keep:], marked_best(output)}
+    kept = [folder.name for folder in checkpoints(output) if step_of(folder) <= state["step"]][-keep:]
+    kept.append(marked_best(output))
     unwanted = [folder for folder in checkpoints(output) if folder.name not in kept]
     for old in [*output.glob(f"{REPLACED}*"), *unwanted]:
-        shutil.rmtree(old, onerror=lambda _function, path, failure: print0(f"warning: {path} stays: {failure[1]}"))
+        try:
+            remove(old)
+        except OSError as error:
+            print0(f"warning: {old} stays: {error}")
 
 
 def mark_best(output: Path, best: dict) -> None:
@@ -95,35 +119,60 @@ def size_and_sum(path: Path) -> dict:
 
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    folders = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=step_of)
+    return sorted((path for path in output.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def read_manifest(folder: Path) -> dict:
+    """A checkpoint's manifest.json. Raises ValueError that says what is wrong with it."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        step, identity, files = (manifest[name] for name in ("step", "identity", "files"))
+        sizes = [written["bytes"] for written in files.values()]
+        is_whole = type(step) is int and isinstance(identity, dict) and all(type(size) is int for size in sizes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError("no readable manifest.json")
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"manifest.json names {quote(outside[0])}, which is no file of the checkpoint")
+    if missing := NEEDED - files.keys():
+        raise ValueError(f"manifest.json does not name {min(missing)}")
+    return manifest
+
+
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint's files; empty when they are as they were written."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "no readable manifest.json"
-    for name, written in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != written["bytes"]:  # says more than a wrong sum, and needs no reading
-            return f"{name} has {path.stat().st_size:,} of {written['bytes']:,} bytes"
-        if size_and_sum(path) != written:
-            return f"{name} has changed since it was written (SHA-256)"
+        for name, written in read_manifest(folder)["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != written["bytes"]:  # says more than a wrong sum, and needs no reading
+                return f"{name} has {path.stat().st_size:,} of {written['bytes']:,} bytes"
+            if size_and_sum(path) != written:
+                return f"{name} has changed since it was written (SHA-256)"
+    except (OSError, ValueError) as error:  # a disk that can't be read, or the manifest
+        return str(error)
     return ""
 
 
 def marked_best(output: Path) -> str:
-    """The name of the checkpoint that best.json marks; empty when there is none."""
+    """The name of the checkpoint that best.json marks; empty, after a warning, when it can't be read."""
     mark = output / "best.json"
-    return json.loads(mark.read_text())["checkpoint"] if mark.exists() else ""
+    if not mark.exists():
+        return ""
+    try:
+        name = json.loads(mark.read_bytes())["checkpoint"]
+        if NAME.fullmatch(name):
+            return name
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    print0(f"warning: {mark} is damaged, so no checkpoint counts as the best one")
+    return ""
 
 
 def pick_checkpoint(folder: Path) -> Path:
@@ -142,8 +191,18 @@ def pick_checkpoint(folder: Path) -> Path:
 
 
 def read_state(folder: Path) -> dict:
-    """A checkpoint's state.pt: plain values and tensors. torch refuses anything that would run code."""
-    return torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    """A checkpoint's state.pt: plain values and tensors, with the settings of its run as this version has them. Raises
+    InputError when it can't be read; torch refuses anything that would run code."""
+    try:
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        unknown = unknown_settings(state["settings"])
+        state["settings"] = with_defaults(state["settings"])
+    except Exception as error:  # whatever torch and Python raise over a file that another program wrote
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{folder}/state.pt can't be used, name another checkpoint: {reason}") from None
+    if unknown:
+        print0(f"warning: {folder} was trained with settings that this version does not know: {', '.join(unknown)}")
+    return state
 
 
 def find_checkpoint(choice: str, output: Path, identity: dict) -> Path | None:
@@ -156,12 +215,8 @@ def find_checkpoint(choice: str, output: Path, identity: dict) -> Path | None:
         if problem := damage(folder):
             print0(f"warning: {folder} is damaged and not used: {problem}")
             continue
-        before = json.loads((folder / "manifest.json").read_text())["identity"]
-        now = json.loads(json.dumps(identity))  # tuples become lists, as in the file
-        # Only what this version knows: a setting that was removed since can't be compared.
-        if changed := [name for name in now if before.get(name) != now[name]]:
-            lines = [f"  {name}: was {before.get(name)!r}, is now {now[name]!r}" for name in changed]
-            raise InputError("\n".join([f"{folder} can't be resumed, the run has changed:", *lines]))
+        if changed := setting_differences(read_manifest(folder)["identity"], identity):
+            raise InputError("\n  ".join([f"{folder} can't be resumed, the run has changed:", *changed]))
         return folder
     if folders:
         raise InputError("nothing undamaged to resume: name another checkpoint, or start anew with another --output")
@@ -173,10 +228,15 @@ def find_checkpoint(choice: str, output: Path, identity: dict) -> Path | None:
 def load_checkpoint(folder: Path, model, optimizer, output: Path, identity: dict) -> tuple[Progress, dict]:
     """Give model and optimizer what a checkpoint holds. Returns where it stands, and its identity updated by this
     run's."""
-    state = read_state(folder)
-    load_lora(unwrap(model).model, folder)
-    optimizer.load_state_dict(state["optimizer"])
-    progress = Progress.from_state(state)
+    state, peft_model = read_state(folder), unwrap(model).model
+    if differences := lora_differences(peft_model, folder):
+        raise InputError("\n  ".join([f"{folder} does not fit, name another checkpoint:", *differences]))
+    load_lora(peft_model, folder)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        progress = Progress.from_state(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}/state.pt does not fit this run, name another checkpoint: {error}") from None
     print0(f"resumed {folder} at step {progress.step}")
     if later := [path.name for path in checkpoints(output) if step_of(path) > progress.step]:
         print0(f"warning: {', '.join(later)} will be removed at the next save: their steps are trained again")
@@ -195,7 +255,7 @@ def open_output(output: str, name: str, resume: str) -> Path:
     """
     launcher = f"launcher {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
     folder = Path(output) if output else _next_free_folder(name, launcher)
-    lock = _lock(folder)
+    lock = lock_folder(folder, "--output")
     metrics = folder / "metrics.jsonl"
     holds_run = checkpoints(folder) or (metrics.exists() and metrics.stat().st_size)
     is_resumed = resume == "auto" or (resume != "none" and Path(resume).resolve().parent == folder.resolve())
@@ -203,10 +263,9 @@ def open_output(output: str, name: str, resume: str) -> Path:
     lock.seek(0)
     if holds_run and not is_resumed and not (restarted() and launcher in lock.read()):
         raise InputError(f"--output {folder} holds a run: --resume auto goes on with it, another folder starts anew")
-    lock.truncate(0)  # the text names the holder to others; the lock itself is the kernel's
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{launcher}\n")
-    lock.flush()
-    _clear_unfinished(folder)
+    with writing(f"--output: can't write to {folder}"):
+        sign(lock, f"{launcher}\n")
+        _clear_unfinished(folder)
     return folder.resolve()
 
 
@@ -220,27 +279,11 @@ def _next_free_folder(name: str, launcher: str) -> Path:
     return folder
 
 
-def _lock(folder: Path):
-    """The folder's lock file, open and locked as long as this process lives: the kernel frees it however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--output: can't write to {folder}: {error}") from None
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf, as flock is local to a machine on some NFS
-    except OSError:
-        lock.seek(0)
-        raise InputError(f"--output {folder} is in use by {lock.readline().strip()}") from None
-    _locks.append(lock)
-    return lock
-
-
 def _clear_unfinished(folder: Path) -> None:
     """Undo what a killed save left: a checkpoint that it had moved aside comes back, half-written ones go."""
     for old in folder.glob(f"{REPLACED}*"):
         place = folder / old.name.removeprefix(REPLACED)
-        if not place.exists():  # killed between the two renames
+        if NAME.fullmatch(place.name) and old.is_dir() and not place.exists():  # killed between the two renames
             old.rename(place)
     for leftover in folder.glob(f"{PARTIAL}*"):
         remove(leftover)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import write_whole
+from common import is_same_file, write_whole, writing
 from dist_utils import Ranks, print0
 from evaluation import charts
 from training.gpus import Gpu
@@ -28,10 +28,34 @@ RATES = {"questions": 0, "tokens": 0, "flops": 0.0, "waited": 0.0}  # summed up 
 BAR_SECONDS = 1, 30  # between updates of the bar on a terminal, and in a log, which keeps every one
 
 
+# What the lines of an event hold for certain, in addition to `event` and `step`.
+NUMBERS = {"train": ("loss", "grad_norm", "lr", "eta_s"), "eval": ("loss", "exact_match"), "skipped": ()}
+
+
 def read_metrics(path: Path) -> list[dict]:
-    """All whole lines of a metrics.jsonl, none where there is no file; a kill may have cut the last one."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All lines of a metrics.jsonl, none where there is no file. Warns of damaged lines, but not of a last one that a
+    kill has cut. Raises OSError when the file can't be read."""
+    raw_lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines, damaged = [], []
+    for number, raw in enumerate(raw_lines, start=1):
+        if line := _read_line(raw):
+            lines.append(line)
+        elif raw.endswith(b"\n") or number < len(raw_lines):
+            damaged.append(number)
+    if damaged:
+        print0(f"warning: {path}: {len(damaged):,} damaged line(s) left out, the first is line {damaged[0]:,}")
+    return lines
+
+
+def _read_line(raw: bytes) -> dict | None:
+    """A line of metrics.jsonl; None where it is damaged."""
+    try:
+        line = json.loads(raw.decode()) if raw.endswith(b"\n") else None
+        numbers = [line["step"], *(line[name] for name in NUMBERS.get(line["event"], ()))]
+        types = [share for share, _ in line.get("by_type", {}).values()]
+        return line if all(map(math.isfinite, [*numbers, *types])) and type(line["step"]) is int else None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
 
 
 class Metrics:
@@ -57,13 +81,17 @@ class Metrics:
         self.first_step, self.last_line = progress.step, None
         progress.sums = SUMS | {"skipped": 0} | progress.sums
         if ranks.is_main:
-            path = output / "metrics.jsonl"
-            lines = [line for line in read_metrics(path) if line["step"] <= progress.step]  # later steps are run again
-            if progress.evaluation_due:  # and so is this evaluation
-                lines = [line for line in lines if (line["event"], line["step"]) != ("eval", progress.step)]
-            self.last_line = next((line for line in reversed(lines) if line["event"] == "train"), None)
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
-            self.file = open(path, "a", encoding="utf-8")
+            with writing(f"--output: can't write to {output}"):
+                self._open(output / "metrics.jsonl", progress)
+
+    def _open(self, path: Path, progress: Progress) -> None:
+        """Open metrics.jsonl without the lines of steps that are run again."""
+        lines = [line for line in read_metrics(path) if line["step"] <= progress.step]
+        if progress.evaluation_due:  # it is run again too
+            lines = [line for line in lines if (line["event"], line["step"]) != ("eval", progress.step)]
+        self.last_line = next((line for line in reversed(lines) if line["event"] == "train"), None)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.file, self.unwritten = open(path, "ab", buffering=0), b""
 
     def start(self, progress: Progress) -> None:
         """Show the bar, and count speed and time left from here."""
@@ -144,11 +172,17 @@ class Metrics:
         """Add a line to metrics.jsonl, and give it to the trackers."""
         if not self.ranks.is_main:
             return
+        self.unwritten += (json.dumps(line) + "\n").encode()
+        path = self.output / "metrics.jsonl"
         try:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            if not is_same_file(path, self.file) and self.output.is_dir():
+                print0(f"warning: {path} was removed or replaced: lines are added to what stands in its place")
+                self.file.close()
+                self.file = open(path, "ab", buffering=0)
+            while self.unwritten:  # a disk that is almost full takes a part
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
-            print0(f"warning: {self.file.name}: {error}")
+            print0(f"warning: {path}: {error}")
         self._each_tracker(lambda tracker: tracker.write(line))
 
     def status(self, state: str, progress: Progress) -> None:
@@ -161,12 +195,16 @@ class Metrics:
             text += f", epoch {progress.step / self.steps_per_epoch:.2f}{left}, loss {self.last_line['loss']:.4g}"
         if best := progress.best:
             text += f", best exact match {100 * best['exact_match']:.1f}% at step {best['step']:,}"
-        _write_or_warn(self.output / "status", f"{state} {progress.step}\n{text}\n")
+        with warning_of("status"):
+            write_whole(self.output / "status", f"{state} {progress.step}\n{text}\n")
 
     def draw(self) -> None:
         """Refresh curves.svg."""
-        if self.ranks.is_main and (figures := charts.curves(read_metrics(self.output / "metrics.jsonl"))):
-            _write_or_warn(self.output / "curves.svg", charts.sheet(figures))
+        if not self.ranks.is_main:
+            return
+        with warning_of("curves.svg"):
+            if figures := charts.curves(read_metrics(self.output / "metrics.jsonl")):
+                write_whole(self.output / "curves.svg", charts.sheet(figures))
 
     def close(self, code: int) -> None:
         """Tell the trackers the run's exit code. May wait for uploads."""
@@ -181,9 +219,10 @@ class Metrics:
                 self.trackers.remove(tracker)
 
 
-def _write_or_warn(path: Path, text: str) -> None:
+@contextmanager
+def warning_of(name: str):
     """Write a file that a run can do without: a disk that does not take it is only reported."""
     try:
-        write_whole(path, text)
+        yield
     except OSError as error:
-        print0(f"warning: {path.name} not written: {error}")
+        print0(f"warning: {name} not written: {error}")

@@ -150,7 +150,7 @@ def check_cache(
     needed = sum(cache.size(math.prod(grid) // images.merge_size**2) for grid in grids.values())
     filled = 0
     for path in folder.glob("*/*"):
-        with suppress(FileNotFoundError):  # another run may be filling it
+        with suppress(OSError):  # another run may be filling it
             filled += path.stat().st_size
     existing = next(path for path in [folder, *folder.parents] if path.exists())
     free = shutil.disk_usage(existing).free

@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 import dist_utils
-from common import PARTIAL, InputError, write_whole
+from common import PARTIAL, InputError, write_whole, writing
 from data import TreeDataset
 from dist_utils import Ranks, no_sync, print0, unwrap
 from model import TreeModel, autocast
@@ -84,10 +83,20 @@ def rehearse_save(output: Path, model, args: argparse.Namespace, state: dict) ->
     """Write the settings, and a checkpoint that is removed again. Raises InputError when the disk does not take it."""
     folder = output / f"{PARTIAL}rehearsal"
     try:
-        write_whole(output / "settings.toml", to_toml(args))
-        mark_best(output, state["best"])  # a kill may have come between the checkpoint and its mark
-        write_checkpoint(folder, model, state)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"a checkpoint can't be written to {output}: {error}") from None
+        with writing(f"a checkpoint can't be written to {output}"):
+            write_whole(output / "settings.toml", to_toml(args))
+            mark_best(output, state["best"])  # a kill may have come between the checkpoint and its mark
+            write_checkpoint(folder, model, state | {"optimizer": with_moments(state["optimizer"], model)})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def with_moments(optimizer_state: dict, model) -> dict:
+    """AdamW's state as large as it is from the first step on: it holds no moments before."""
+    shapes = [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
+    names = ("exp_avg", "exp_avg_sq")
+    moments = {
+        number: {"step": torch.tensor(0.0)} | {name: torch.zeros(shape) for name in names}
+        for number, shape in enumerate(shapes)
+    }
+    return optimizer_state | {"state": moments}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import InputError, is_rank0, printable
+from common import InputError, is_rank0, is_text, printable
 from modeling.targets import DEFAULT_TARGETS
 from training.gpus import GPUS
 
@@ -236,6 +236,8 @@ def parse_words(parser: Parser, words: list[str]) -> tuple[argparse.Namespace | 
         for element in value if isinstance(value, list) else [value]:
             if isinstance(element, Wrong):
                 problems.append(f"--{name.replace('_', '-')}: {element}")
+            elif isinstance(element, str) and not is_text(element):
+                problems.append(f"--{name.replace('_', '-')}: {ascii(element)} holds bytes that are not UTF-8")
     return settings, problems
 
 
@@ -260,15 +262,22 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
         paths = value if isinstance(value, list) else [value] if value else []
         exists = Path.is_dir if name == "images" else Path.is_file
         problems += [f"--{name}: {path} does not exist" for path in paths if not exists(Path(path))]
-        absolute = [str(Path(path).resolve()) for path in paths]
+        absolute = [_absolute(path, problems) for path in paths]
         setattr(settings, name, absolute if isinstance(value, list) else "".join(absolute))
     problems += _check_combinations(settings)  # they name paths as the user wrote them
     for name in ("model", "resume", "init_from", "vision_cache"):
         value = getattr(settings, name)
         is_path = Path(value).is_dir() if name == "model" else value not in ("", "none", "auto")
         if is_path:
-            setattr(settings, name, str(Path(value).resolve()))
+            setattr(settings, name, _absolute(value, problems))
     return problems
+
+
+def _absolute(path: str, problems: list[str]) -> str:
+    absolute = str(Path(path).resolve())
+    if is_text(path) and not is_text(absolute):
+        problems.append(f"{path} lies in {ascii(absolute)}, whose name holds bytes that are not UTF-8")
+    return absolute
 
 
 def _check_combinations(settings: argparse.Namespace) -> list[str]:

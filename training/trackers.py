@@ -1,11 +1,14 @@
 """Trackers that get the numbers of metrics.jsonl as well: TensorBoard and Weights & Biases. Rank 0 writes to them."""
 
 import argparse
-import json
+import os
+import socket
+import time
 import uuid
 from pathlib import Path
 
-from common import InputError, write_whole
+from common import InputError, write_whole, writing
+from training.checkpoints import read_manifest
 
 UPLOAD_S = 60  # how long the end of a run waits for Weights & Biases; a job to be requeued has three minutes
 
@@ -19,20 +22,33 @@ def scalars(line: dict) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in OUTPUT/tensorboard. Steps after `done` are run again: readers drop what was written about them."""
+    """Event files in OUTPUT/tensorboard. Steps after `done` are run again: readers drop what was written about them.
+
+    They are written here and now: SummaryWriter's thread would print a traceback over a full disk.
+    """
 
     def __init__(self, output: Path, done: int):
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)
+        self.make_event, self.make_summary, folder = Event, Summary, output / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self.records = RecordWriter(open(folder / name, "xb"))
+        self._add(done + 1, file_version="brain.Event:2")
+        self._add(done + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, step: int, **content) -> None:
+        self.records.write(self.make_event(wall_time=time.time(), step=step, **content).SerializeToString())
+        self.records.flush()  # like metrics.jsonl, so that a kill loses nothing
 
     def write(self, line: dict) -> None:
-        for name, value in scalars(line).items():
-            self.writer.add_scalar(name, value, line["step"])
-        self.writer.flush()  # like metrics.jsonl, so that a kill loses nothing
+        values = [self.make_summary.Value(tag=name, simple_value=value) for name, value in scalars(line).items()]
+        self._add(line["step"], summary=self.make_summary(value=values))
 
     def close(self, _code: int) -> None:
-        self.writer.close()
+        self.records.close()
 
 
 class WeightsAndBiases:
@@ -45,13 +61,15 @@ class WeightsAndBiases:
         import wandb
 
         id_file = output / "wandb-id"
-        if not id_file.exists():
-            write_whole(id_file, uuid.uuid4().hex[:8])
+        with writing(f"--wandb: {id_file}"):
+            if not id_file.exists():
+                write_whole(id_file, uuid.uuid4().hex[:8])
+            run_id = id_file.read_text(errors="replace")
         try:
             self.run = wandb.init(
                 project=args.wandb,
                 name=output.name,
-                id=id_file.read_text(),
+                id=run_id,
                 resume="allow",
                 dir=str(output),
                 config=vars(args),
@@ -70,6 +88,7 @@ class WeightsAndBiases:
 
 def open_trackers(args: argparse.Namespace, output: Path, checkpoint: Path | None) -> list:
     """The trackers that `args` asks for. `checkpoint` is the one that training goes on from."""
-    done = json.loads((checkpoint / "manifest.json").read_text())["step"] if checkpoint else 0
+    done = read_manifest(checkpoint)["step"] if checkpoint else 0
     trackers = [WeightsAndBiases(args, output)] if args.wandb else []
-    return trackers + ([TensorBoard(output, done)] if args.tensorboard else [])
+    with writing(f"--tensorboard: can't write to {output}/tensorboard"):
+        return trackers + ([TensorBoard(output, done)] if args.tensorboard else [])
