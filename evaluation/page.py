@@ -55,6 +55,12 @@ def percent(mean: dict) -> str:
     return f"{100 * mean['mean']:.1f}% <small>{100 * mean['low']:.1f} to {100 * mean['high']:.1f}</small>"
 
 
+def points(difference: dict) -> str:
+    """A difference and its interval (see `statistics.difference_with_interval`) in percentage points."""
+    low, mean, high = (100 * difference[end] for end in ("low", "mean", "high"))
+    return f"{mean:+.1f} <small>{low:+.1f} to {high:+.1f}</small>"
+
+
 def table(head: list[str], rows: list[list[str]], css_class: str = "") -> str:
     """A table whose cells are HTML. The first cell of a row is its heading."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)

@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 from common import write_whole
 from evaluation import charts
 from evaluation.normalization import accepted
-from evaluation.page import MAX_LETTERS, document, grid, legend, percent, table, text
+from evaluation.page import MAX_LETTERS, document, grid, legend, percent, points, table, text
 from evaluation.scores import row_key
 from evaluation.statistics import calibration_bins, calibration_error
 from inputs.images import open_picture
@@ -46,9 +46,9 @@ def write_report(
     scores = {kind: summary["scores"][kind] for kind in predictions}
     name = Path(summary["facts"].get("checkpoint") or summary["facts"].get("model", "")).name
     sections = {
-        "Question types": by_type(scores),
+        "Question types": by_type(scores, summary.get("comparison")),
         "All scores": all_scores(scores),
-        "Worst questions": worst_questions(scores),
+        "Worst questions": worst_questions(scores, summary.get("comparison")),
         "Confusion": confusions(scores),
         "Calibration": calibration(predictions),
         "Training": training(metrics, name),
@@ -69,42 +69,42 @@ def headline(summary: dict, predictions: dict, images: list[list[str]]) -> str:
     lines = {"questions": f"{exact_match['questions']:,}", "images": f"{len(different):,}"}
     lines |= {"model": text(facts.get("model", "")), "checkpoint": text(facts.get("checkpoint") or "none: base model")}
     if comparison := summary.get("comparison"):
-        low, mean, high = (100 * comparison["difference"][end] for end in ("low", "mean", "high"))
         p = f"p = {comparison['p']:.2g}" if comparison["p"] >= 0.001 else "p &lt; 0.001"
-        difference = f"{mean:+.1f} points <small>{low:+.1f} to {high:+.1f}, McNemar {p}</small>"
+        difference = f"{points(comparison['difference'])} points, <small>McNemar {p}</small>"
         lines = {" − ".join(map(text, predictions)): difference} | lines
     rows = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in lines.items())
     return f"""<p class="big">{percent(exact_match)} exact match</p><dl>{rows}</dl>
-    <p class="dim">Small numbers after a value are its 95% confidence interval, from a bootstrap over images. An answer
-    is right if it equals any that the row accepts, ignoring case, articles before a word, punctuation at the edges of
-    words, the order of parts, and how numbers and units are written.</p>"""
+    <p class="dim">Small numbers after a value are its 95% confidence interval, which counts how alike the answers about
+    an image are. An answer is right if it equals any that the row accepts, ignoring case, articles before a word,
+    punctuation at the edges of words, the order of parts, and how numbers and units are written.</p>"""
 
 
-def score_table(intro: str, scores: dict[str, dict], field: str, names: list[str]) -> str:
-    """Exact match of question types or questions. Each name links to the gallery, filtered by it."""
+def score_table(intro: str, scores: dict[str, dict], comparison: dict | None, field: str, names: list[str]) -> str:
+    """Exact match of question types or questions, and the difference of two models. Each name links to the gallery,
+    filtered by it."""
     rows, parameter = [], {"by_type": "type", "by_question": "q"}[field]
     for name in names:
         means = [score[field][name]["exact_match"] for score in scores.values()]
         link = f'<a href="#{escape(urlencode({parameter: name[:MAX_LETTERS]}))}">{text(name)}</a>'
         row = [link, f"{means[0]['questions']:,}", charts.bars(means), *map(percent, means)]
-        rows.append(row + [f"{100 * (means[0]['mean'] - base['mean']):+.1f}" for base in means[1:]])
+        rows.append(row + ([points(comparison[field][name])] if comparison else []))
     head = [field.removeprefix("by_"), "questions", "0 to 100%", *map(text, scores)]
-    head += ["difference"] * (len(scores) - 1)
+    head += ["difference, points"] * bool(comparison)
     return f"<p>{intro}: {legend(scores, MARKS)}</p>" + table(head, rows)
 
 
-def by_type(scores: dict[str, dict]) -> str:
-    return score_table("Exact match", scores, "by_type", list(next(iter(scores.values()))["by_type"]))
+def by_type(scores: dict[str, dict], comparison: dict | None) -> str:
+    return score_table("Exact match", scores, comparison, "by_type", list(next(iter(scores.values()))["by_type"]))
 
 
-def worst_questions(scores: dict[str, dict]) -> str:
+def worst_questions(scores: dict[str, dict], comparison: dict | None) -> str:
     """Rarely asked questions are left out, unless all are rare: their means say little."""
     means = {name: score["exact_match"] for name, score in next(iter(scores.values()))["by_question"].items()}
     least = 5 if any(mean["questions"] >= 5 for mean in means.values()) else 1
     names = [name for name, mean in means.items() if mean["questions"] >= least]
     names = sorted(names, key=lambda name: (means[name]["mean"], -means[name]["questions"]))
     intro = f"Lowest exact match among {len(names):,} questions" + f" asked at least {least} times" * (least > 1)
-    return score_table(intro, scores, "by_question", names[:MAX_WORST])
+    return score_table(intro, scores, comparison, "by_question", names[:MAX_WORST])
 
 
 def named_scores(score: dict) -> dict[str, tuple[int, str]]:
@@ -120,11 +120,8 @@ def named_scores(score: dict) -> dict[str, tuple[int, str]]:
     cells = {SCORES.get(name, name): mean_cell(mean) for name, mean in score["all"].items()}
     cells["exact match, teacher-forced"] = mean_cell(forced["exact_match"])
     if difference := forced.get("in_parts"):
-        low, mean, high = (100 * difference[end] for end in ("low", "mean", "high"))
-        cells["generated − teacher-forced, answers in several parts"] = (
-            difference["questions"],
-            f"{mean:+.1f} points <small>{low:+.1f} to {high:+.1f}</small>",
-        )
+        name = "generated − teacher-forced in points, answers in several parts"
+        cells[name] = difference["questions"], points(difference)
     cells["loss per answer token"] = cell(forced, "loss", forced["exact_match"]["questions"])
     if options := score.get("options"):
         cells["likeliest option is right"] = mean_cell(options["top1"])

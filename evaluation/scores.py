@@ -12,7 +12,7 @@ import numpy as np
 
 from evaluation.benchmarks import anls, relaxed_accuracy, vqa_accuracy
 from evaluation.normalization import accepted, is_right, normalize, parts, quantities_match
-from evaluation.statistics import auroc, calibration_error, mcnemar, mean_with_interval
+from evaluation.statistics import auroc, calibration_error, difference_with_interval, mcnemar, mean_with_interval
 
 MAX_CLASSES = 10  # different true answers up to which a question gets a confusion table
 OTHER = "(other)"  # never a normalized answer, which loses its parentheses
@@ -165,7 +165,7 @@ def _option_is_right(prediction: dict) -> bool:
     return option in answers if prediction["options"].keys() & set(answers) else is_right(option, answers)
 
 
-def bootstrap_group(prediction: dict) -> str:
+def image_group(prediction: dict) -> str:
     """The same for predictions that depend on each other: those of the same images. Without an image, the row alone."""
     return "|".join(prediction["images"]) or prediction["where"]
 
@@ -184,7 +184,7 @@ def summarize(predictions: list[dict], tolerance: float) -> dict:
     each question with 2 to MAX_CLASSES true answers. `predictions` are lines of predictions.jsonl."""
     scored = [score_answer(p["prediction"], accepted(p), tolerance) for p in predictions]
     both = [scores | score_benchmarks(p) for scores, p in zip(scored, predictions)]
-    images = [bootstrap_group(p) for p in predictions]
+    images = [image_group(p) for p in predictions]
 
     def means(scored: list[dict], chosen: list[int]) -> dict:
         result = {}
@@ -217,7 +217,7 @@ def score_teacher_forcing(predictions: list[dict], exact: list[float], images: l
     result = {"loss": loss, "exact_match": mean_with_interval(forced, images)}
     if chosen := [i for i, p in enumerate(predictions) if in_parts(p["answer"])]:
         differences = [exact[i] - forced[i] for i in chosen]
-        result["in_parts"] = mean_with_interval(differences, [images[i] for i in chosen])
+        result["in_parts"] = difference_with_interval(differences, [images[i] for i in chosen])
     return result
 
 
@@ -230,8 +230,9 @@ def _group_by(predictions: list[dict], field: str) -> dict[str, list[int]]:
 
 
 def compare(a: list[dict], b: list[dict]) -> dict:
-    """Exact match of b minus that of a on the same rows with its interval over images, McNemar's p, and the rows that
-    only one of them got right. Raises ValueError when the two don't answer the same rows.
+    """Exact match of b minus that of a on the same rows with its interval, over all rows, by question type and by
+    question; McNemar's p; and the rows that only one of them got right. Raises ValueError when the two don't answer the
+    same rows.
 
     Both are judged by today's rule and by the answers that either of them lists, whatever rule wrote the files."""
     a, b = ({row_key(prediction): prediction for prediction in predictions} for predictions in (a, b))
@@ -241,8 +242,16 @@ def compare(a: list[dict], b: list[dict]) -> dict:
     right_a, right_b = ({row: is_right(x[row]["prediction"], answers[row]) for row in a} for x in (a, b))
     differences = {row: right_b[row] - right_a[row] for row in a}
     only_a, only_b = ([row for row, difference in differences.items() if difference == sign] for sign in (-1, 1))
-    mean = mean_with_interval(list(differences.values()), [bootstrap_group(a[row]) for row in a])
-    return {"difference": mean, "p": mcnemar(len(only_a), len(only_b)), "only_a": only_a, "only_b": only_b}
+
+    def mean(rows: list[str]) -> dict:
+        return difference_with_interval([differences[row] for row in rows], [image_group(a[row]) for row in rows])
+
+    rows = list(a)
+    result = {"difference": mean(rows), "p": mcnemar(len(only_a), len(only_b)), "only_a": only_a, "only_b": only_b}
+    for name, field in {"by_type": "question_type", "by_question": "question"}.items():
+        groups = _group_by([{field: ""} | a[row] for row in rows], field)
+        result[name] = {value: mean([rows[i] for i in chosen]) for value, chosen in groups.items()}
+    return result
 
 
 def row_key(prediction: dict) -> str:

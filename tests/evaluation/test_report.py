@@ -113,14 +113,14 @@ def test_the_headline_has_the_scores_of_the_summary(write):
     for said in ("Evaluation of checkpoint-000020", "75.0%", "questions 40", "images 10", "model m/Qwen"):
         assert said in head
     assert "checkpoint runs/a/checkpoint-000020" in head
-    assert "tuned − base +50.0 points +50.0 to +50.0, McNemar p = 0.0022" in head
+    assert "tuned − base +50.0 +26.6 to +66.6 points, McNemar p = 0.0022" in head
 
 
 def test_types_are_compared_with_the_base_model(write):
     page = write(pair())
     table = rows(section(page, "question-types"))
-    assert table["yes/no"] == "10 0.0% 0.0 to 0.0 100.0% 100.0 to 100.0 -100.0"
-    assert table["count"] == "10 100.0% 100.0 to 100.0 0.0% 0.0 to 0.0 +100.0"
+    assert table["yes/no"] == "10 0.0% 0.0 to 34.5 100.0% 65.5 to 100.0 -100.0 -100.0 to -51.3"
+    assert table["count"] == "10 100.0% 65.5 to 100.0 0.0% 0.0 to 34.5 +100.0 +51.3 to +100.0"
     assert 'cx="160.0"' in section(page, "question-types") and table.keys() == {"yes/no", "count", "size", "colour"}
     assert 'href="#type=yes%2Fno"' in page
 
@@ -134,7 +134,7 @@ def test_scores_are_shown_where_they_apply(write):
     }
     extra = {"teacher_forced": {"loss": 0.4567, "exact_match": mean}, "options": options}
     table = rows(section(write(pair(), extra=extra), "all-scores"))
-    assert table["exact match"] == "40 75.0% 75.0 to 75.0 25.0% 25.0 to 25.0" and "token F1" in table
+    assert table["exact match"] == "40 75.0% 58.5 to 86.8 25.0% 13.2 to 41.5" and "token F1" in table
     assert table["exact match, teacher-forced"] == "32 62.5% 50.0 to 75.0 62.5% 50.0 to 75.0"
     assert table["loss per answer token"] == "32 0.457 0.457" and table["likeliest option is right"].startswith(
         "32 62.5%"
@@ -161,7 +161,7 @@ def test_all_accepted_answers_and_scores_of_benchmarks_are_shown(write):
 def test_the_gain_over_teacher_forcing_is_shown_for_answers_in_parts(write):
     given = [answered(i, "red; pink", answer="pink; red") for i in range(4)] + [answered(4, "yes"), answered(5, "yes")]
     table = rows(section(write({"tuned": given}), "all-scores"))
-    assert table["generated − teacher-forced, answers in several parts"].startswith("4 +100.0 points")
+    assert table["generated − teacher-forced in points, answers in several parts"].startswith("4 +100.0")
     assert table["exact match"].startswith("6 100.0%") and table["exact match, teacher-forced"].startswith("6 33.3%")
 
 

@@ -329,4 +329,4 @@ def test_rows_without_a_picture_are_independent_and_folders_distinguish_pictures
         return scores.summarize([row | {"confidence": 0.5, "right": True} for row in rows], 0.05)["all"]["exact_match"]
 
     assert low(lambda i: []) == low(lambda i: [f"{i}.png"]) == low(lambda i: [f"{i}/a.png"])
-    assert low(lambda i: ["a.png"])["low"] == 0.5
+    assert low(lambda i: ["a.png"])["low"] < 0.1  # one picture says little
