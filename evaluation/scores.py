@@ -79,11 +79,12 @@ def question_types(rows: list[dict]) -> list[str]:
     `rows` are the fields of all rows of a data set. The rule looks at the question's text, and where that leaves it
     open at all answers that the rows give to it: yes/no, count, size, colour, location, choice or open.
     """
+    questions = [" ".join(row["question"].casefold().split()) for row in rows]
     answers = {}  # question -> its normalized answers
-    for row in rows:
-        answers.setdefault(row["question"], Counter())[normalize(row["answer"])] += 1
-    kinds = {question: _kind(question.casefold(), given) for question, given in answers.items()}
-    return [str(row.get("question_type") or kinds[row["question"]]) for row in rows]
+    for question, row in zip(questions, rows):
+        answers.setdefault(question, Counter())[normalize(row["answer"])] += 1
+    kinds = {question: _kind(question, given) for question, given in answers.items()}
+    return [str(row.get("question_type") or kinds[question]) for question, row in zip(questions, rows)]
 
 
 def _kind(question: str, answers: Counter) -> str:
