@@ -3,15 +3,17 @@
 import argparse
 import json
 import math
+import os
 import re
 import signal
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import InputError, is_rank0, is_text, printable
+from common import InputError, is_rank0, is_text, printable, quote
 from modeling.targets import DEFAULT_TARGETS
 from training.gpus import GPUS
 
@@ -32,14 +34,39 @@ def number(kind: type, low: float, high: float = math.inf):
         try:
             value = kind(text)
         except ValueError:
-            return Wrong(f"{text!r} is not {'a whole number' if kind is int else 'a number'}")
-        return value if low <= value <= high and value != math.inf else Wrong(f"{text} is not between {low} and {high}")
+            return Wrong(f"{quote(text)} is not {'a whole number' if kind is int else 'a number'}")
+        if kind is float and not math.isfinite(value):
+            return Wrong(f"{quote(text)} is not a finite number")
+        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        return value if low <= value <= high else Wrong(f"must be {bounds}, not {text}")
 
     return convert
 
 
 def choice(*names: str):
-    return lambda text: text if text in names else Wrong(f"{text!r} is none of {', '.join(names)}")
+    def convert(text: str):
+        return text if text in names else Wrong(f"{quote(text)} is none of {', '.join(names)}{nearest(text, names)}")
+
+    return convert
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """A question after the name that a misspelt word may stand for, to end a message with; empty where none is near."""
+    plain = word.lower().replace("_", "-").strip("-–—")  # a text editor may have made one dash of two
+    by_plain = {name.lstrip("-"): name for name in names}
+    begun = [name for name in by_plain if plain and name.startswith(plain)]
+    close = begun if len(begun) == 1 else get_close_matches(plain, by_plain)  # the nearest one first
+    close.sort(key=lambda name: name.split("-")[0] != plain.split("-")[0])  # eval-steps: eval-every, not max-steps
+    return f"; did you mean {by_plain[close[0]]}?" if close else ""
+
+
+def path_problem(path: str, is_folder: bool) -> str:
+    """Why a path can't be used as a folder, or as a file; empty where it can."""
+    if not os.path.exists(path):
+        return f"{path} does not exist"
+    if is_folder:
+        return "" if os.path.isdir(path) else f"{path} is no folder"
+    return "" if os.path.isfile(path) else f"{path} is {'a folder, no' if os.path.isdir(path) else 'no ordinary'} file"
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +81,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _budget(text: str):
-    return text if text == "auto" else number(float, 0, 1)(text)
+    value = text if text == "auto" else number(float, 0, 1)(text)
+    return Wrong(f"must be auto or a number from 0 to 1, not {quote(text)}") if isinstance(value, Wrong) else value
 
 
 def _targets(text: str):
@@ -62,12 +90,12 @@ def _targets(text: str):
         try:
             re.compile(f"({part})")  # as `target_pattern` has it
         except re.error as error:
-            return Wrong(f"{part!r} is not a regular expression: {error}")
-    return text if all(text.split(",")) else Wrong(f"{text!r} has an empty part")
+            return Wrong(f"{quote(part)} is not a regular expression: {error}")
+    return text if all(text.split(",")) else Wrong(f"{quote(text)} has an empty part")
 
 
 def _template(text: str):
-    return text if text.count("{question}") == 1 else Wrong(f"{text!r} must hold {{question}}, once")
+    return text if text.count("{question}") == 1 else Wrong(f"{quote(text)} must hold {{question}}, once")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,6 +219,8 @@ def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Na
 
 def _read_toml(config: str) -> tuple[dict, list[str]]:
     """A settings file's values, and what is wrong with the file."""
+    if problem := path_problem(config, is_folder=False):
+        return {}, [f"--config: {problem}"]
     try:
         return tomllib.loads(Path(config).read_text(encoding="utf-8-sig")), []
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -212,10 +242,11 @@ def _set_defaults(parser: Parser, values: dict, config: str) -> list[str]:
         elements = value if is_list else [value]
         unreadable = bool | dict | list if is_list else dict | list
         if action is None or any(isinstance(element, unreadable) for element in elements):
-            problems.append(f"--config {config}: no setting {name} = {value!r}")
+            known = [] if action else [known.replace("_", "-") for known in actions]
+            problems.append(f"--config {config}: no setting {name} = {quote(value)}{nearest(name, known)}")
         elif is_switch != isinstance(value, bool):
             kind = "true or false" if is_switch else "a value, not true or false"
-            problems.append(f"--config {config}: {name} = {value!r}: must be {kind}")
+            problems.append(f"--config {config}: {name} = {quote(value)}: must be {kind}")
         elif is_switch:
             parser.set_defaults(**{action.dest: value})
         elif not takes_list:
@@ -227,18 +258,31 @@ def _set_defaults(parser: Parser, values: dict, config: str) -> list[str]:
 
 def parse_words(parser: Parser, words: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
     """Settings, and all that is wrong with them. None in their place where argparse can't go on."""
+    flags = parser._option_string_actions
     try:
         settings, unknown = parser.parse_known_args(words)
-    except InputError as error:  # a flag without its value
-        return None, [str(error)]
-    problems = [f"{word}: no such flag" for word in unknown]
+    except InputError as error:  # a flag without its value, or a misspelt one that is needed
+        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in flags]
+        return None, [*_unknown(unknown, flags), str(error)]
+    problems = _unknown(unknown, flags)
     for name, value in vars(settings).items():
         for element in value if isinstance(value, list) else [value]:
             if isinstance(element, Wrong):
                 problems.append(f"--{name.replace('_', '-')}: {element}")
-            elif isinstance(element, str) and not is_text(element):
-                problems.append(f"--{name.replace('_', '-')}: {ascii(element)} holds bytes that are not UTF-8")
     return settings, problems
+
+
+def _unknown(words: list[str], flags: Iterable[str]) -> list[str]:
+    """What is wrong with words that argparse did not take. The values of an unknown flag are not named beside it."""
+    problems, takes_values = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if word.startswith(("-", "–", "—")):
+            problems.append(f"{flag}: no such flag{nearest(flag, flags)}")
+            takes_values = not equals
+        elif not takes_values:
+            problems.append(f"{quote(word)} belongs to no flag")
+    return problems
 
 
 def refuse(problems: list[str]) -> None:
@@ -260,11 +304,11 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
     for name in ("train", "val", "images"):
         value = getattr(settings, name)
         paths = value if isinstance(value, list) else [value] if value else []
-        exists = Path.is_dir if name == "images" else Path.is_file
-        problems += [f"--{name}: {path} does not exist" for path in paths if not exists(Path(path))]
+        found = [path_problem(path, is_folder=name == "images") for path in paths]
+        problems += [f"--{name}: {problem}" for problem in found if problem]
         absolute = [_absolute(path, problems) for path in paths]
         setattr(settings, name, absolute if isinstance(value, list) else "".join(absolute))
-    problems += _check_combinations(settings)  # they name paths as the user wrote them
+    problems += _check_folders(settings) + _check_combinations(settings)  # they name paths as the user wrote them
     for name in ("model", "resume", "init_from", "vision_cache"):
         value = getattr(settings, name)
         is_path = Path(value).is_dir() if name == "model" else value not in ("", "none", "auto")
@@ -280,18 +324,29 @@ def _absolute(path: str, problems: list[str]) -> str:
     return absolute
 
 
+def _check_folders(settings: argparse.Namespace) -> list[str]:
+    """What is wrong with folders apart from --images. Those that the run makes, and a model of the hub, need not
+    exist."""
+    needed = {"init_from": settings.init_from if settings.resume == "none" else ""}
+    needed["resume"] = "" if settings.resume in ("none", "auto") else settings.resume
+    made = {name: getattr(settings, name) for name in ("model", "output", "vision_cache")}
+    paths = needed | {name: path for name, path in made.items() if os.path.exists(path)}
+    found = {name: path_problem(path, is_folder=True) for name, path in paths.items() if path}
+    if not os.path.exists(needed["resume"]):
+        found["resume"] = found.get("resume", "") + nearest(needed["resume"], ("none", "auto"))
+    return [f"--{name.replace('_', '-')}: {problem}" for name, problem in found.items() if problem]
+
+
 def _check_combinations(settings: argparse.Namespace) -> list[str]:
     files, weights = len(settings.train), len(settings.train_weights)
     low, high = settings.min_pixels, settings.max_pixels
     adapter = Path(settings.init_from) / "adapter_model.safetensors"
-    names_folder = settings.resume not in ("none", "auto")
     checks = {
         f"--train-weights: {weights} for {files} files of --train": weights not in (0, files),
         f"--init-from: {settings.init_from} holds no adapter_model.safetensors": (
-            settings.init_from and settings.resume == "none" and not adapter.is_file()
+            settings.resume == "none" and Path(settings.init_from or "-").is_dir() and not adapter.is_file()
         ),
         "--resume auto: say where with --output": settings.resume == "auto" and not settings.output,
-        f"--resume: {settings.resume} is not a folder": names_folder and not Path(settings.resume).is_dir(),
         "--val-fraction: --val names rows to evaluate on already": settings.val and settings.val_fraction,
         "--patience: there is nothing to evaluate on, give --val or --val-fraction": (
             settings.patience and not (settings.val or settings.val_fraction)

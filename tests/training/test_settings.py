@@ -38,26 +38,34 @@ WRONG = {
     "not a whole number": (["--epochs", "three"], "--epochs: 'three' is not a whole number"),
     "a part of one": (["--batch-size", "1.5"], "--batch-size: '1.5' is not a whole number"),
     "not a number": (["--lr", "fast"], "--lr: 'fast' is not a number"),
-    "negative": (["--lr", "-1"], "--lr: -1 is not between 0"),
-    "zero": (["--lora-r", "0"], "--lora-r: 0 is not between 1"),
-    "over one": (["--lora-dropout", "1.5"], "--lora-dropout: 1.5 is not between 0 and 1"),
-    "nan": (["--lr", "nan"], "--lr: nan is not"),
-    "inf": (["--lr", "inf"], "--lr: inf is not"),
+    "negative": (["--lr", "-1"], "--lr: must be at least 0, not -1"),
+    "zero": (["--lora-r", "0"], "--lora-r: must be at least 1, not 0"),
+    "over one": (["--lora-dropout", "1.5"], "--lora-dropout: must be from 0 to 1, not 1.5"),
+    "nan": (["--lr", "nan"], "--lr: 'nan' is not a finite number"),
+    "inf": (["--lr", "inf"], "--lr: 'inf' is not a finite number"),
     "choice": (["--schedule", "sine"], "--schedule: 'sine' is none of cosine, linear, constant"),
-    "unknown flag": (["--learning-rate=1"], "--learning-rate=1: no such flag"),
-    "shortened flag": (["--epoch=1"], "--epoch=1: no such flag"),
-    "word without a flag": (["train.jsonl"], "train.jsonl: no such flag"),
+    "misspelt choice": (
+        ["--schedule", "Cosin"],
+        "--schedule: 'Cosin' is none of cosine, linear, constant; did you mean cosine?",
+    ),
+    "misspelt auto": (["--memory-budget", "atuo"], "--memory-budget: must be auto or a number from 0 to 1, not 'atuo'"),
+    "unknown flag": (["--learning-rate=1"], "--learning-rate: no such flag"),
+    "shortened flag": (["--epoch=1"], "--epoch: no such flag; did you mean --epochs?"),
+    "word without a flag": (["train.jsonl"], "'train.jsonl' belongs to no flag"),
     "flag without its value": (["--epochs"], "--epochs: expected one argument"),
     "config without its value": (["--config"], "--config: expected one argument"),
     "switch with a value": (["--skip-bad=yes"], "--skip-bad"),
-    "missing config": (["--config", "nowhere.toml"], "--config nowhere.toml: "),
+    "missing config": (["--config", "nowhere.toml"], "--config: nowhere.toml does not exist"),
     "missing rows": (["--train", "nowhere.jsonl"], "--train: nowhere.jsonl does not exist"),
     "missing images": (["--images", "nowhere"], "--images: nowhere does not exist"),
+    "images are a file": (["--images", __file__], f"--images: {__file__} is no folder"),
+    "config is a folder": (["--config", "/"], "--config: / is a folder, no file"),
+    "a name that is too long": (["--val", "x" * 300], f"--val: {'x' * 300} does not exist"),
     "missing validation rows": (["--val", "nowhere.jsonl"], "--val: nowhere.jsonl does not exist"),
-    "rows are a folder": (["--val", "/"], "--val: / does not exist"),
+    "rows are a folder": (["--val", "/"], "--val: / is a folder, no file"),
     "two validations": (["--val", __file__, "--val-fraction", "0.1"], "--val-fraction: --val names rows"),
     "weights for other files": (["--train-weights", "1", "2"], "--train-weights: 2 for 1 files of --train"),
-    "no weight": (["--train-weights", "0"], "--train-weights: 0 is not between 0.001"),
+    "no weight": (["--train-weights", "0"], "--train-weights: must be at least 0.001, not 0"),
     "template without a question": (
         ["--prompt", "Answer briefly."],
         "--prompt: 'Answer briefly.' must hold {question}",
@@ -68,7 +76,14 @@ WRONG = {
     "flag within": (["--lora-targets", "(?i)Q_PROJ"], "--lora-targets: '(?i)Q_PROJ' is not a regular expression"),
     "pixels": (["--min-pixels", "900", "--max-pixels", "800"], "--min-pixels 900 is over --max-pixels 800"),
     "resume without output": (["--resume", "auto"], "--resume auto: say where with --output"),
-    "missing checkpoint": (["--resume", "nowhere"], "--resume: nowhere is not a folder"),
+    "missing checkpoint": (["--resume", "nowhere"], "--resume: nowhere does not exist"),
+    "checkpoint is a file": (["--resume", __file__], f"--resume: {__file__} is no folder"),
+    "misspelt resume": (["--resume", "atuo"], "--resume: atuo does not exist; did you mean auto?"),
+    "missing first weights": (["--init-from", "nowhere"], "--init-from: nowhere does not exist"),
+    "first weights are a file": (["--init-from", __file__], f"--init-from: {__file__} is no folder"),
+    "model is a file": (["--model", __file__], f"--model: {__file__} is no folder"),
+    "output is a file": (["--output", __file__], f"--output: {__file__} is no folder"),
+    "cache is a file": (["--vision-cache", __file__], f"--vision-cache: {__file__} is no folder"),
 }
 
 
@@ -82,7 +97,8 @@ def test_a_wrong_setting_is_named_with_its_flag(rows_file, name):
 
 def test_all_wrong_settings_are_named_at_once(rows_file, config):
     not_beside_others = ("flag without its value", "switch with a value", "patience without evaluations")
-    not_beside_others += ("first weights that are not there",)  # a resumed run does not need them
+    # A resumed run does not need the first weights.
+    not_beside_others += tuple(name for name in WRONG if "first weights" in name)
     once = {
         argv[0]: argv for name, (argv, _) in WRONG.items() if name not in not_beside_others and argv[0] != "--config"
     }
@@ -90,9 +106,9 @@ def test_all_wrong_settings_are_named_at_once(rows_file, config):
     problems = problems_of([*argv, *config("no-such-setting = 3\nkeep = 0\n")])
     assert len(problems) == len(once) + 2
     for flag in once:
-        assert any(flag in problem for problem in problems)
+        assert any(flag.partition("=")[0] in problem for problem in problems)
     assert any("no setting no-such-setting = 3" in problem for problem in problems)
-    assert any("--keep: 0 is not between 1" in problem for problem in problems)
+    assert any("--keep: must be at least 1, not 0" in problem for problem in problems)
 
 
 def test_a_list_is_given_once(rows_file):
@@ -106,10 +122,37 @@ def test_a_flag_without_its_value_hides_no_problem_of_the_file(config):
     assert len(problems) == 2
 
 
+NEAREST = {
+    "--bacth-size=8": "--batch-size",
+    "--batch_size=8": "--batch-size",
+    "--LR=1": "--lr",
+    "-lr=1": "--lr",
+    "—epochs=1": "--epochs",  # one dash that was two
+    "--lora-rank=8": "--lora-r",
+    "--questions=3": "--questions-per-image",
+    "--eval-steps=3": "--eval-every",
+    "--no-skpi-bad": "--no-skip-bad",
+    "--per-device-train-batch-size=4": "",
+}
+
+
+@pytest.mark.parametrize("word", NEAREST)
+def test_a_misspelt_flag_suggests_the_nearest(word):
+    flag = word.partition("=")[0]
+    assert problems_of([word]) == [f"{flag}: no such flag" + f"; did you mean {NEAREST[word]}?" * bool(NEAREST[word])]
+
+
+def test_a_misspelt_flag_is_named_without_its_values_and_beside_other_problems():
+    expected = ["--bacth-size: no such flag; did you mean --batch-size?"]
+    assert problems_of(["--bacth-size", "8"]) == expected
+    assert problems_of(["--bacth-size", "8", "--epochs"]) == [*expected, "--epochs: expected one argument"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("learning-rate = 1e-4", "no setting learning-rate = 0.0001"),
+        ("bacth_size = 8", "no setting bacth_size = 8; did you mean batch-size?"),
         ("lr = [1e-4]", "no setting lr = [0.0001]"),
         ("train-weights = [true]", "no setting train-weights = [True]"),
         ("train-weights = ['much']", "--train-weights: 'much' is not a number"),
