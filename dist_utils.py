@@ -7,6 +7,7 @@ import ctypes
 import errno
 import faulthandler
 import gc
+import io
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -97,9 +98,17 @@ def leave() -> None:
 
 
 class Stop:
-    """Why this process should stop after the current step: a signal's name or another reason; empty: it goes on."""
+    """Why this process should stop after the current step: a signal's name or another reason; empty: it goes on.
+
+    Until there is something to save, a signal ends the process at once: loading a model or compiling may take minutes.
+    """
 
     reason = ""
+    saves_first = False
+
+    def save_first(self) -> None:
+        """From here on, a signal only sets the reason, and whoever asks for it saves and stops."""
+        self.saves_first = True
 
     def watch_signals(self) -> "Stop":
         for number in SIGNALS:
@@ -110,6 +119,11 @@ class Stop:
         return self
 
     def _ask(self, number: int, _frame) -> None:
+        if not self.saves_first:
+            if is_rank0():  # os.write, as the signal may have come in the middle of a print
+                with suppress(OSError):
+                    os.write(1, f"stopped by {signal.Signals(number).name}: there was nothing to save yet\n".encode())
+            os._exit(STOPPED)
         if number == signal.SIGINT and self.reason:
             os._exit(130)  # Ctrl-C twice
         self.reason = self.reason or signal.Signals(number).name
@@ -132,6 +146,24 @@ def ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class _Unfailing(io.FileIO):
+    """Drops what a closed terminal or pipe, or a full disk, does not take: a run goes on without a reader."""
+
+    def write(self, data) -> int:
+        with suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
+def _unfailing(stream: io.TextIOWrapper | None) -> io.TextIOWrapper:
+    """Standard output or error on which no write fails, also where a character is unknown to the terminal. None is
+    Python's for a stream that is closed."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    file = io.BufferedWriter(_Unfailing(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True)
+
+
 def run_and_exit(main: Callable, argv: list[str]) -> None:
     """Run a program's `main(argv, stop)` and exit with the code it returns, 2 for InputError, 1 for a failure.
 
@@ -139,7 +171,8 @@ def run_and_exit(main: Callable, argv: list[str]) -> None:
     group would wait for the other ranks, which may be waiting in a collective.
     """
     stop = Stop().watch_signals()
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may know fewer characters than rows have
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _unfailing(getattr(sys, name)))
     try:
         code = main(argv, stop)
     except InputError as error:

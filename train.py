@@ -169,6 +169,7 @@ def rehearse(run: Run, progress: Progress, budgets: list[float]) -> None:
 def fit(run: Run, progress: Progress) -> dict | None:
     """Train until the last step, the end of --patience, or a stop. Returns the result of the last evaluation."""
     args, metrics, steps, model, optimizer = run.args, run.metrics, run.prepared.steps, run.model, run.optimizer
+    run.stop.save_first()
     result, stopping = None, bool(run.stop.agreed())
     if progress.evaluation_due and not stopping:  # the run was stopped before this evaluation
         result = evaluate_now(run, progress)

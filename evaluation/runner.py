@@ -46,6 +46,7 @@ class Runner:
         result that JSON can hold. Results that an interrupted pass left under `name` are kept, and batches that lack
         none are skipped. Every other batch runs on exactly one rank. A collective.
         """
+        self.stop.save_first()  # results are kept as they come
         stored = dist_utils.from_rank0(lambda: self._stored(name, batches)) if self.folder else {}
         missing = [batch for batch in batches if not stored.keys() >= _samples(batch)]
         share = evaluation_share(missing, self.ranks.rank, self.ranks.world_size)

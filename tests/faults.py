@@ -71,6 +71,31 @@ def at_step(step: int, action, rank: int | None = None) -> None:
     train.train_step = train_step
 
 
+def no_reader(then=lambda: None) -> None:
+    """Make standard output and error a pipe that nobody reads, as a terminal that is gone: each write fails."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    _print_to(writer)
+    then()
+
+
+def no_output(then) -> None:
+    """Close standard output and error, as `>&-` does."""
+    sys.stdout = sys.stderr = None
+    then()
+
+
+def full_output(then) -> None:
+    """Send standard output and error to a disk that is full."""
+    _print_to(os.open("/dev/full", os.O_WRONLY))
+    then()
+
+
+def _print_to(descriptor: int) -> None:
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+
+
 def kill_me(number: int = signal.SIGKILL) -> None:
     os.kill(os.getpid(), number)
 

@@ -4,6 +4,7 @@ A run that was stopped and resumed must end like an undisturbed one, to the last
 """
 
 import random
+import shutil
 import signal
 import time
 from functools import partial
@@ -88,7 +89,7 @@ def test_wrong_settings_are_printed_once_even_if_rank_0_comes_last(world, tmp_pa
     run.processes[0].join(30)
     assert run.processes[1].is_alive()
     run.signal(signal.SIGTERM, rank=1)  # as torchrun does
-    assert run.wait(5) == [2, 2] and run.text().count("nothing.jsonl does not exist") == 1
+    assert run.wait(5) == [2, STOPPED] and run.text().count("nothing.jsonl does not exist") == 1
 
 
 def test_a_failure_is_printed_with_its_traceback_whatever_its_text(tmp_path):
@@ -132,6 +133,29 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_end(world, on_two_r
 
 
 # -------------------------------------------------------------------------------------------------------------- signals
+
+
+def test_a_signal_before_step_1_ends_all_at_once_even_in_a_template_that_never_ends(world, tmp_path):
+    """The template loops on rank 0; rank 1 waits for it."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    endless = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    (tmp_path / "model" / "chat_template.jinja").write_text(endless)
+    argv = arguments(world, tmp_path / "out", model=tmp_path / "model")
+    run = Run(argv, tmp_path / "log", 2)
+    run.reached("output ")
+    time.sleep(0.5)
+    run.signal(signal.SIGUSR1)
+    assert run.wait(5) == [STOPPED, STOPPED]
+    assert run.text().count("stopped by SIGUSR1: there was nothing to save yet") == 1
+
+
+@pytest.mark.parametrize("fault", [faults.no_reader, faults.no_output, faults.full_output])
+def test_a_run_whose_output_nobody_can_read_saves_and_stops(world, undisturbed, tmp_path, fault):
+    """A terminal that is gone, a closed pipe, a full disk: printing fails, in the loop and at the end."""
+    fault = partial(fault, partial(at_step, 3, partial(faults.kill_me, signal.SIGHUP)))
+    assert Run(arguments(world, tmp_path / "out"), tmp_path / "log", fault=fault).wait(30) == [STOPPED]
+    assert Run(arguments(world, tmp_path / "out"), tmp_path / "log", fault=faults.no_reader).wait() == [0]
+    assert same(tmp_path / "out", undisturbed)
 
 
 # Three cases of each kind. All signals are handled alike, but for Ctrl-C and a terminal that closes, and a rank that is
