@@ -44,6 +44,7 @@ class Sample:
     patches: tuple[int, ...]  # vision patches of each image
     fields: dict  # question, answer, question_type, options
     file: int = 0  # number of its file of rows
+    text_first: bool = False  # an image comes after text of its turn
 
     @property
     def tokens(self) -> int:
@@ -131,6 +132,7 @@ def encode_rows(
     *,
     system: str = "",
     prompt: str = "{question}",
+    image_first: bool = False,
     allow_outside_images: bool = False,
     headers_only: bool = False,
     files: Iterable[str] = (),
@@ -139,8 +141,9 @@ def encode_rows(
     """Check the images of rows and tokenize their texts. Rows that can't be used join `bad`, each with its reason.
 
     `max_tokens` limits a single sample. `system` is the system prompt of rows that have none. `prompt` is a template
-    whose {question} is replaced by each question. `headers_only` reads the sizes of images and decodes none. Raises
-    InputError when `system` or `prompt` holds a special token, and for a chat template that can't be trained on.
+    whose {question} is replaced by each question. `image_first` moves images before the text of their turn.
+    `headers_only` reads the sizes of images and decodes none. Raises InputError when `system` or `prompt` holds a
+    special token, and for a chat template that can't be trained on.
     """
     special, end, bad, grids = prompts.special_tokens(tokenizer), prompts.end_of_turn(tokenizer), list(bad), {}
     prompts.refuse_special_settings(system, prompt, special)
@@ -150,6 +153,8 @@ def encode_rows(
 
     def render(row: Row) -> list[tuple[str, float]]:
         grids.update((image, _grid(image, sizes[image], settings)) for image in row.images)
+        if image_first:
+            row.messages = prompts.images_first(row.messages)
         messages = prompts.fill_template(row.messages, prompt)
         prompts.refuse_special_tokens(messages, row.fields.get("options", []), special)
         return prompts.render_segments(messages, tokenizer, system, end)
@@ -211,6 +216,7 @@ def _sample(row: Row, segments: list, token_ids: dict, image_token: int, grids: 
         **_image_lengths(row.images, grids, merge_size),
         fields=row.fields,
         file=row.file,
+        text_first=prompts.is_text_first(row.messages),
     )
 
 

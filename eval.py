@@ -31,7 +31,7 @@ from evaluation.report import write_report
 from evaluation.runner import Runner
 from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, check_image, image_settings
-from inputs.refused import stop_or_skip_bad
+from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.row_files import read_rows
 from inputs.rows import parse_row
 from inputs.vision_cache import VisionCache
@@ -233,8 +233,9 @@ class Sources:
         return ", ".join(self.files)
 
     @property
-    def prompts(self) -> dict[str, str]:
-        return {"system": self.run.get("system", ""), "prompt": self.run.get("prompt", "{question}")}
+    def prompts(self) -> dict:
+        defaults = {"system": "", "prompt": "{question}", "image_first": False}
+        return {name: self.run.get(name, default) for name, default in defaults.items()}
 
     def image_settings(self, folder: str, min_pixels: int, max_pixels: int) -> ImageSettings:
         """Those of training, unless pixel limits are given."""
@@ -267,6 +268,8 @@ def load_rows(
     make_output(sources.output)
     usable = {sample.file for sample in data.samples}
     stop_or_skip_bad(data.bad, sources.files, usable, args.skip_bad, sources.output, sources.images)
+    if args.images and not data.grids:
+        refuse_without_images(args.images)
     if sources.held_out and not args.data:
         names = [relative_names(sample.images, sources.images) for sample in data.samples]
         data = data.only([data.samples[i] for i in split(names, sources.held_out)[1]])

@@ -57,7 +57,8 @@ def merge(args: argparse.Namespace, ckpt: Path, out: Path) -> int:
     # Rows to compare logits on.
     rows, images = args.rows or run["val"] or run["train"][0], args.images or run["images"]
     settings, tokenizer = ImageSettings(**run["image_settings"]), AutoTokenizer.from_pretrained(folder)
-    options = {"system": run["system"], "prompt": run["prompt"], "allow_outside_images": True}
+    options = {"system": run["system"], "prompt": run["prompt"], "image_first": run.get("image_first", False)}
+    options["allow_outside_images"] = True
     first_rows = read_rows(Path(rows))[0][:ROWS]
     data = encode_rows(first_rows, images, tokenizer, settings, run["max_tokens"], **options)
     if not data.samples:

@@ -26,6 +26,30 @@ def refuse_special_tokens(messages: list[dict], options: list[str], special: lis
                 raise ValueError(f"the {name} holds the special token {token}")
 
 
+def images_first(messages: list[dict]) -> list[dict]:
+    """The messages with the images of each user turn before its text, in their order. Texts that an image stood between
+    are kept apart by a space."""
+    return [message | {"content": _images_first(message["content"])} for message in messages]
+
+
+def _images_first(parts: list[dict]) -> list[dict]:
+    images, text = [], ""
+    for before, part in zip([None, *parts], parts):
+        if part["type"] == "image":
+            images.append(part)
+        else:
+            stood_between = text and before["type"] == "image"
+            touch = not (text[-1:].isspace() or part["text"][:1].isspace())
+            text += (" " if stood_between and touch else "") + part["text"]
+    return [*images, {"type": "text", "text": text}]
+
+
+def is_text_first(messages: list[dict]) -> bool:
+    """Whether an image of a turn comes after text of the same turn."""
+    types = ["".join("i" if part["type"] == "image" else "t" for part in message["content"]) for message in messages]
+    return any("ti" in kinds for kinds in types)
+
+
 def fill_template(messages: list[dict], template: str) -> list[dict]:
     """The messages with the `--prompt` template around the text of each user turn.
 

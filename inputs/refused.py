@@ -38,6 +38,11 @@ def stop_or_skip_bad(
         raise InputError(f"{rows} can't be used (--skip-bad goes on without them):{listed}")
 
 
+def refuse_without_images(images_dir: str) -> None:
+    """Raise InputError: --images names this folder, but no row that can be used shows an image."""
+    raise InputError(f"--images {images_dir} is given, but no row shows an image: name it as `image`, or omit --images")
+
+
 def _write_bad_rows(file: Path, bad: list[BadRow], files: list[str]) -> None:
     if not bad:
         file.unlink(missing_ok=True)  # an earlier start may have written it, before the rows were corrected

@@ -18,9 +18,9 @@ from common import InputError
 from data import Sample, TreeDataset, VQAData, load_data
 from inputs.images import image_settings
 from inputs.refused import stop_or_skip_bad
-from training.description import describe_data, describe_sample
+from training.description import describe_data, describe_sample, describe_unshared
 from training.settings import parse_settings
-from trees import Assignment, PlanSettings, grow_tree, make_plan, rank_efficiency
+from trees import Assignment, PlanSettings, group_samples, grow_tree, make_plan, rank_efficiency
 
 SHARED = Path(__file__).parents[2] / "shared"
 KVASIR, QWEN = SHARED / "kvasir" / "kvasir_vqa_val.jsonl", SHARED / "qwen3-vl-8b"
@@ -134,6 +134,51 @@ def test_literal_special_tokens_are_refused(load, token):
         load([flat()], prompt=f"{{question}}{token}")
     (bad,) = load([flat(question=f"{token[4:]} is what?")], prompt=f"{token[:4]}{{question}}").bad
     assert f"special token {token}" in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("written", "moved"),
+    [
+        (flat(question="So? <image>", image="a.png"), flat(question="<image>So?", image="a.png")),
+        (parts(["So?", "@a.png"], ["no"]), parts(["@a.png", "So?"], ["no"])),
+        (
+            flat(question="first <image> then <image> so?", image=["b.png", "a.png"]),
+            flat(question="first then so?", image=["b.png", "a.png"]),
+        ),
+        (parts(["Is ", "@a.png", " red?"], ["no"]), parts(["@a.png", "Is  red?"], ["no"])),
+        (
+            parts(["@a.png", "So?"], ["no"], ["And?", "@b.png", "@c.png"], ["two"]),
+            parts(["@a.png", "So?"], ["no"], ["@b.png", "@c.png", "And?"], ["two"]),
+        ),
+    ],
+)
+def test_image_first_moves_images_before_the_text_of_their_turn_in_their_order(load, written, moved):
+    (expected,), (first,), (as_written,) = (
+        load([moved], prompt="Q: {question}").samples,
+        load([written], prompt="Q: {question}", image_first=True).samples,
+        load([written], prompt="Q: {question}").samples,
+    )
+    assert first.ids.tolist() == expected.ids.tolist() != as_written.ids.tolist()
+    assert first.images == expected.images == as_written.images
+
+
+def test_questions_whose_text_comes_first_are_told_that_they_share_no_picture(load):
+    late = [flat(question=f"Is there {n}? <image>", image="a.png") for n in range(20)]
+    other = [flat(question=f"Is {n} <image> or <image>?", image=["b.png", "c.png"]) for n in range(2)]
+    early, same = flat(image="a.png"), [flat(question=f"Look: <image> Is it {n}?", image="d.png") for n in range(3)]
+
+    def told(*rows, **options) -> str:
+        return describe_unshared(load(rows, **options).samples)
+
+    moves = "(--image-first moves the picture)"
+    assert told(*late) == f"20 questions about 1 picture do not share it: their text comes first {moves}"
+    assert told(late[0], early) == f"1 question about 1 picture does not share it: its text comes first {moves}"
+    moves = moves.replace("picture", "pictures")
+    assert told(*late, *other) == f"22 questions about 3 pictures do not share them: their text comes first {moves}"
+    assert told(late[0], *other[:1], early, early, *same[:1]).startswith("1 question about 1 picture")
+    assert told(late[0], other[0], *same) == told(*late, *other, early, *same, image_first=True) == ""
+    assert len(group_samples(load([*late, early], image_first=True).samples)) == 1
+    assert len(group_samples(load([*late, early]).samples)) == 21
 
 
 def test_the_fingerprint_changes_with_the_picture_s_folder_and_not_with_that_of_all(load, world, tmp_path):

@@ -149,10 +149,11 @@ def run(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompted(world, tmp_path_factory):
-    """A run with a system prompt and pixel limits of its own."""
+    """A run with a system prompt, pixel limits and a place of images of its own."""
     output = tmp_path_factory.mktemp("prompted") / "out"
     settings = {"max_steps": 20, "epochs": 9, "lr": 0.005, "val": "", "system": "Be brief."}
-    assert train.main(arguments(world, output, **settings, min_pixels=1024, max_pixels=4096)) == 0
+    words = arguments(world, output, **settings, min_pixels=1024, max_pixels=4096)
+    assert train.main([*words, "--image-first"]) == 0
     return output
 
 
@@ -354,8 +355,8 @@ def asked(world, row: dict) -> list[str]:
 def test_one_question_is_answered_like_a_row_and_leaves_nothing(world, prompted, tmp_path, monkeypatch, capsys, name):
     row = QUESTIONS[name]
     (tmp_path / "row.jsonl").write_text(json.dumps(row))
-    words = ["--data", tmp_path / "row.jsonl", "--images", world / "images", "--output", tmp_path / "out"]
-    assert answer(prompted, *words) == 0
+    images = ["--images", world / "images"] if "image" in row else []
+    assert answer(prompted, "--data", tmp_path / "row.jsonl", "--output", tmp_path / "out", *images) == 0
     expected = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -385,6 +386,26 @@ def test_one_answer_equals_plain_generation(world, prompted, capsys):
     words = ["--model", str(world / "model"), "--max-new-tokens=8", *asked(world, row)]
     assert evaluation.main(words) == 0
     assert printed(capsys) == plainly(reference, inputs)
+
+
+def test_a_run_s_image_first_holds_for_questions_and_rows(world, prompted, run, tokenizer, settings, tmp_path):
+    def ids(run, question: str) -> list[int]:
+        args = evaluation.parse(
+            ["--ckpt", str(run), "--image", str(world / "images" / "a.png"), "--question", question]
+        )
+        sources = evaluation.find_sources(args)
+        return evaluation.question_data(args, sources, tokenizer, settings).samples[0].ids.tolist()
+
+    assert ids(prompted, "Is it red? <image>") == ids(prompted, "<image>Is it red?")
+    assert ids(run, "Is it red? <image>") != ids(run, "<image>Is it red?")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(tiny.single("a.png", "Is it red? <image>", "no")))
+    words = ["--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--images", world / "images"]
+    args = evaluation.parse(["--ckpt", str(prompted), *map(str, words)])
+    data, _ = evaluation.load_rows(args, evaluation.find_sources(args), tokenizer, settings)
+    assert not data.samples[0].text_first
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "Is it red?", "answer": "no"}))
+    with pytest.raises(InputError, match="--images .* is given, but no row shows an image"):
+        evaluation.load_rows(args, evaluation.find_sources(args), tokenizer, settings)
 
 
 def printed(capsys) -> tuple:

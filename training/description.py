@@ -1,9 +1,11 @@
 """What a run says about its data and its model before it starts, and what is suspicious about its rows."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from common import quote
 from data import Sample, VQAData
 from dist_utils import print0
 from evaluation.normalization import accepted, is_right
@@ -26,9 +28,27 @@ def describe_data(train: VQAData, val: VQAData | None, plan: list[Step], tokeniz
         print0(f"rows whose `weight` is not 1: {weighted:,}; the loss counts their answers by it")
     groups = [len(group) for group in group_samples(train.samples)]
     print0(f"questions per image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
+    if unshared := describe_unshared(train.samples):
+        print0(f"warning: {unshared}")
     print0("tokens per question (image included):\n" + length_histogram([sample.tokens for sample in train.samples]))
     print0(describe_plan(train, plan))
     print0(f"one sample, trained tokens in ⟦ ⟧:\n{describe_sample(train.samples[0], tokenizer)}")
+
+
+def describe_unshared(samples: list[Sample]) -> str:
+    """How many questions do not share their images with all others about them, since their text comes first."""
+    askers = Counter(sample.images for sample in samples)
+    groups = ([samples[index] for index in group] for group in group_samples(samples))
+    alone = [sample for group in groups for sample in group if sample.text_first and len(group) < askers[sample.images]]
+    if not alone:
+        return ""
+    images = len({image for sample in alone for image in sample.images})
+    one, two = len(alone) == 1, images > 1
+    questions = "1 question" if one else f"{len(alone):,} questions"
+    pictures, moved = (f"{images:,} pictures", "pictures") if two else ("1 picture", "picture")
+    does_not_share_it = f"{'does' if one else 'do'} not share {'them' if two else 'it'}"
+    shared = f"{questions} about {pictures} {does_not_share_it}: {'its' if one else 'their'} text comes first"
+    return f"{shared} (--image-first moves the {moved})"
 
 
 def describe_plan(train: VQAData, plan: list[Step]) -> str:
@@ -66,7 +86,7 @@ def _row_warnings(data: VQAData) -> list[str]:
             repeats.append(f"{sample.where} repeats {earlier[answer].where}")
         for other, row in earlier.items():
             if not any(is_right(given, accepted(row.fields)) for given in accepted(sample.fields)):
-                contradictions.append(f"{sample.where} says {answer[:40]!r}, {row.where} {other[:40]!r}")
+                contradictions.append(f"{sample.where} says {quote(answer)}, {row.where} {quote(other)}")
                 break
         earlier.setdefault(answer, sample)
         if (count := sample.trained.sum()) > LONG_ANSWER:

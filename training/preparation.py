@@ -18,7 +18,7 @@ from data import VQAData, load_data
 from dist_utils import Ranks, print0
 from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
-from inputs.refused import stop_or_skip_bad
+from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.vision_cache import SPARE, cache_at
 from modeling.loading import fingerprint, resolve_model
 from modeling.lora import lora_differences
@@ -82,9 +82,11 @@ def prepare(args: argparse.Namespace, ranks: Ranks, dtype: torch.dtype, output: 
 def load_rows(args: argparse.Namespace, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
     """Training and validation rows as --train, --val and --val-fraction name them."""
     files = [*args.train, args.val] if args.val else args.train
-    options = {"system": args.system, "prompt": args.prompt, "allow_outside_images": args.allow_outside_images}
+    options = {name: getattr(args, name) for name in ("system", "prompt", "image_first", "allow_outside_images")}
     data = load_data(files, args.images, tokenizer, images, args.max_tokens, headers_only=args.plan, **options)
     stop_or_skip_bad(data.bad, files, {sample.file for sample in data.samples}, args.skip_bad, output, args.images)
+    if not data.grids and Path(args.images) != Path(args.train[0]).parent:  # the default, where --images is left out
+        refuse_without_images(args.images)
     count = len(args.train)
     train, val = data.of_files(0, count), data.of_files(count, count + 1) if args.val else None
     if args.val_fraction:

@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--train", nargs="+", default=[], metavar="FILE",
-        help="rows to train on, JSON arrays or JSON lines; empty: the embedded demo")  # fmt: skip
+        help="rows to train on, JSON lines, JSON arrays, CSV or TSV; empty: the embedded demo")  # fmt: skip
     add("--train-weights", nargs="+", type=number(float, 0.001), default=[], metavar="W",
         help="how often an epoch asks the questions of each file of --train (0.5: half); empty: once")  # fmt: skip
     add("--val", default="", help="rows to evaluate on during training; empty: none")
@@ -122,6 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", default="", help="system prompt of rows that have none; empty: none")
     add("--prompt", type=_template, default="{question}",
         help="text of a user turn, with {question} for the row's text; {question}: that text alone")  # fmt: skip
+    add("--image-first", action=switch, default=False,
+        help="move images before the text of their user turn, so that all questions about them share them")  # fmt: skip
     add("--skip-bad", action=switch, default=False, help="go on without rows that can't be used")
     add("--allow-outside-images", action=switch, default=False, help="allow images outside --images")
     add("--workers", type=count, default=4, help="processes per rank that decode images; 0: the training process does")

@@ -96,6 +96,16 @@ def test_rows_with_weights_of_their_own_are_reported(bare, capsys):
     assert "rows whose `weight` is not 1: 1; the loss counts their answers by it" in capsys.readouterr().out
 
 
+def test_a_folder_of_images_that_no_row_shows_is_refused(bare, tmp_path, capsys):
+    """Misspelt image fields must not train a blind model. Without --images, rows may be text alone."""
+    rows = [{"question": f"What is {n}?", "answer": "a number"} for n in range(40)]
+    (bare / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"--images .*images is given, but no row shows an image: name it as `image`"):
+        train.main([*arguments(bare, ""), "--plan"])
+    words = [*arguments(bare, ""), "--plan"]
+    assert train.main([word for word in words if not word.startswith("--images")]) == 0
+
+
 def test_rows_that_can_t_be_used_are_reported_as_by_a_run(bare):
     (bare / "images" / "b.png").unlink()
     with pytest.raises(InputError, match=r"rows can't be used(.|\n)*b.png' is missing"):
