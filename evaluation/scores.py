@@ -65,6 +65,7 @@ def score_benchmarks(prediction: dict) -> dict:
 VERB_FIRST = re.compile(
     r"\W*(?:is|are|was|were|am|do|does|did|has|have|had|can|could|will|would|should|may|might|must)\b"
 )
+EVASIVE = ("not relevant", "not applicable", "n/a", "unknown", "unclear")
 KINDS = {
     "count": re.compile(r"\b(?:how many|number of)\b"),
     "size": re.compile(r"\b(?:sizes?|how (?:large|big))\b"),
@@ -88,11 +89,12 @@ def question_types(rows: list[dict]) -> list[str]:
 
 
 def _kind(question: str, answers: Counter) -> str:
-    """Yes/no where the question begins with a verb and its answers with yes or no, or where it has no word of KINDS and
-    most of its answers are yes or no. Choice where it has an "or" and one of its answers."""
+    """Yes/no where the question begins with a verb and its answers, but for EVASIVE ones, with yes or no, or where it
+    has no word of KINDS and most of its answers are yes or no. Choice where it has an "or" and one of its answers."""
     plain = answers["yes"] + answers["no"]
     begun = sum(count for answer, count in answers.items() if answer.split()[:1] in (["yes"], ["no"]))
-    if VERB_FIRST.match(question) and (plain or 2 * begun > answers.total()):
+    decided = answers.total() - sum(answers[evasive] for evasive in EVASIVE)
+    if VERB_FIRST.match(question) and (plain or 2 * begun >= decided):
         return "yes/no"
     if kind := next((kind for kind, pattern in KINDS.items() if pattern.search(question)), None):
         return kind

@@ -35,6 +35,7 @@ SAME_NUMBERS = [
     ("11-20mm", "11-20 mm"),
     ("11–20 mm", "11-20mm"),
     ("11 mm – 20 mm", "11mm-20mm"),
+    ("11- 20 mm", "11-20mm"),
     ("37 °C", "37°C"),
     ("37 ºC", "37℃"),
     ("−5", "-5"),
@@ -208,6 +209,7 @@ def kinds(question: str, *answers: str, own: str | None = None) -> list[str]:
     [
         ("Is there text?", ["No."], "yes/no"),
         ("Have all polyps been removed?", ["yes", "no", "not relevant", "not relevant", "not relevant"], "yes/no"),
+        ("Have all polyps been removed?", ["not relevant"], "yes/no"),
         ("Is there a box or text?", ["yes", "unclear"], "yes/no"),
         ("Does the number of polyps exceed 2?", ["Yes, it does", "No, there are two"], "yes/no"),
         ("Text visible?", ["yes", "no", "none"], "yes/no"),
