@@ -4,6 +4,7 @@ python eval.py --ckpt runs/kvasir                                  # the run's b
 torchrun --nproc_per_node=4 eval.py --ckpt runs/kvasir/checkpoint-000600 --data test.jsonl --images pictures
 python eval.py --ckpt runs/kvasir --with-base --options            # base against tuned; options by likelihood too
 python eval.py --model Qwen/Qwen3-VL-8B-Instruct --data test.jsonl --images pictures    # the base model
+python eval.py --adapter swift/checkpoint-99 --data test.jsonl --images pictures    # an adapter made elsewhere
 python eval.py --ckpt runs/kvasir --image a.jpg --question "Is there text?"    # one answer and its confidence, no files
 """
 
@@ -36,11 +37,12 @@ from inputs.row_files import read_rows
 from inputs.rows import parse_row
 from inputs.vision_cache import VisionCache
 from model import TreeModel, autocast, load_base, pick_dtype
+from modeling.adapters import base_name
 from modeling.loading import fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
-from training.checkpoints import VERSIONS, pick_checkpoint, read_state
+from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base
 from training.metrics import read_metrics
-from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse
+from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse, template
 from trees import Assignment, MicroBatch, plan_evaluation
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
@@ -117,12 +119,15 @@ def build_parser() -> Parser:
     own = "0: the checkpoint's or the model's own"
     add = parser.add_argument_group("what is answered").add_argument
     add("--ckpt", default="", help="checkpoint, or a run's folder for its best one; empty: the base model")
+    add("--adapter", default="", help="LoRA adapter made elsewhere: a folder of PEFT's form; empty: none")
     add("--with-base", action=switch, default=False, help="also answer with the base model, and compare")
-    add("--model", default="", help=f"base model; empty: the checkpoint's, or {DEFAULT_MODEL}")
+    add("--model", default="", help=f"base model; empty: the adapter's, or {DEFAULT_MODEL}")
     add("--data", default="", help="rows to answer; empty: the validation rows of the checkpoint's run")
     add("--images", default="", help="folder that image names start from; empty: the folder of --data")
     add("--question", help="one question instead of --data; prints its answer and confidence")
     add("--image", action="append", default=[], help="image that --question is about; may be repeated")
+    add("--system", help="system prompt of rows that have none; left out: the checkpoint's, or none")
+    add("--prompt", type=template, help="text of a user turn, with {question}; left out: the checkpoint's")
     add("--min-pixels", type=count, default=0, help=f"fewest pixels of an image after resizing; {own}")
     add("--max-pixels", type=count, default=0, help=f"most pixels of an image after resizing; {own}")
     add("--skip-bad", action=switch, default=False, help="go on without rows that can't be used")
@@ -147,8 +152,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Settings from the command line. Raises InputError that lists everything wrong with them."""
     args, problems = parse_words(build_parser(), argv)
     refuse(problems)
-    if args.with_base and not args.ckpt:
-        problems.append("--with-base: needs --ckpt")
+    if args.with_base and not (args.ckpt or args.adapter):
+        problems.append("--with-base: needs --ckpt or --adapter")
+    if args.ckpt and args.adapter:
+        problems.append("--adapter: not with --ckpt, which names an adapter too")
     if args.closed_set and not args.ckpt:
         problems.append("--closed-set: needs --ckpt, whose run names the training rows")
     if args.image and args.question is None:
@@ -220,43 +227,42 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 class Sources:
     """What is evaluated, on which rows, and where results go."""
 
-    ckpt: Path | None  # None: a base model
-    run: dict  # settings of the checkpoint's run; empty for a base model
+    ckpt: Path | None  # the adapter's folder; None: a base model
+    run: dict  # settings of the checkpoint's run; empty for a base model and for an adapter made elsewhere
     held_out: list[str]  # names of images that the run held out from its training rows
     model: str  # base model: a folder or a name on the hub
     files: list[str]  # of rows
     images: str  # folder that image names start from
     output: Path
+    prompts: dict  # system, prompt, image_first
 
     @property
     def rows(self) -> str:
         return ", ".join(self.files)
 
-    @property
-    def prompts(self) -> dict:
-        defaults = {"system": "", "prompt": "{question}", "image_first": False}
-        return {name: self.run.get(name, default) for name, default in defaults.items()}
-
     def image_settings(self, folder: str, min_pixels: int, max_pixels: int) -> ImageSettings:
         """Those of training, unless pixel limits are given."""
-        if self.ckpt and not (min_pixels or max_pixels):
+        if self.run and not (min_pixels or max_pixels):
             return ImageSettings(**self.run["image_settings"])
         return image_settings(folder, min_pixels, max_pixels)
 
 
 def find_sources(args: argparse.Namespace) -> Sources:
     """Fill what the command line leaves open from the checkpoint's run. Raises InputError when there are no rows."""
-    ckpt = pick_checkpoint(Path(args.ckpt).resolve()) if args.ckpt else None
-    state = read_state(ckpt) if ckpt else {}
+    ckpt, state = find_adapter(args.ckpt, args.adapter)
     run, held_out = state.get("settings", {}), state.get("held_out", [])
     validation = run["train"] if held_out else [run["val"]] if run.get("val") else []
     files = [args.data] if args.data else validation
     if not files and args.question is None:
         raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
     images = args.images or (str(Path(args.data).parent) if args.data else run.get("images", ""))
-    output = Path(args.output or (ckpt.parent / "eval" / ckpt.name if ckpt else "runs/eval-base"))
-    model = args.model or run.get("model", DEFAULT_MODEL)
-    return Sources(ckpt, run, held_out, model, files, images, output)
+    elsewhere = f"runs/eval-{ckpt.name if ckpt else 'base'}"
+    output = Path(args.output or (ckpt.parent / "eval" / ckpt.name if run else elsewhere))
+    model = args.model or run.get("model") or (base_name(ckpt) if ckpt else DEFAULT_MODEL)
+    defaults = {"system": "", "prompt": "{question}", "image_first": False}
+    prompts = {name: run.get(name, default) for name, default in defaults.items()}
+    prompts |= {name: value for name in ("system", "prompt") if (value := getattr(args, name)) is not None}
+    return Sources(ckpt, run, held_out, model, files, images, output, prompts)
 
 
 def load_rows(
@@ -305,7 +311,8 @@ def identify(
 
     The key also covers the size and time of every file of weights and every image.
     """
-    manifest = (sources.ckpt / "manifest.json").read_bytes() if sources.ckpt else b""
+    names = ["manifest.json"] if sources.run else ["adapter_config.json", "adapter_model.safetensors"]
+    manifest = b"".join((sources.ckpt / name).read_bytes() for name in names) if sources.ckpt else b""
     facts = {
         "model": sources.model,
         "base": fingerprint(folder),
@@ -327,6 +334,7 @@ def identify(
 
 
 def load_model(folder: str, ckpt: Path | None, settings: ImageSettings, dtype, device: torch.device) -> TreeModel:
+    warn_of_other_base(ckpt, folder)
     base = load_base(folder, dtype, device)
     return TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
 
@@ -381,7 +389,7 @@ def write_results(
         print0(describe_comparison(summary["comparison"], "base", "tuned"))
     write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     images = [list(sample.images) for sample in data.samples]
-    metrics = read_metrics(sources.ckpt.parent / "metrics.jsonl") if sources.ckpt else []
+    metrics = read_metrics(sources.ckpt.parent / "metrics.jsonl") if sources.run else []
     write_report(output / "report.html", summary, tuned_first, images, metrics)
     print0(f"wrote predictions.jsonl, summary.json and report.html in {output}")
 

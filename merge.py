@@ -1,33 +1,38 @@
 """Merge a checkpoint's LoRA into its base model: a model folder that needs no PEFT.
 
     python merge.py --ckpt runs/mine --out merged
+    python merge.py --adapter swift/checkpoint-99 --rows val.jsonl --images pictures --out merged   # made elsewhere
 
-Weights are added in float32 and rounded once to the base model's type. Before the folder gets its name, the merged
-model is loaded from it, and its logits on rows of the run are compared with the adapter's.
+Weights are added in float32 and rounded once, each to its own type. All other files are the base model's, so that what
+loads it loads the merged model too; only its end tokens and its limits on pixels become those of the run. Before the
+folder gets its name, the merged model is loaded from it, and its logits on rows of the run are compared with the
+adapter's.
 """
 
 import argparse
 import os
 import re
-import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoTokenizer
 
 import dist_utils
 from common import PARTIAL, InputError, open_locked, remove, replacing, sign, writing
 from data import VQAData, build_batch, encode_rows, padding
 from dist_utils import print0
-from inputs.images import ImageSettings
+from evaluation.answers import stop_tokens
+from inputs.images import ImageSettings, image_settings
 from inputs.row_files import read_rows
 from model import TreeModel, autocast, load_base
+from modeling.adapters import base_name
 from modeling.loading import resolve_model
 from modeling.lora import load_adapter, merge_lora
-from training.checkpoints import pick_checkpoint, read_state
+from modeling.merging import copy_files, set_end_tokens, set_pixel_limits, weights_dtype, write_weights
+from training.checkpoints import find_adapter, warn_of_other_base
+from training.model_card import merged_card
 from training.settings import Parser, choice, parse_words, refuse
 from trees import Assignment, plan_evaluation
 
@@ -40,42 +45,43 @@ MOST_APART = 0.2
 
 def main(argv: list[str], _stop=None) -> int:
     """Merge. Returns the exit code 0; raises InputError for what can't be merged."""
-    # Settings: what to merge, and where to.
+    # Settings: what to merge, and where to. An adapter made elsewhere has no run that tells more.
     args = parse(argv)
-    ckpt, out = pick_checkpoint(Path(args.ckpt)), Path(args.out)
-    with reserving(out):
-        return merge(args, ckpt, out)
+    ckpt, state = find_adapter(args.ckpt, args.adapter)
+    with reserving(Path(args.out)):
+        return merge(args, ckpt, state.get("settings", {}), Path(args.out))
 
 
-def merge(args: argparse.Namespace, ckpt: Path, out: Path) -> int:
-    """Write the merged model. Returns the exit code 0; raises InputError for what can't be merged."""
-    run = read_state(ckpt)["settings"]
+def merge(args: argparse.Namespace, ckpt: Path, run: dict, out: Path) -> int:
+    """Write the merged model. `run` are the settings of the adapter's run. Returns the exit code 0; raises InputError
+    for what can't be merged."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = resolve_model(args.model or run["model"])
-    dtype = torch.float32 if args.dtype == "float32" else weights_dtype(folder)
+    name = args.model or run.get("model") or base_name(ckpt)
+    folder = resolve_model(name)
+    warn_of_other_base(ckpt, folder)
+    to_float32 = args.dtype == "float32"
+    dtype = torch.float32 if to_float32 else weights_dtype(folder)
+    settings = ImageSettings(**run["image_settings"]) if run else image_settings(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows, data = rows_to_compare(args, run, tokenizer, settings)
 
-    # Rows to compare logits on.
-    rows, images = args.rows or run["val"] or run["train"][0], args.images or run["images"]
-    settings, tokenizer = ImageSettings(**run["image_settings"]), AutoTokenizer.from_pretrained(folder)
-    options = {"system": run["system"], "prompt": run["prompt"], "image_first": run.get("image_first", False)}
-    options["allow_outside_images"] = True
-    first_rows = read_rows(Path(rows))[0][:ROWS]
-    data = encode_rows(first_rows, images, tokenizer, settings, run["max_tokens"], **options)
-    if not data.samples:
-        raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
-
-    # Logits of the adapter and of the base model. The model goes before the next one is loaded.
+    # Logits of the adapter and of the base model.
     model = TreeModel(load_adapter(load_base(folder, dtype, device), ckpt), settings)
     tuned = answer_logits(model, data, device, dtype)
     with model.model.disable_adapter():
         base = answer_logits(model, data, device, dtype)
-    del model
     if torch.equal(tuned, base):
         raise InputError(f"{rows}: the adapter changes no logits on these rows, name others by --rows and --images")
 
-    # The merged model gets its name once its logits have been compared.
+    # The merged model gets its name once its logits have been compared. The other one goes before it is loaded.
     with writing(f"--out: {out} was not written"), replacing(out) as partial:
-        write_merged(folder, ckpt, dtype, device, partial)
+        copy_files(folder, partial, to_float32)
+        if settings != image_settings(folder):
+            set_pixel_limits(partial, (settings.min_pixels, settings.max_pixels))
+        set_end_tokens(partial, stop_tokens(model.base, tokenizer))
+        (partial / "README.md").write_text(merged_card(name, folder, run), encoding="utf-8")
+        write_weights(folder, model.model, merge_lora, partial, to_float32)
+        del model
         merged = answer_logits(TreeModel(load_base(str(partial), dtype, device), settings), data, device, dtype)
         apart = ((merged - tuned).norm() / (tuned - base).norm()).item()
         share = f"{100 * apart:.2g}% as far apart as tuned and base are"
@@ -85,6 +91,20 @@ def merge(args: argparse.Namespace, ckpt: Path, out: Path) -> int:
             raise InputError(f"not merged, {verdict}: {rounded}")
     print0(f"{verdict} ({len(data.samples)} rows); wrote {out}")
     return 0
+
+
+def rows_to_compare(args: argparse.Namespace, run: dict, tokenizer, settings: ImageSettings) -> tuple[str, VQAData]:
+    """The file of rows to compare logits on, and the first of them that can be used. Raises InputError if none can."""
+    rows = args.rows or run.get("val") or run["train"][0]
+    images = args.images or run.get("images") or str(Path(rows).parent)
+    options = {name: run[name] for name in ("system", "prompt", "image_first") if name in run}
+    limit = run.get("max_tokens", MAX_TOKENS)
+    data = encode_rows(
+        read_rows(Path(rows))[0][:ROWS], images, tokenizer, settings, limit, allow_outside_images=True, **options
+    )
+    if not data.samples:
+        raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
+    return rows, data
 
 
 @contextmanager
@@ -110,25 +130,26 @@ def reserving(out: Path):
             place.unlink(missing_ok=True)
 
 
-def weights_dtype(folder: str) -> torch.dtype:
-    """The type of a model's weights, by its configuration."""
-    config = AutoConfig.from_pretrained(folder)
-    return config.dtype or config.get_text_config().dtype or torch.float32
-
-
 def build_parser() -> Parser:
     parser = Parser("merge.py", description="Add a checkpoint's LoRA to its base model's weights.")
-    parser.add_argument("--ckpt", required=True, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("--ckpt", default="", help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("--adapter", default="", help="instead: LoRA adapter made elsewhere, a folder of PEFT's form")
     parser.add_argument("--out", required=True, help="new folder of the merged model")
-    parser.add_argument("--model", default="", help="base model; empty: the checkpoint's")
-    parser.add_argument("--dtype", type=choice("auto", "float32"), default="auto", help="auto: the base model's")
-    parser.add_argument("--rows", default="", help="rows to compare logits on; empty: the run's validation rows")
+    parser.add_argument("--model", default="", help="base model; empty: the adapter's")
+    parser.add_argument("--dtype", type=choice("auto", "float32"), default="auto", help="auto: that of each weight")
+    parser.add_argument("--rows", default="", help="rows to compare logits on; empty: those of the run")
     parser.add_argument("--images", default="", help="folder that their image names start from; empty: the run's")
     return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     args, problems = parse_words(build_parser(), argv)
+    refuse(problems)
+    if bool(args.ckpt) == bool(args.adapter):
+        problems.append("--ckpt or --adapter: give one of them")
+    is_own = args.ckpt or (Path(args.adapter) / "state.pt").is_file()
+    if args.adapter and not is_own and not args.rows:
+        problems.append("--adapter: needs --rows (and --images) to compare logits on, as an adapter names none")
     refuse(problems)
     return args
 
@@ -142,17 +163,6 @@ def answer_logits(model: TreeModel, data: VQAData, device: torch.device, dtype: 
         with autocast(device, dtype):
             logits.append(model.eval().answer_logits(batch).cpu())
     return torch.cat(logits)
-
-
-def write_merged(folder: str, ckpt: Path, dtype: torch.dtype, device: torch.device, out: Path) -> None:
-    """Write the merged model, and copy the tokenizer, processor and other files of the base model's folder."""
-    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, device_map={"": device})
-    model = PeftModel.from_pretrained(plain, ckpt)
-    merge_lora(model)
-    model.unload().save_pretrained(out, max_shard_size="5GB")
-    for path in Path(folder).iterdir():
-        if path.is_file() and ".safetensors" not in path.name and not (out / path.name).exists():
-            shutil.copy(path, out)
 
 
 if __name__ == "__main__":

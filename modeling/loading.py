@@ -5,11 +5,14 @@ import json
 import re
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 
 from common import InputError
 
 MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+HASHED = 32  # weights, at least, where there are as many
 INDEX = "model.safetensors.index.json"  # names the files of weights where they are several
 
 
@@ -49,7 +52,7 @@ def _missing(folder: Path, weights: bool) -> str:
     if weights:
         wanted.append(("model.safetensors", INDEX))
         if (folder / INDEX).is_file():
-            wanted += sorted({(part,) for part in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+            wanted += [(part,) for part in _indexed(folder)]
     lacking = (names for names in wanted if not any((folder / name).is_file() for name in names))
     return " or ".join(next(lacking, ()))
 
@@ -77,4 +80,48 @@ def fingerprint(folder: str) -> str:
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     for path in sorted(Path(folder).glob("*.safetensors")):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------- weight files
+
+
+def model_name(name: str) -> str:
+    """A weight's or layer's name in transformers 5, whatever version wrote it: older ones put the language model under
+    `model`, or `language_model.model`, and the vision tower under `visual`."""
+    parts = "visual|layers|embed_tokens|norm|lm_head"
+    rest = re.sub(rf"^(model\.)?(language_model\.)?(model\.)?(?=({parts})(\.|$))", "", name)
+    prefixes = dict.fromkeys(parts.split("|"), "model.language_model.") | {"visual": "model.", "lm_head": ""}
+    return prefixes.get(rest.partition(".")[0], "") + rest
+
+
+def weight_files(folder: str) -> list[Path]:
+    """The files of a model's weights, as transformers chooses them: one, or those that the index names."""
+    whole = Path(folder) / "model.safetensors"
+    return [whole] if whole.is_file() else [whole.with_name(name) for name in _indexed(Path(folder))]
+
+
+def _indexed(folder: Path) -> list[str]:
+    """The names of the files that the index names."""
+    return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+
+
+def weights_hash(folder: str) -> str:
+    """A hash of the first numbers of a few weights of all layers, rounded to bfloat16.
+
+    It tells models of the same sizes apart, but not files of another type, division or version. Takes milliseconds.
+    """
+    places = {}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            places |= {model_name(name): (path, name) for name in file.keys()}
+    names = sorted(name for name in places if re.search(r"\.(layers|blocks)\.\d+\..*weight$", name))
+    digest = hashlib.sha256()
+    for name in names[:: max(1, len(names) // HASHED)]:
+        path, own = places[name]
+        with safe_open(path, "pt") as file:
+            weight = file.get_slice(own)
+            first = weight[:1] if len(weight.get_shape()) > 1 else weight[:]
+        first = first.flatten()[:256].to(torch.bfloat16)
+        digest.update(name.encode() + first.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -15,10 +15,8 @@ from torch import library, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from common import InputError
+from modeling.adapters import KEEPS_BASE, lora_config, peft_name
 from modeling.targets import DEFAULT_TARGETS, module_suffixes, target_pattern
-
-# PEFT's init_lora_weights that leave the base weights as they are
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def use_lean_lora(model: PeftModel) -> PeftModel:
@@ -169,7 +167,7 @@ def lora_differences(model: PeftModel, folder: Path) -> list[str]:
     try:
         other = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            there = {peft_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (ValueError, SafetensorError) as error:
         return [f"it is damaged: {error}"]
     own = model.peft_config["default"].to_dict()
@@ -193,23 +191,31 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def load_lora(model: PeftModel, folder: Path) -> None:
-    """Give a model's LoRA the weights of an adapter folder."""
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    """Give a model's LoRA the weights of an adapter folder, whose layers it must have."""
+    weights = {peft_name(name): weight for name, weight in load_file(folder / "adapter_model.safetensors").items()}
+    result = set_peft_model_state_dict(model, weights)
+    assert not result.unexpected_keys and not any("lora_" in name for name in result.missing_keys), result
 
 
 def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
-    """The model with a folder's adapter, for inference. Raises InputError for an adapter of a model of other sizes."""
+    """The model with a folder's adapter, for inference. Raises InputError for an adapter that can't be run, or of a
+    model of other layers or sizes."""
+    model = get_peft_model(base, lora_config(folder, base))
     try:
-        return use_lean_lora(PeftModel.from_pretrained(base, folder))
+        load_lora(model, folder)
     except RuntimeError as error:
         if not (mismatch := re.search("size mismatch.*", str(error))):
             raise
         raise InputError(f"{folder} does not fit this base model, leave out --model: {mismatch[0]}") from None
+    return use_lean_lora(model)
 
 
 @torch.no_grad()
-def merge_lora(model: PeftModel) -> None:
-    """Add LoRA to the base weights in float32, rounded once to their type. From then on the layers skip their LoRA."""
+def merge_lora(model: nn.Module) -> None:
+    """Add LoRA to the base weights in float32, rounded once to their type. From then on the layers skip their LoRA.
+
+    model: or any part of it.
+    """
     for layer in model.modules():
         if isinstance(layer, LoraLinear) and layer.lora_variant:
             layer.merge()

@@ -30,6 +30,8 @@ from common import (
     writing,
 )
 from dist_utils import print0, restarted, unwrap
+from modeling.adapters import read_settings
+from modeling.loading import weights_hash
 from modeling.lora import load_lora, lora_differences, save_adapter
 from training.compatibility import setting_differences, unknown_settings, with_defaults
 from training.model_card import model_card
@@ -56,6 +58,7 @@ def write_checkpoint(folder: Path, model, state: dict) -> None:
     files = {path.name: size_and_sum(path) for path in sorted(folder.iterdir())}
     # Last of all: a folder without a manifest is not a checkpoint.
     manifest = {"step": state["step"], "versions": VERSIONS, "identity": state["identity"], "files": files}
+    manifest["base weights"] = state["base_weights"]
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*folder.iterdir(), folder]:
         flush_to_disk(path)
@@ -188,6 +191,28 @@ def pick_checkpoint(folder: Path) -> Path:
     if problem := damage(candidates[0]):
         raise InputError(f"--ckpt: {candidates[0]} is damaged: {problem}; name another checkpoint")
     return candidates[0]
+
+
+def find_adapter(ckpt: str, adapter: str) -> tuple[Path | None, dict]:
+    """The folder that --ckpt or --adapter names, and the state of its run: empty for an adapter made elsewhere. (None,
+    {}) where neither names one. Raises InputError for what is not an adapter that can be run."""
+    if not (ckpt or adapter):
+        return None, {}
+    if adapter and not (Path(adapter) / "state.pt").is_file():
+        read_settings(Path(adapter))
+        return Path(adapter).resolve(), {}
+    folder = pick_checkpoint(Path(ckpt or adapter).resolve())
+    return folder, read_state(folder)
+
+
+def warn_of_other_base(folder: Path | None, model: str) -> None:
+    """Print a warning where a checkpoint was trained on other weights than those in a model's folder. One of an older
+    version, and an adapter made elsewhere, do not tell."""
+    path = folder / "manifest.json" if folder else Path()
+    manifest = path.read_text("utf-8", "replace") if path.is_file() else ""
+    known = re.search(r'"base weights": "(\w+)"', manifest)
+    if known and known[1] != weights_hash(model):
+        print0(f"warning: {folder} was trained on a base model with other weights than those in {model}")
 
 
 def read_state(folder: Path) -> dict:

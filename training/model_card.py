@@ -1,6 +1,8 @@
 """The model card of a checkpoint: what was trained on which rows, how well it did, and how to load it."""
 
 import json
+import re
+from pathlib import Path
 
 from modeling.targets import names_vision
 
@@ -29,8 +31,7 @@ model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 
 {vllm}
 
-Images were resized to between {min_pixels:,} and {max_pixels:,} pixels; do the same where it is used.
-System prompt: {system}.{prompt}
+{use}
 
 ## What it depends on
 
@@ -39,13 +40,37 @@ System prompt: {system}.{prompt}
 {identity}
 """
 
+MERGED = """---
+base_model: {quoted}
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [visual-question-answering]{license}
+---
+
+# {model} with a LoRA adapter merged in
+
+Merged with onelook. The license of the base model, {model}, holds for these weights too.
+
+## Run it
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", dtype="auto", device_map="cuda")
+processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+```
+
+With vLLM: `vllm serve THIS_FOLDER`. Put questions as in training:
+{use}
+"""
+
 # vLLM accepts only certain maximum ranks, so {rank} is the adapter's rank rounded up to a power of two, at least 8.
 VLLM = "With vLLM: `vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER`"
 
 
 def model_card(state: dict) -> str:
     """Markdown with the front matter that model hubs read. `state` is a checkpoint's state."""
-    settings, images, best = state["settings"], state["settings"]["image_settings"], state["best"]
+    settings, best = state["settings"], state["best"]
     score = ""
     if best:
         score = f"\nBest validation so far: exact match {100 * best['exact_match']:.1f}%, at step {best['step']:,}."
@@ -60,14 +85,33 @@ def model_card(state: dict) -> str:
         train=state["identity"]["train rows"],
         score=score,
         vllm=vllm,
-        min_pixels=images["min_pixels"],
-        max_pixels=images["max_pixels"],
-        system=json.dumps(settings["system"]) if settings["system"] else "none, or the row's own",
-        prompt=f" Questions were put as {json.dumps(settings['prompt'])}."
-        if settings["prompt"] != "{question}"
-        else "",
+        use=_use(settings),
         identity="\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
     )
+
+
+def merged_card(model: str, folder: str, run: dict) -> str:
+    """Markdown for a merged model: `model` is its base model's name, `folder` where that lies. `run` are the settings
+    of the adapter's run, empty if it was made elsewhere."""
+    card = Path(folder) / "README.md"
+    head = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace") if card.is_file() else "", re.DOTALL)
+    licenses = re.findall(r"^license(?:_name|_link)?:.*", head[1] if head else "", re.MULTILINE)
+    return MERGED.format(
+        model=model,
+        quoted=json.dumps(model),
+        license="".join(f"\n{line}" for line in licenses),
+        use=_use(run) if run else "the adapter, which was made elsewhere, does not tell how.",
+    )
+
+
+def _use(settings: dict) -> str:
+    """How a run put its questions: what an answer depends on apart from the weights."""
+    images, prompt = settings["image_settings"], settings["prompt"]
+    system = json.dumps(settings["system"], ensure_ascii=False) if settings["system"] else "none, or the row's own"
+    limits = f"between {images['min_pixels']:,} and {images['max_pixels']:,} pixels"
+    put = f" Questions were put as {json.dumps(prompt, ensure_ascii=False)}." if prompt != "{question}" else ""
+    first = " Images came before the text of their turn." if settings.get("image_first") else ""
+    return f"Images were resized to {limits}; do the same where it is used.\nSystem prompt: {system}.{put}{first}"
 
 
 def _cell(value) -> str:

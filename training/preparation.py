@@ -20,10 +20,10 @@ from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
 from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.vision_cache import SPARE, cache_at
-from modeling.loading import fingerprint, resolve_model
+from modeling.loading import fingerprint, resolve_model, weights_hash
 from modeling.lora import lora_differences
 from modeling.targets import names_vision
-from training.checkpoints import find_checkpoint, size_and_sum
+from training.checkpoints import find_checkpoint, size_and_sum, warn_of_other_base
 from training.costs import tree_counter, uncounted
 from training.description import describe_data
 from training.plan import GIB, empty_model, make_job, report
@@ -56,6 +56,7 @@ class Prepared:
     steps: int  # of the whole run
     identity: dict  # what the result depends on
     checkpoint: Path | None  # to go on from
+    base_weights: str  # a hash of the base model's
 
 
 def prepare(args: argparse.Namespace, ranks: Ranks, dtype: torch.dtype, output: Path) -> Prepared:
@@ -71,11 +72,26 @@ def prepare(args: argparse.Namespace, ranks: Ranks, dtype: torch.dtype, output: 
     identity = identify(args, images, train, val, folder)
     checkpoint = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
     dist_utils.from_rank0(lambda: check_lora(args, config, is_new=not checkpoint))
+    first = Path(args.init_from) if args.init_from else None
+    dist_utils.from_rank0(lambda: warn_of_other_base(checkpoint or first, folder))
     dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, train, val))
     val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
     steps = count_steps(args, len(sampler), args.epochs)
+    base_weights = dist_utils.from_rank0(lambda: weights_hash(folder))
     return Prepared(
-        folder, config, images, train, val, val_batches, sampler, plan, largest, steps, identity, checkpoint
+        folder,
+        config,
+        images,
+        train,
+        val,
+        val_batches,
+        sampler,
+        plan,
+        largest,
+        steps,
+        identity,
+        checkpoint,
+        base_weights,
     )
 
 

@@ -94,7 +94,7 @@ def _targets(text: str):
     return text if all(text.split(",")) else Wrong(f"{quote(text)} has an empty part")
 
 
-def _template(text: str):
+def template(text: str):
     return text if text.count("{question}") == 1 else Wrong(f"{quote(text)} must hold {{question}}, once")
 
 
@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-pixels", type=count, default=0, help="fewest pixels of an image after resizing; 0: the model's own")
     add("--max-pixels", type=count, default=0, help="most pixels of an image after resizing; 0: the model's own")
     add("--system", default="", help="system prompt of rows that have none; empty: none")
-    add("--prompt", type=_template, default="{question}",
+    add("--prompt", type=template, default="{question}",
         help="text of a user turn, with {question} for the row's text; {question}: that text alone")  # fmt: skip
     add("--image-first", action=switch, default=False,
         help="move images before the text of their user turn, so that all questions about them share them")  # fmt: skip
