@@ -31,7 +31,8 @@ from evaluation.answers import answer_batch, predict, score_samples
 from evaluation.report import write_report
 from evaluation.runner import Runner
 from inputs.holdout import possible_names, relative_names, split
-from inputs.images import ImageSettings, check_image, image_settings
+from inputs.images import ImageSettings, image_settings, picture_warnings
+from inputs.picture_checks import check_files
 from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.row_files import read_rows
 from inputs.rows import parse_row
@@ -163,7 +164,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.question is not None:
         flags = [f"--{name.replace('_', '-')}" for name in NOT_WITH_QUESTION if getattr(args, name)]
         problems += [f"{flag}: not with --question, which answers one question and writes nothing" for flag in flags]
-        checks = {path: check_image(path) for path in args.image}
+        checks = dict(zip(args.image, check_files(args.image, decode=True), strict=True))
         problems += [f"--image: {path}: {reason}" for path, reason in checks.items() if isinstance(reason, str)]
     refuse(problems)
     return args
@@ -281,6 +282,8 @@ def load_rows(
         data = data.only([data.samples[i] for i in split(names, sources.held_out)[1]])
     if not data.samples:
         raise InputError(f"{sources.rows}: none of the held-out rows can be used")
+    for warning in picture_warnings(data.sizes):
+        print0(f"warning: {warning}")
     closed = closed_options(sources, args.closed_set) if args.closed_set else {}
     own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
     return data, [texts or closed.get(sample.fields["question"], []) for texts, sample in zip(own, data.samples)]

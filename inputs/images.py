@@ -1,18 +1,20 @@
 """Images: finding those of a row, checking every file, their sizes as patches, and pixels for the vision tower."""
 
 import contextlib
+import errno
+import itertools
 import json
 import math
 import os
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+import stat
+import unicodedata
 from dataclasses import dataclass
-from itertools import repeat
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -23,11 +25,12 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from common import InputError, quote, replacing
+from common import SHOWN, InputError, quote, replacing
+from inputs.picture_checks import PictureSize, check_files, decoded
+from inputs.picture_files import MAX_IMAGE_PIXELS, TURNS, opened, orientation_of, refusal, rgb
 
-MAX_IMAGE_PIXELS = 100_000_000
 IMAGE_EXTENSIONS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out
-HIGH_BIT_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+PIXEL_RULES = 2  # raised when `open_picture` makes other pixels of a file than before: cached features are of these
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -75,117 +78,199 @@ def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) 
     return settings
 
 
-# --------------------------------------------------------------------------------------------------- finding, checking
+# ------------------------------------------------------------------------------------------------------------- finding
 
 
-class MissingImage(ValueError):
-    """An image that a row names is not there."""
+class NoImage(ValueError):
+    """What a row names is no image file. `missing` is the name if nothing is there; otherwise it is empty."""
 
-    def __init__(self, name: str, folder: Path, is_folder: bool):
-        super().__init__(f"image {quote(name)} is {'a folder' if is_folder else 'missing'} in {folder}")
-        self.missing = name
+    def __init__(self, name: str, path: Path, folder: Path):
+        super().__init__(name, path, folder)
+        self.missing = "" if os.path.lexists(path) else name
+
+    def __str__(self) -> str:  # only where it is shown, as finding the reason may read a large folder
+        return f"image {quote(self.args[0])} {_absence(*self.args)}"
 
 
 def find_images(names: list[str], folder: Path, allow_outside: bool) -> list[str]:
     """Paths of the images that a row names, from `folder`. A name may leave out its extension (see IMAGE_EXTENSIONS).
 
-    Raises ValueError for an image that is missing, or that lies outside the folder where that is not allowed.
+    Raises ValueError for an image that is missing, or that lies outside the folder where that is not allowed, also by
+    way of a link.
     """
     return [_find_image(name, folder, allow_outside) for name in names]
 
 
 def _find_image(name: str, folder: Path, allow_outside: bool) -> str:
-    root = Path(os.path.abspath(folder))
     candidates = [folder / f"{name}{extension}" for extension in IMAGE_EXTENSIONS]
     # os.path.isfile, unlike Path.is_file, never raises, whatever a row says.
     path = Path(os.path.abspath(next(filter(os.path.isfile, candidates), candidates[0])))
-    exists = os.path.isfile(path)
-    if exists and not path.is_relative_to(root):  # the row may reach the folder through a link
-        real, real_root = Path(os.path.realpath(path.parent), path.name), os.path.realpath(folder)
-        path = root / real.relative_to(real_root) if real.is_relative_to(real_root) else path
-    is_outside = not path.is_relative_to(root) and (exists or not os.path.isabs(name))
-    if is_outside and not allow_outside:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"image {quote(str(path))}: names of files must be UTF-8, rename it") from None
+    exists, inside = os.path.isfile(path), _inside(path, folder)
+    if not allow_outside and not inside and (exists or not os.path.isabs(name)):
         raise ValueError(f"image {quote(name)} lies outside {folder} (--allow-outside-images permits that)")
     if not exists:
-        raise MissingImage(name, root, os.path.isdir(path))
-    return str(path)
+        raise NoImage(name, path, folder)
+    return str(inside or path)
 
 
-def check_images(paths: list[str], headers_only: bool = False) -> dict[str, tuple[int, int] | str]:
+def _inside(path: Path, folder: Path) -> Path | None:
+    """The path below the folder that leads to the same file, or None if the file lies elsewhere, links followed."""
+    root = Path(os.path.abspath(folder))
+    if path.is_relative_to(root):
+        below = itertools.takewhile(lambda parent: parent != root, (path, *path.parents))
+        if not any(map(os.path.islink, below)):
+            return path
+    real_root = os.path.realpath(folder)  # costs ten times as much as the lines above
+    if "\0" in path.name or not Path(os.path.realpath(path)).is_relative_to(real_root):
+        return None
+    if path.is_relative_to(root):
+        return path
+    # The row reaches the folder through a link to it, or by the folder's real path.
+    return root / os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), real_root)
+
+
+def _absence(name: str, path: Path, folder: Path) -> str:
+    """Why there is no file at this path, which `name` gave."""
+    missing = f"is missing in {os.path.abspath(folder)}"
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:  # it has a null character
+        return missing
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "is a link that leads in a circle"
+        if error.errno == errno.EACCES:
+            return "can't be read: permission denied"
+        if os.path.islink(path):
+            return f"is a link to {quote(os.readlink(path))}, which is missing"
+        similar = _similar_name(name, folder) if len(name) <= SHOWN else ""
+        return f"{missing}, but {quote(similar)} is there: correct the name" if similar else missing
+    return f"is a {'folder' if stat.S_ISDIR(mode) else 'pipe or a device'} in {os.path.abspath(folder)}"
+
+
+def _similar_name(name: str, folder: Path) -> str:
+    """The file below the folder whose name differs from this only in upper and lower case, in Unicode's composed or
+    separate accents, or in Windows' slashes; empty if there is none."""
+    *parents, last = name.replace("\\", "/").split("/")
+    found = folder
+    for parent in parents:
+        found /= _entries(found).get(_folded(parent), parent)
+    entries = _entries(found)
+    match = next((entries[key] for e in IMAGE_EXTENSIONS if (key := _folded(last + e)) in entries), None)
+    return os.path.relpath(found / match, folder) if match and os.path.isfile(found / match) else ""
+
+
+def _entries(folder: Path) -> dict[str, str]:
+    try:
+        return _entries_of(folder, os.stat(folder).st_mtime_ns)
+    except OSError:
+        return {}
+
+
+@lru_cache(maxsize=16)  # thousands of rows may miss their images in the same folder of a million files
+def _entries_of(folder: Path, changed: int) -> dict[str, str]:
+    return {_folded(entry): entry for entry in os.listdir(folder)}
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def check_images(paths: list[str], headers_only: bool = False) -> dict[str, PictureSize | str]:
     """Decode every image once: its (height, width) as displayed, or what is wrong with it.
 
     Sizes are remembered in the user's cache folder by path, file size and time, so a second start opens no image. What
     is wrong is not remembered: the cause may be the disk or a permission. `headers_only` reads the sizes of the others
     from their headers and remembers none, as their pixels are not checked.
     """
-    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onelook" / "image_sizes.json"
-    try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):  # not there yet, or damaged
-        known = {}
-    stamps = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
-    new = [path for path in paths if known.get(path, {}).get("stamp") != stamps[path]]
-    # Pillow decodes outside the interpreter lock, so threads suffice. Its warnings of large images are silenced out
-    # here, before threads start: the filters belong to the whole process.
-    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
-        results = pool.map(check_image, new, repeat(not headers_only))
-        checked = dict(zip(new, tqdm(results, "checking images", len(new), disable=len(new) < 1000)))
-    good = {path: {"stamp": stamps[path], "size": size} for path, size in checked.items() if not isinstance(size, str)}
-    known |= good
+    memory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "onelook" / "image_sizes.json"
+    known, stamps = _remembered(memory), {path: _stamp(path) for path in paths}
+    new = [path for path in paths if path not in known or known[path]["stamp"] != stamps[path]]
+    results = check_files(new, not headers_only)
+    checked = dict(zip(new, list(tqdm(results, "checking images", len(new), disable=len(new) < 1000))))
+    good = {path: size for path, size in checked.items() if not isinstance(size, str)}
+    known |= {
+        path: {"stamp": stamps[path], "size": size, "bits": size.bits, "several": size.several}
+        for path, size in good.items()
+    }
     if good and not headers_only:
         with contextlib.suppress(OSError):  # a folder that can't be written only makes the next start check again
             memory.parent.mkdir(parents=True, exist_ok=True)
             with replacing(memory) as partial:
                 partial.write_text(json.dumps(known))
-    return {path: checked[path] if path in checked else tuple(known[path]["size"]) for path in paths}
+    return {path: checked[path] if path in checked else _size(known[path]) for path in paths}
 
 
-def check_image(path: str, decode: bool = True) -> tuple[int, int] | str:
-    """(height, width) of an image as displayed, or what is wrong with it. Without `decode` only its header is read."""
+def _stamp(path: str) -> list[int]:
+    """What changes with a file; nothing for one that is gone."""
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                return f"{image.width} x {image.height} is over 100 megapixels"
-            if image.mode in ("I", "F"):
-                return f"mode {image.mode}, 32 bits per pixel, has no fixed range: save it with 8 or 16"
-            if not decode:
-                return _displayed_size(image)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image.height, image.width
-    except Image.DecompressionBombError:
-        return "over 100 megapixels"
-    except Exception as error:  # on damaged files Pillow's decoders raise almost anything
-        return f"unreadable or truncated ({error})"
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
 
 
-def _displayed_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, from the header. Pillow has turned the size of a TIFF already."""
-    exif = Image.Image.getexif(image)  # PNG's own would decode the image to look for EXIF after the pixels
-    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) and image.format != "TIFF"
-    return (image.width, image.height) if turned else (image.height, image.width)
+def _remembered(memory: Path) -> dict[str, dict]:
+    """The entries of the file of checked images that are whole. Others are checked again, and written anew."""
+    try:
+        entries = json.loads(memory.read_text())
+    except (OSError, ValueError, RecursionError):  # not there yet, or damaged
+        return {}
+    return {path: entry for path, entry in entries.items() if _size(entry)} if isinstance(entries, dict) else {}
+
+
+def _size(entry) -> PictureSize | None:
+    """The size in an entry of the file of checked images; None if it is not as `check_images` writes it."""
+    match entry:
+        case {
+            "stamp": [int(), int()],
+            "size": [int(height), int(width)],
+            "bits": int(bits),
+            "several": bool(several),
+        } if height > 0 and width > 0 and height * width <= MAX_IMAGE_PIXELS and 0 <= bits <= 16:
+            return PictureSize(height, width, bits, several)
+    return None
+
+
+def picture_warnings(sizes: dict[str, PictureSize]) -> list[str]:
+    """What is not shown of images as their files have it: how many there are, and the first one's name."""
+    by_bits = {}
+    for path, size in sizes.items():
+        if size.bits:
+            by_bits.setdefault(size.bits, []).append(path)
+    kinds = {
+        f"images of 16 bits per value that use {bits} of them and are shown in that range": paths
+        for bits, paths in sorted(by_bits.items())
+        if min(by_bits) < 16
+    }
+    kinds["images with several frames or pages, of which the first is used"] = [p for p in sizes if sizes[p].several]
+    return [f"{kind}: {len(paths):,}, {Path(paths[0]).name}" for kind, paths in kinds.items() if paths]
 
 
 # -------------------------------------------------------------------------------------------------------------- pixels
 
 
 def open_picture(path: str) -> Image.Image:
-    """An image before resizing: upright, RGB, 8 bits per channel, and nothing of its file but the pixels."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in HIGH_BIT_DEPTH_MODES:  # 16 bits per pixel: keep the upper eight, as convert() would clip
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        picture = _rgb(image)
-        picture.info.clear()  # comments, EXIF
-        return picture
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Transparent parts become white, as in transformers 5.23 (5.17 shows the colours that they hide)."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    """An image before resizing: upright, RGB, 8 bits per channel, and nothing of its file but the pixels. Raises
+    OSError for an image that can't be read."""
+    try:
+        with opened(path) as image:
+            if reason := refusal(image):
+                raise OSError(reason)
+            picture, _ = decoded(image, path)
+            turn = TURNS.get(orientation_of(image))
+            picture = rgb(picture if turn is None else picture.transpose(turn))
+    except Exception as error:  # as in `check_file`
+        raise OSError(f"{path}: {error}") from error
+    picture.info.clear()  # comments, EXIF
+    return picture
 
 
 def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> np.ndarray:
@@ -194,10 +279,9 @@ def load_patches(path: str, grid: tuple[int, int], settings: ImageSettings) -> n
     can't be read."""
     p, m = settings.patch_size, settings.merge_size
     down, across = grid
-    try:
-        picture = open_picture(path)
-    except Exception as error:  # as in check_image
-        raise OSError(f"{path}: {error}") from error
+    picture = open_picture(path)
+    if settings.grid(picture.height, picture.width) != grid:
+        raise OSError(f"{path}: its size has changed since it was checked")
     pixels = np.asarray(picture.resize((across * p, down * p), Image.Resampling.BICUBIC))  # (H, W, 3)
     # Patches that merge into one token are neighbours: blocks row by row, then the patches of a block row by row.
     pixels = pixels.reshape(down // m, m, p, across // m, m, p, 3)

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from common import replacing, writing
-from inputs.images import ImageSettings
+from inputs.images import PIXEL_RULES, ImageSettings
 
 HEADER = 16  # bytes
 PENDING_WRITES = 8  # micro-batches whose features may wait in memory to be written
@@ -82,7 +82,7 @@ def open_cache(folder: str, visual: torch.nn.Module, config, settings: ImageSett
         digest.update(weight.contiguous().view(torch.uint8).cpu().numpy().data)
     # Pixel limits are left out: they act through the grid alone, which is part of an entry's name.
     processing = {name: value for name, value in asdict(settings).items() if name not in ("min_pixels", "max_pixels")}
-    facts = [digest.hexdigest(), str(visual.config), processing, str(visual.dtype)]
+    facts = [digest.hexdigest(), str(visual.config), processing, PIXEL_RULES, str(visual.dtype)]
     facts += [torch.cuda.get_device_name(visual.device) if visual.device.type == "cuda" else "cpu"]
     facts += [visual.config._attn_implementation, torch.__version__, transformers.__version__, PIL.__version__]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

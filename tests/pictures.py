@@ -13,14 +13,57 @@ def noise(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def png_header_only(path: Path, width: int, height: int) -> None:
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    ]
+def png(width: int, height: int, pixels: bytes = b"", bits: int = 8, colour: int = 2, text: bytes = b"") -> bytes:
+    """A PNG of these rows, each after its filter byte. Bits and colour type as in its header."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))]
+    chunks += [(b"zTXt", b"a\0\0" + zlib.compress(text))] if text else []
+    chunks += [(b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
     body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def png_16(values: np.ndarray) -> bytes:
+    """A PNG of 16-bit values (height, width) or (height, width, channels)."""
+    height, width, channels = np.atleast_3d(values).shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png(width, height, rows, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels])
+
+
+def tiff(values: np.ndarray, order: str = "<", photometric: int = 1, packed: bool = False, planes: int = 1, **tags):
+    """A TIFF of values (height, width) or (height, width, channels). `tags`: more of them, as t274=6."""
+    height, width, channels = np.atleast_3d(values).shape
+    data = np.atleast_3d(values).astype(values.dtype.newbyteorder(order))
+    strips = [data.tobytes()] if planes == 1 else [plane.tobytes() for plane in np.moveaxis(data, 2, 0)]
+    strips = [zlib.compress(strip) for strip in strips] if packed else strips
+    fields = {
+        256: [width],
+        257: [height],
+        258: [8 * values.dtype.itemsize] * channels,
+        259: [8 if packed else 1],
+        262: [photometric],
+        273: [0] * len(strips),
+        277: [channels],
+        278: [height],
+        279: [len(strip) for strip in strips],
+        284: [planes],
+    } | {int(tag[1:]): np.atleast_1d(value).tolist() for tag, value in tags.items()}
+
+    def header() -> bytes:
+        entries, rest = b"", b""
+        for tag, numbers in sorted(fields.items()):
+            content = struct.pack(f"{order}{len(numbers)}I", *numbers)
+            if len(numbers) > 1:
+                rest, content = rest + content, struct.pack(f"{order}I", 14 + 12 * len(fields) + len(rest))
+            entries += struct.pack(f"{order}HHI", tag, 4, len(numbers)) + content
+        start = struct.pack(f"{order}HIH", 42, 8, len(fields))
+        return (b"II" if order == "<" else b"MM") + start + entries + bytes(4) + rest
+
+    fields[273] = np.cumsum([len(header()), *map(len, strips)])[:-1].tolist()
+    return header() + b"".join(strips)
+
+
+def png_header_only(path: Path, width: int, height: int) -> None:
+    path.write_bytes(png(width, height))
 
 
 def cut_short(path: Path, share: float) -> None:

@@ -427,7 +427,7 @@ def plainly(reference, inputs: dict) -> tuple[str, float]:
     ("words", "message"),
     [
         (["--question=Sharp?", "--image=nowhere.png"], "--image: nowhere.png: .*No such file"),
-        (["--question=Sharp?", "--image={world}/rows.jsonl"], "--image: .*rows.jsonl: .*cannot identify image file"),
+        (["--question=Sharp?", "--image={world}/rows.jsonl"], "--image: .*rows.jsonl: .*it is no JPEG"),
         (["--question=Sharp?", "--image={world}/images"], "--image: .*images: .*Is a directory"),
         (["--question=Sharp?", "--image=nowhere.png", "--image={world}/images"], "nowhere.png(.|\n)*Is a directory"),
         (["--image={world}/images/a.png"], "--image: needs --question"),

@@ -9,6 +9,7 @@ from common import quote
 from data import Sample, VQAData
 from dist_utils import print0
 from evaluation.normalization import accepted, is_right
+from inputs.images import picture_warnings
 from modeling.lora import lora_table
 from training.plan import GPU_COUNTS
 from trees import Step, group_samples, rank_efficiency
@@ -71,6 +72,7 @@ def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
         first, image = next((s, image) for s in val.samples for image in s.images if image in shared)
         place = f"{first.where} {Path(image).name}"
         warnings.append(f"validation images that are also trained on: {len(shared):,}, {place}")
+    warnings += picture_warnings(train.sizes | (val.sizes if val else {}))
     return warnings + _row_warnings(train) + (_row_warnings(val) if val else [])
 
 

@@ -1,5 +1,6 @@
 """The model sees images as displayed; unusable ones are named with row and reason; the checks are remembered."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from examples import flat
 from pictures import BAD_IMAGES, VALID_IMAGES, noise
-from PIL import Image, ImageFile
+from PIL import ImageFile
 
 from common import InputError, quote
 from inputs import images as images_file
 from inputs.images import check_images, image_settings, load_patches
+from inputs.picture_checks import check_file
 
 
 def test_every_unusable_image_is_named_with_its_row_and_reason(load, tmp_path):
@@ -30,7 +32,7 @@ def test_a_huge_picture_is_refused_by_its_header_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
     for name in ("huge.png", "bomb.png"):
         BAD_IMAGES[name][0](tmp_path / name)
-        assert "over 100 megapixels" in check_images([str(tmp_path / name)])[str(tmp_path / name)]
+        assert "over 100 megapixels" in check_file(str(tmp_path / name), True)
 
 
 def unpatch(patches: np.ndarray, grid: tuple[int, int], side: int = 8, merge: int = 2) -> np.ndarray:
@@ -75,10 +77,10 @@ def test_pixel_limits_that_cross_are_an_error(world):
 
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
-    """The list of paths opened from here on; the record of checked images is empty."""
+    """The list of paths checked from here on; the record of checked images is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    paths, real_open = [], Image.open
-    monkeypatch.setattr(images_file.Image, "open", lambda path, *rest: paths.append(path) or real_open(path, *rest))
+    paths, check = [], images_file.check_files
+    monkeypatch.setattr(images_file, "check_files", lambda new, decode: paths.extend(new) or check(new, decode))
     return paths
 
 
@@ -107,22 +109,72 @@ def test_a_changed_image_is_checked_again(opened, pictures):
     assert sorted(opened) == pictures[:2]
 
 
-def test_a_failure_is_not_remembered(pictures, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with monkeypatch.context() as broken:
-        broken.setattr(images_file.Image, "open", lambda path: (_ for _ in ()).throw(OSError("stale file handle")))
-        assert all("stale file handle" in result for result in check_images(pictures).values())
-    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
+def test_a_failure_is_not_remembered(opened, pictures):
+    whole = Path(pictures[0]).read_bytes()
+    stamp = os.stat(pictures[0])
+    Path(pictures[0]).write_bytes(bytes(len(whole)))
+    os.utime(pictures[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert "zeros" in check_images(pictures)[pictures[0]]
+    Path(pictures[0]).write_bytes(whole)
+    os.utime(pictures[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert check_images(pictures)[pictures[0]] == (40, 50)
 
 
-@pytest.mark.parametrize("content", ["", "{"])
-def test_a_damaged_record_of_checked_images_is_ignored(opened, pictures, tmp_path, content):
+def test_an_image_that_vanishes_before_its_check_is_named(opened, pictures):
+    os.unlink(pictures[0])
+    assert "No such file" in check_images(pictures)[pictures[0]]
+
+
+def entry(path: str, **changes) -> str:
+    stamp = [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    return json.dumps({path: {"stamp": stamp, "size": [40, 50], "bits": 0, "several": False} | changes})
+
+
+DAMAGE = {
+    "empty": lambda path: "",
+    "cut": lambda path: "{",
+    "a list": lambda path: "[1]",
+    "a number": lambda path: "1",
+    "deep": lambda path: "[" * 100_000,
+    "not UTF-8": lambda path: b"{\xff}",
+    "zeros": lambda path: bytes(999),
+    "no entry": lambda path: json.dumps({path: None}),
+    "a list as entry": lambda path: json.dumps({path: [40, 50]}),
+    "of an earlier version": lambda path: entry(path).replace(', "bits": 0, "several": false', ""),
+    "text as size": lambda path: entry(path, size="40"),
+    "three sides": lambda path: entry(path, size=[40, 50, 3]),
+    "negative": lambda path: entry(path, size=[-40, 50]),
+    "no pixels": lambda path: entry(path, size=[0, 50]),
+    "too large": lambda path: entry(path, size=[10**6, 10**6]),
+    "text as bits": lambda path: entry(path, bits="12"),
+    "no bits": lambda path: entry(path, bits=None),
+    "text as several": lambda path: entry(path, several="no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_record_of_checked_images_is_ignored_and_written_anew(opened, pictures, tmp_path, kind):
     memory = tmp_path / "cache" / "onelook" / "image_sizes.json"
     memory.parent.mkdir(parents=True)
-    memory.write_text(content)
-    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50)
-    opened.clear()
-    assert tuple(check_images(pictures)[pictures[0]]) == (40, 50) and not opened
+    content = DAMAGE[kind](pictures[0])
+    memory.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for checks in (1, 0):
+        opened.clear()
+        assert check_images(pictures[:1])[pictures[0]] == (40, 50) and len(opened) == checks
+
+
+def test_a_whole_record_of_checked_images_is_used(opened, pictures, tmp_path):
+    memory = tmp_path / "cache" / "onelook" / "image_sizes.json"
+    memory.parent.mkdir(parents=True)
+    memory.write_text(entry(pictures[0], size=[41, 51], bits=12, several=True))
+    size = check_images(pictures[:1])[pictures[0]]
+    assert size == (41, 51) and size.bits == 12 and size.several and not opened
+
+
+def test_a_folder_in_place_of_the_record_of_checked_images_stops_nothing(opened, pictures, tmp_path):
+    (tmp_path / "cache" / "onelook" / "image_sizes.json" / "a").mkdir(parents=True)
+    assert check_images(pictures)[pictures[0]] == (40, 50)
+    assert os.listdir(tmp_path / "cache" / "onelook") == ["image_sizes.json"]
 
 
 def test_a_record_of_checked_images_that_can_t_be_written_stops_nothing(pictures, monkeypatch, tmp_path):
@@ -156,6 +208,88 @@ def test_a_row_may_reach_the_folder_of_images_through_a_link(load, world, tmp_pa
     data = load(rows, images=tmp_path / "link" / "images")
     assert len(data.samples) == 2 and len(data.grids) == 1
     assert [row.where for row in data.bad] == ["rows.jsonl:3"] and "lies outside" in data.bad[0].reason
+
+
+def test_links_that_lead_out_of_the_folder_of_images_are_refused_unless_allowed(load, tmp_path):
+    for folder in ("in/sub", "out"):
+        (tmp_path / folder).mkdir(parents=True)
+        noise(64, 64).save(tmp_path / folder / "a.png")
+    links = {
+        "near.png": "sub/a.png",
+        "subs": "sub",
+        "back": "../in",
+        "far.png": "../out/a.png",
+        "away": "../out",
+        "twice.png": "away/a.png",
+        "circle.png": "circle.png",
+        "lost.png": "gone.png",
+    }
+    for name, target in links.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    (tmp_path / "link").symlink_to("in")
+    inside = ["near.png", "subs/a.png", "back/sub/a.png", "sub/a"]
+    outside = ["far.png", "away/a.png", "away/a", "twice.png", "sub/../away/a.png"]
+    no_files = {"circle.png": "leads in a circle", "lost.png": "is a link to 'gone.png', which is missing"}
+    rows = [flat(image=name) for name in (*inside, *outside, *no_files)]
+    for folder in ("in", "link"):
+        data = load(rows, tmp_path / folder)
+        assert len(data.samples) == len(inside) and len(data.bad) == len(outside) + len(no_files)
+        for bad, name in zip(data.bad, outside):
+            assert f"image {name!r} lies outside" in bad.reason and "--allow-outside-images" in bad.reason
+        for bad, reason in zip(data.bad[len(outside) :], no_files.values(), strict=True):
+            assert reason in bad.reason
+        data = load(rows, tmp_path / folder, allow_outside_images=True)
+        assert len(data.samples) == len(inside) + len(outside) and len(data.bad) == len(no_files)
+
+
+def test_a_name_that_differs_in_case_accents_or_slashes_is_answered_with_the_file_s(load, tmp_path):
+    (tmp_path / "Fälle").mkdir()
+    for name in ("a.JPG", "Fälle/Übersicht.png", "Fälle/b.png"):
+        noise(64, 64).save(tmp_path / name)
+    meant = {
+        "a.jpg": "a.JPG",
+        "a": "a.JPG",
+        "A.Jpg": "a.JPG",
+        "fälle/b.png": "Fälle/b.png",
+        "Fälle\\b.png": "Fälle/b.png",
+        "Fa\u0308lle/u\u0308bersicht": "Fälle/Übersicht.png",
+        "FÄLLE\\B.PNG": "Fälle/b.png",
+        "./b.png": "",
+        "b.jpg": "",
+    }
+    data = load([flat(image=name) for name in meant], tmp_path)
+    assert len(data.bad) == len(meant)
+    for bad, there in zip(data.bad, meant.values()):
+        assert "is missing" in bad.reason
+        missing = f"is missing in {tmp_path}"
+        assert bad.reason.endswith(f"{missing}, but {there!r} is there: correct the name" if there else missing)
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_a_line(load, tmp_path):
+    noise(64, 64).save(os.fsencode(tmp_path) + b"/a\xff.png")
+    for images, name, reason in (
+        (tmp_path, "a\udcff.png", "utf-8"),  # the whole row is refused
+        (tmp_path, "a\ud800.png", "utf-8"),
+        (tmp_path / "b\udcff", "a.png", "names of files must be UTF-8, rename it"),
+    ):
+        (bad,) = load([flat(image=name)], images).bad
+        assert reason in bad.reason and bad.reason.isprintable() and bad.reason.encode()
+
+
+def test_what_is_no_file_is_named_and_never_waited_for(load, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    (tmp_path / "folder").mkdir()
+    rows = [flat(image=name) for name in ("pipe.png", "null.png", "folder", "pipe")]
+    reasons = [bad.reason for bad in load(rows, tmp_path, allow_outside_images=True).bad]
+    kinds = ("is a pipe or a device",) * 2 + ("is a folder", "is missing")
+    assert all(f"{kind} in {tmp_path}" in reason for reason, kind in zip(reasons, kinds, strict=True))
+
+
+def test_a_picture_of_another_size_than_when_it_was_checked_is_named(tmp_path, settings):
+    noise(48, 80).save(tmp_path / "a.png")
+    with pytest.raises(OSError, match="a.png: its size has changed"):
+        load_patches(str(tmp_path / "a.png"), (10, 6), settings)
 
 
 @pytest.mark.parametrize("stored", ["case 1.jpg", "case 1.jpeg", "case 1.png", "case.v1.jpg", "case.v1.png"])
