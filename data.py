@@ -411,10 +411,15 @@ class TreeDataset(Dataset):
             raise RuntimeError(f"an image of {first} or of a row after it can no longer be read: {error}") from error
 
 
+class _Loader(DataLoader):
+    def check_worker_number_rationality(self) -> None:
+        """Skip torch's warning of more workers than CPUs, on every rank and in every epoch: the user chose."""
+
+
 def make_loader(
     dataset: TreeDataset, sampler, workers: int, device: torch.device, persistent: bool = False
 ) -> DataLoader:
-    return DataLoader(
+    return _Loader(
         dataset,
         sampler=sampler,
         batch_size=None,  # an item is a micro-batch already

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from transformers.utils.logging import disable_progress_bar
 
 from common import InputError, remove, replacing
 from demo.tiny_model import PATCH, make_model, make_tokenizer
@@ -261,6 +262,7 @@ def write_model(folder: Path, texts: list[str]) -> None:
     """The tiny model, with a tokenizer that has each word of the texts as a token."""
     tokenizer = make_tokenizer(["user\nassistant\nsystem\n", *texts])
     tokenizer.save_pretrained(folder)
+    disable_progress_bar()
     make_model(tokenizer).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
 

@@ -3,6 +3,7 @@
 import json
 import re
 import types
+import warnings
 from pathlib import Path
 
 import torch
@@ -129,7 +130,7 @@ def add_lora(
         matched |= names
     options = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
     suffixes, excluded = module_suffixes(matched, {n for n, _ in base.named_modules()} - matched)
-    model = get_peft_model(base, LoraConfig(target_modules=suffixes, exclude_modules=excluded, **options))
+    model = _with_lora(base, LoraConfig(target_modules=suffixes, exclude_modules=excluded, **options))
     config = model.peft_config["default"]
     config.base_model_name_or_path = name  # as given: a hub name works elsewhere
     config.target_modules = suffixes  # PEFT holds a set, and would write it in another order every time
@@ -138,6 +139,13 @@ def add_lora(
     if trains(visual) and "cudnn" in visual.config._attn_implementation:  # our cuDNN operation has no backward
         visual.config._attn_implementation = "onelook_flash_vision"
     return use_lean_lora(model)
+
+
+def _with_lora(base: nn.Module, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings(
+        action="ignore", category=FutureWarning
+    ):  # PEFT uses a name that transformers drops
+        return get_peft_model(base, config)
 
 
 def trains(module: nn.Module) -> bool:
@@ -200,7 +208,7 @@ def load_lora(model: PeftModel, folder: Path) -> None:
 def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
     """The model with a folder's adapter, for inference. Raises InputError for an adapter that can't be run, or of a
     model of other layers or sizes."""
-    model = get_peft_model(base, lora_config(folder, base))
+    model = _with_lora(base, lora_config(folder, base))
     try:
         load_lora(model, folder)
     except RuntimeError as error:

@@ -22,6 +22,7 @@ def test_the_demo_learns_its_pictures_and_runs_twice(tmp_path):
     log = tmp_path / "log"
     assert runs.torchrun(TRAIN, "--epochs=2", "--batch-size=64", log=log, cwd=tmp_path).wait(900) == 0, log.read_text()
     base, tuned = table(log.read_text())
+    assert "arning" not in log.read_text() and "shards" not in log.read_text()
     assert (
         base < 10 and tuned >= 65 and exact_match(tmp_path / "runs" / "demo-1") == pytest.approx(tuned / 100, abs=1e-3)
     )
