@@ -27,7 +27,7 @@ from common import InputError, lock_folder, sign, write_whole, writing
 from data import TreeDataset, VQAData, encode_rows, load_data, padding
 from dist_utils import Ranks, Stop, print0
 from evaluation import scores
-from evaluation.answers import answer_batch, predict, score_samples
+from evaluation.answers import answer_batch, predict, repetition_penalty, score_samples, unused_settings
 from evaluation.report import write_report
 from evaluation.runner import Runner
 from inputs.holdout import possible_names, relative_names, split
@@ -193,8 +193,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     print0(f"{len(data.samples):,} questions of {sources.rows}, {subject}, {ranks.world_size} rank(s)")
 
     # Model.
-    facts, key = dist_utils.from_rank0(lambda: identify(args, sources, folder, settings, dtype, data, options))
     model = load_model(folder, sources.ckpt, settings, dtype, ranks.device)
+    penalty = repetition_penalty(model.base)
+    if penalty != 1:
+        print0(f"answers are generated with the repetition penalty {penalty:g} of the model's generation_config.json")
+    facts, key = dist_utils.from_rank0(lambda: identify(args, sources, folder, settings, dtype, data, options, penalty))
 
     # Answers. The base model's come first: LoRA that was merged can't be taken off again.
     predictions, folders = {}, {}
@@ -308,7 +311,14 @@ def make_output(output: Path) -> None:
 
 
 def identify(
-    args, sources: Sources, folder: str, settings: ImageSettings, dtype, data: VQAData, options: list[list[str]]
+    args,
+    sources: Sources,
+    folder: str,
+    settings: ImageSettings,
+    dtype,
+    data: VQAData,
+    options: list[list[str]],
+    penalty: float,
 ) -> tuple[dict, str]:
     """The facts that answers depend on, and a key of them: only an evaluation with the same key continues this one.
 
@@ -328,6 +338,7 @@ def identify(
         "options": sha256(json.dumps(options).encode()).hexdigest()[:16],
         "manifest": sha256(manifest).hexdigest() if sources.ckpt else "",
         **{name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")},
+        "repetition_penalty": penalty,
         "dtype": str(dtype),
         "versions": VERSIONS,
     }
@@ -339,6 +350,8 @@ def identify(
 def load_model(folder: str, ckpt: Path | None, settings: ImageSettings, dtype, device: torch.device) -> TreeModel:
     warn_of_other_base(ckpt, folder)
     base = load_base(folder, dtype, device)
+    if unused := unused_settings(base):
+        print0(f"warning: {folder}/generation_config.json sets {', '.join(unused)}: generated answers do not follow it")
     return TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
 
 

@@ -18,6 +18,13 @@ from model import TreeModel
 from modeling.attention import visible
 from trees import plan_evaluation
 
+# Settings of generation_config.json by which `model.generate` gives other greedy answers, and which `generate` does not
+# know, with the value that changes nothing. An empty list and None change nothing either.
+NOT_USED = dict.fromkeys(["bad_words_ids", "begin_suppress_tokens", "dola_layers", "exponential_decay_length_penalty"])
+NOT_USED |= dict.fromkeys(["forced_bos_token_id", "forced_eos_token_id", "max_time", "penalty_alpha", "sequence_bias"])
+NOT_USED |= dict.fromkeys(["stop_strings", "suppress_tokens", "watermarking_config"]) | {"token_healing": False}
+NOT_USED |= dict.fromkeys(["encoder_repetition_penalty", "guidance_scale", "num_beams", "num_beam_groups"], 1)
+NOT_USED |= dict.fromkeys(["encoder_no_repeat_ngram_size", "no_repeat_ngram_size", "min_length", "min_new_tokens"], 0)
 MAX_TREES = 8  # of a batch: a generated token is compared with the cached tokens of all its trees, to see those of one
 
 
@@ -74,12 +81,32 @@ def stop_tokens(base: torch.nn.Module, tokenizer) -> list[int]:
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
+def repetition_penalty(base: torch.nn.Module) -> float:
+    """The one that `model.generate` applies, of the model's generation_config.json; 1: none."""
+    return base.generation_config.repetition_penalty or 1.0
+
+
+def unused_settings(base: torch.nn.Module) -> list[str]:
+    """The settings in the model's generation_config.json by which answers of `model.generate` may differ from ours."""
+    values = {name: getattr(base.generation_config, name, None) for name in NOT_USED}
+    return sorted(name for name, value in values.items() if value not in (None, [], NOT_USED[name]))
+
+
+def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits (B, V) with those of tokens in `seen` (B, V) made less likely. Keskar et al., CTRL, arXiv 1909.05858,
+    section 4.1; for negative logits as transformers' RepetitionPenaltyLogitsProcessor."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
 @torch.no_grad()
 def generate(
     model: TreeModel, batch: Batch, max_new_tokens: int, stop_tokens: set[int]
 ) -> list[tuple[list[int], float]]:
     """Greedy answers to every question of a `prompts_only` batch: token ids without the end of turn, and the model's
     probability of the whole answer, including the end of turn where it came.
+
+    Tokens of a question's prompt and of its answer so far are made less likely by the model's repetition penalty. The
+    probability is the model's own, without it.
 
     One pass over the trees fills a key-value cache. Then every unfinished branch adds one token per round. The trees'
     visibility rule keeps branches apart, so all questions of an image share its cached prefix.
@@ -90,9 +117,12 @@ def generate(
     tree, branch, position = batch.tree[last], batch.branch[last], batch.positions[:, last]  # (B,), (B,), (3, B)
     cached_tree, cached_branch = batch.tree, batch.branch  # (tokens in the cache,)
     answers, log_probabilities = [[] for _ in batch.samples], [0.0] * len(batch.samples)
+    penalty, seen = repetition_penalty(model.base), prompt_tokens(batch, model.base.config.text_config.vocab_size)
     unfinished = list(range(len(answers)))  # B of them
     for _ in range(max_new_tokens):
-        values, tokens = model.base.lm_head(hidden).float().log_softmax(-1).max(-1)
+        logits = model.base.lm_head(hidden).float()  # (B, V)
+        tokens = penalize(logits, seen, penalty).argmax(-1)
+        values = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         going_on = []  # places in `unfinished`
         for place, (index, token, value) in enumerate(zip(unfinished, tokens.tolist(), values.tolist())):
             log_probabilities[index] += value
@@ -104,6 +134,7 @@ def generate(
             break
         places = torch.tensor(going_on, device=tokens.device)
         tokens, tree, branch, position = tokens[places], tree[places], branch[places], position[:, places] + 1
+        seen = seen[places].scatter(1, tokens[:, None], True)
         start = len(cached_tree)
         cached_tree, cached_branch = torch.cat([cached_tree, tree]), torch.cat([cached_branch, branch])
         order = torch.arange(len(cached_tree), device=tokens.device)
@@ -111,6 +142,16 @@ def generate(
         every_token = torch.arange(len(places), device=places.device)
         hidden = model.hidden_states(tokens, position, mask[None, None], every_token, past=cache)
     return list(zip(answers, map(math.exp, log_probabilities)))
+
+
+def prompt_tokens(batch: Batch, vocabulary: int) -> torch.Tensor:
+    """Whether each token of the vocabulary is in a question's prompt, for every question: (B, V) bool."""
+    last, order = batch.answer_at[:, None], torch.arange(len(batch.ids), device=batch.ids.device)
+    in_prompt = visible(batch.tree[last], batch.branch[last], last, batch.tree, batch.branch, order)  # (B, T)
+    question, place = in_prompt.nonzero(as_tuple=True)
+    seen = torch.zeros(len(last), vocabulary, dtype=torch.bool, device=batch.ids.device)
+    seen[question, batch.ids[place]] = True
+    return seen
 
 
 # ----------------------------------------------------------------------------------------------------------- likelihood

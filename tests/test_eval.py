@@ -22,6 +22,7 @@ from eval import evaluate
 from evaluation import answers, scores
 from evaluation.answers import generate, score_all, with_answer
 from evaluation.runner import Runner
+from inputs.images import image_settings
 from modeling.lora import merge_lora
 from training.checkpoints import checkpoints
 from trees import Assignment, plan_evaluation
@@ -29,35 +30,49 @@ from trees import Assignment, plan_evaluation
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def plain_answers(world, ours, adapter, stop_token: int) -> tuple[list[list[int]], list[float]]:
+def plain_answers(world, ours, adapter, stop_token: int, penalty=None) -> tuple[list[list[int]], list[float]]:
     """Each row's greedy answer by transformers' own generate, up to the stop token, and the answers' probabilities."""
     reference = tiny.Reference(world, ours, adapter)
     answers_found, probabilities = [], []
     for line in (world / "rows.jsonl").read_text().splitlines():
         inputs = reference.inputs(json.loads(line), answered=False)
         del inputs["labels"]
-        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": stop_token}
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": stop_token, "repetition_penalty": penalty}
         out = reference.model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
         new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         answers_found.append(new[: new.index(stop_token)] if stop_token in new else new)
-        probabilities.append(math.prod(step.softmax(-1).max().item() for step in out.logits))
+        probabilities.append(math.prod(step.softmax(-1)[0, token].item() for step, token in zip(out.logits, new)))
     return answers_found, probabilities
 
 
-@pytest.mark.parametrize("budget", [500, 5000])
-def test_answers_equal_plain_generation_one_by_one(world, tmp_path, budget):
+@pytest.mark.parametrize("penalty", [None, 1.3])
+def test_answers_equal_plain_generation_one_by_one(world, tmp_path, penalty):
+    """With and without the repetition penalty of generation_config.json. The probabilities are the model's own."""
     model = tiny.lora_model(world).eval()
+    model.base.generation_config.repetition_penalty = penalty
     never = 1  # a token that this model does not produce
-    free, _ = plain_answers(world, model, tmp_path, never)
+    free, _ = plain_answers(world, model, tmp_path, never, penalty)
     stop_token = free[5][3]  # a token that ends some answers early, at different lengths
-    expected, probabilities = plain_answers(world, model, tmp_path, stop_token)
+    expected, probabilities = plain_answers(world, model, tmp_path, stop_token, penalty)
     assert len({len(answer) for answer in expected}) > 1
     data, dataset = tiny.load_world(world)
-    for assignment in (Assignment(batch) for batch in plan_evaluation(data.samples, budget)):
-        batch = build_batch(data, assignment, dataset.settings, prompts_only=True)
+    for trees in (*plan_evaluation(data.samples, 500), *plan_evaluation(data.samples, 5000)):
+        batch = build_batch(data, Assignment(trees), dataset.settings, prompts_only=True)
         for index, (answer, probability) in zip(batch.samples, generate(model, batch, 8, {stop_token})):
             assert answer == expected[index], data.samples[index].where
             assert probability == pytest.approx(probabilities[index], rel=1e-4)
+
+
+def test_settings_of_generation_that_answers_do_not_follow_are_named(world, tmp_path, capsys):
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    path, own = folder / "generation_config.json", json.loads((folder / "generation_config.json").read_text())
+    used = {"repetition_penalty": 1.05, "do_sample": True, "temperature": 0.1, "top_p": 0.001, "top_k": 1}
+    for more in ({}, {"no_repeat_ngram_size": 3, "suppress_tokens": [5], "num_beams": 1, "min_new_tokens": 0}):
+        path.write_text(json.dumps(own | used | more))
+        model = evaluation.load_model(str(folder), None, image_settings(folder), torch.float32, torch.device("cpu"))
+        assert answers.repetition_penalty(model.base) == 1.05
+        named = f"warning: {path} sets no_repeat_ngram_size, suppress_tokens: generated answers do not follow it"
+        assert capsys.readouterr().out.splitlines() == [named] * bool(more)
 
 
 def test_an_answer_ends_at_any_token_that_ends_it_for_generate(world):
@@ -241,7 +256,7 @@ def test_closed_questions_are_scored_by_their_options(world, run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        (["--max-tokens=none", "--workers=-1"], ["--max-tokens: 'none'", "--workers: -1 is not"]),
+        (["--max-tokens=none", "--workers=-1"], ["--max-tokens: 'none'", "--workers: must be at least 0, not -1"]),
         (["--with-base"], ["--with-base: needs --ckpt"]),
         (["--closed-set=3"], ["--closed-set: needs --ckpt"]),
         (["--what"], ["--what: no such flag"]),

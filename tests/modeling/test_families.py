@@ -92,7 +92,7 @@ def test_lora_is_on_every_language_layer_and_nowhere_else(world):
 
 
 def test_answers_equal_plain_generation_one_by_one(world, tmp_path):
-    test_eval.test_answers_equal_plain_generation_one_by_one(world, tmp_path, 500)
+    test_eval.test_answers_equal_plain_generation_one_by_one(world, tmp_path, None)
 
 
 def test_windows_matter_and_blocks_of_whole_images_too(windows):
