@@ -9,7 +9,7 @@ import shutil
 import socket
 import stat
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TextIO
 from uuid import uuid4
@@ -137,6 +137,26 @@ def lock_folder(folder: Path, flag: str) -> TextIO:
         if path not in _locks or is_gone(path):  # a file's lock is lost when this process closes another handle of it
             _locks[path] = open_locked(path / "lock", f"{flag} {folder}")
         return _locks[path]
+
+
+@contextmanager
+def removed_if_refused(folder: Path, is_new: bool):
+    """Leave nothing of a start that is refused but a list of rows that can't be used.
+
+    A folder that holds a run stays as it is. `is_new`: this start made the folder.
+    """
+    is_fresh = is_rank0() and os.listdir(folder) == ["lock"]
+    try:
+        yield
+    except InputError:
+        if is_fresh:
+            for path in folder.iterdir():
+                if path.name != "bad_rows.jsonl":
+                    remove(path)
+            for made in [folder, folder.parent] if is_new else []:
+                with suppress(OSError):  # not empty
+                    made.rmdir()
+        raise
 
 
 def is_gone(folder: Path) -> bool:

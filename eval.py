@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer
 
 import dist_utils
-from common import InputError, lock_folder, sign, write_whole, writing
+from common import InputError, lock_folder, removed_if_refused, sign, write_whole, writing
 from data import TreeDataset, VQAData, encode_rows, load_data, padding
 from dist_utils import Ranks, Stop, print0
 from evaluation import scores
@@ -275,16 +275,18 @@ def load_rows(
     """The samples to answer, and for each of them the options to score."""
     limits = {"max_tokens": args.max_tokens, "allow_outside_images": args.allow_outside_images}
     data = load_data(sources.files, sources.images, tokenizer, settings, **limits, **sources.prompts)
+    is_new, usable = not sources.output.exists(), {sample.file for sample in data.samples}
     make_output(sources.output)
-    usable = {sample.file for sample in data.samples}
-    stop_or_skip_bad(data.bad, sources.files, usable, args.skip_bad, sources.output, sources.images)
-    if args.images and not data.grids:
-        refuse_without_images(args.images)
-    if sources.held_out and not args.data:
-        names = [relative_names(sample.images, sources.images) for sample in data.samples]
-        data = data.only([data.samples[i] for i in split(names, sources.held_out)[1]])
-    if not data.samples:
-        raise InputError(f"{sources.rows}: none of the held-out rows can be used")
+    with removed_if_refused(sources.output, is_new):
+        listing = sources.output if args.output or args.skip_bad else None
+        stop_or_skip_bad(data.bad, sources.files, usable, args.skip_bad, listing, sources.images)
+        if args.images and not data.grids:
+            refuse_without_images(args.images)
+        if sources.held_out and not args.data:
+            names = [relative_names(sample.images, sources.images) for sample in data.samples]
+            data = data.only([data.samples[i] for i in split(names, sources.held_out)[1]])
+        if not data.samples:
+            raise InputError(f"{sources.rows}: none of the held-out rows can be used")
     for warning in picture_warnings(data.sizes):
         print0(f"warning: {warning}")
     closed = closed_options(sources, args.closed_set) if args.closed_set else {}

@@ -26,7 +26,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import dist_utils
-from common import is_gone
+from common import is_gone, removed_if_refused
 from data import Batch, TreeDataset, make_loader, next_batches, padding
 from demo import endoscopy
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
@@ -94,15 +94,39 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 
 
 def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is_demo: bool) -> tuple[int, Metrics]:
-    """A whole run: prepare, rehearse, fit, conclude. Returns its exit code and its metrics, still open."""
-    # Data. Rank 0 reads and checks; every rank gets the same samples.
+    """A whole run: set up, fit, conclude. Returns its exit code and its metrics, still open."""
     dtype, name = pick_dtype(args.dtype, ranks.device), "demo" if is_demo else Path(args.train[0]).stem
-    output = dist_utils.from_rank0(lambda: checkpoints.open_output(args.output, name, args.resume))
+    named, was_there = args.output, args.output and Path(args.output).exists()
+    output = dist_utils.from_rank0(lambda: checkpoints.open_output(named, name, args.resume))
     args.output = str(output)
     if dist_utils.restarted() and checkpoints.checkpoints(output):  # by torchrun --max-restarts
         args.resume = "auto"
     print0(f"output {output} | {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
-    prepared = preparation.prepare(args, ranks, dtype, output)
+    with removed_if_refused(output, is_new=not was_there):
+        run, progress = set_up(args, ranks, stop, dtype, output, output if named or args.skip_bad else None)
+    is_new, prepared = not progress.step, run.prepared
+
+    # Training.
+    base_result = evaluate_on_validation(run) if is_demo and is_new else None
+    print0(f"ready after {time.perf_counter() - started:.0f} s")
+    result = fit(run, progress)
+
+    # The end.
+    code = conclude(run, progress)
+    if result and not code:
+        print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
+    if is_new and progress.step == prepared.steps and not code and ranks.is_main:
+        plan.compare_with_plan(args, prepared, known_gpu(ranks.device), ranks.world_size, time.perf_counter() - started)
+    return code, run.metrics
+
+
+def set_up(
+    args: argparse.Namespace, ranks: Ranks, stop: Stop, dtype: torch.dtype, output: Path, bad_rows: Path | None
+) -> tuple[Run, Progress]:
+    """All that a run does before its first step. `bad_rows` is the folder that gets a list of rows that can't be used.
+    Raises InputError."""
+    # Data. Rank 0 reads and checks; every rank gets the same samples.
+    prepared = preparation.prepare(args, ranks, dtype, output, bad_rows)
     trackers = []  # stays empty on other ranks than rank 0
     dist_utils.from_rank0(lambda: trackers.extend(open_trackers(args, output, prepared.checkpoint)))
 
@@ -115,23 +139,10 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is
     progress, identity = Progress(), prepared.identity
     if prepared.checkpoint:
         progress, identity = checkpoints.load_checkpoint(prepared.checkpoint, model, optimizer, output, identity)
-    is_new = not progress.step
     metrics = Metrics(output, progress, prepared.steps, len(prepared.sampler), known_gpu(ranks.device), ranks, trackers)
     run = Run(args, ranks, stop, dtype, output, prepared, model, cache, optimizer, identity, metrics)
-
-    # Training.
     rehearse(run, progress, budgets)
-    base_result = evaluate_on_validation(run) if is_demo and is_new else None
-    print0(f"ready after {time.perf_counter() - started:.0f} s")
-    result = fit(run, progress)
-
-    # The end.
-    code = conclude(run, progress)
-    if result and not code:
-        print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
-    if is_new and progress.step == prepared.steps and not code and ranks.is_main:
-        plan.compare_with_plan(args, prepared, known_gpu(ranks.device), ranks.world_size, time.perf_counter() - started)
-    return code, metrics
+    return run, progress
 
 
 def build_model(

@@ -443,3 +443,30 @@ def test_a_data_worker_that_stalls_is_named(world, tmp_path):
     run = Run(faults.arguments(world, tmp_path / "out", workers=2), tmp_path / "log", fault=faults.stall_in_worker)
     assert run.wait(60) == [1]
     assert "timed out after 3 seconds" in run.text() and "data worker " in run.text() and ".png" in run.text()
+
+
+REFUSED = {
+    "bad rows": ({}, "{}", "can't be used"),
+    "no base model": ({"model": "nowhere/at/all"}, "", "model nowhere/at/all"),
+    "no such layer": ({"lora_targets": "nothing_proj"}, "", "--lora-targets"),
+    "no adapter that fits": ({"init_from": "adapter"}, "", "--init-from"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_refused_start_leaves_nothing_behind_but_bad_rows_in_a_folder_that_was_named(
+    world, tmp_path, monkeypatch, kind, named
+):
+    more, line, message = REFUSED[kind]
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    (tmp_path / "rows.jsonl").write_text((world / "rows.jsonl").read_text() + line)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    argv = arguments(world, "out", train=tmp_path / "rows.jsonl", resume="none", **more)
+    argv = argv if named else [word for word in argv if not str(word).startswith("--output")]
+    with pytest.raises(InputError, match=message):
+        train.main([str(word) for word in argv])
+    left = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*")) if path not in before]
+    assert left == (["out", "out/bad_rows.jsonl"] if named and line else [])

@@ -59,12 +59,14 @@ class Prepared:
     base_weights: str  # a hash of the base model's
 
 
-def prepare(args: argparse.Namespace, ranks: Ranks, dtype: torch.dtype, output: Path) -> Prepared:
+def prepare(
+    args: argparse.Namespace, ranks: Ranks, dtype: torch.dtype, output: Path, bad_rows: Path | None
+) -> Prepared:
     """Read and check rows, settings and the model's configuration, and tell what they are. Raises InputError."""
     folder = dist_utils.local_rank0_first(lambda: resolve_model(args.model))
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     images = image_settings(folder, args.min_pixels, args.max_pixels)
-    train, val = dist_utils.from_rank0(lambda: load_rows(args, tokenizer, images, output))
+    train, val = dist_utils.from_rank0(lambda: load_rows(args, tokenizer, images, bad_rows))
     count_flops = tree_counter(config, train.samples, not uncounted(config, args), tower=not args.vision_cache)
     sampler = StepSampler(train.samples, PlanSettings.of(args), ranks.rank, ranks.world_size, count_flops)
     plan, largest = plan_epochs(args, train)
