@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import lru_cache
 
 VQA_NUMBERS = "none zero one two three four five six seven eight nine ten".split()
 VQA_DIGITS = dict(zip(VQA_NUMBERS, map(str, (0, *range(11)))))
@@ -31,6 +32,7 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     return sum(shares) / len(shares)
 
 
+@lru_cache(maxsize=1 << 16)  # annotators repeat each other
 def _vqa_words(text: str) -> str:
     """`processPunctuation` and `processDigitArticle` of that script. A mark goes where it stands beside a space or the
     text has a comma between digits, and otherwise leaves a space; a full stop stays before a digit only."""

@@ -52,10 +52,9 @@ WITH_DIGITS = {
 }
 
 
-@lru_cache(maxsize=1 << 16)  # the answers of a data set repeat
 def normalize(text: str) -> str:
     """The same text for answers that count as equal: their `parts` in alphabetical order, joined by "; "."""
-    return "; ".join(sorted(parts(text).elements()))
+    return "; ".join(sorted(_parts(text)))
 
 
 def parts(text: str) -> Counter:
@@ -69,11 +68,16 @@ def parts(text: str) -> Counter:
     numbers joined with their signs and units (">= 5 mm" is ">=5mm"), one sign for all dashes, and without repeated
     white space, punctuation at the ends of words, and articles before another word.
     """
+    return Counter(_parts(text))
+
+
+@lru_cache(maxsize=1 << 16)  # the answers of a data set repeat
+def _parts(text: str) -> list[str]:
     text = _spell(text)
     pieces, listed = text.split(";"), re.split(r",(?!\d)|(?<!\d),|、", text)
     if len(pieces) == 1 and _is_list(listed):
         pieces = listed
-    return Counter(filter(None, map(_words_of, pieces))) or Counter([" ".join(text.split())])  # "?" is not ""
+    return list(filter(None, map(_words_of, pieces))) or [" ".join(text.split())]  # "?" is not ""
 
 
 def _spell(text: str) -> str:

@@ -142,9 +142,7 @@ def add_lora(
 
 
 def _with_lora(base: nn.Module, config: LoraConfig) -> PeftModel:
-    with warnings.catch_warnings(
-        action="ignore", category=FutureWarning
-    ):  # PEFT uses a name that transformers drops
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT uses a name that transformers drops
         return get_peft_model(base, config)
 
 
