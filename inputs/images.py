@@ -148,7 +148,9 @@ def _absence(name: str, path: Path, folder: Path) -> str:
         if os.path.islink(path):
             return f"is a link to {quote(os.readlink(path))}, which is missing"
         similar = _similar_name(name, folder) if len(name) <= SHOWN else ""
-        return f"{missing}, but {quote(similar)} is there: correct the name" if similar else missing
+        # Separate accents look like composed ones, so names that have them are shown with escapes.
+        shown = quote(similar) if unicodedata.is_normalized("NFC", f"{name}/{similar}") else ascii(similar)
+        return f"{missing}, but {shown} is there: correct the name" if similar else missing
     return f"is a {'folder' if stat.S_ISDIR(mode) else 'pipe or a device'} in {os.path.abspath(folder)}"
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from inputs.picture_files import MAX_IMAGE_PIXELS, NotAPicture, has_16_bits, opened, orientation_of, refusal, rgb
 
@@ -80,8 +80,9 @@ def decoded(image: Image.Image, path: str) -> tuple[Image.Image, int]:
 
 
 def check_files(paths: list[str], decode: bool) -> Iterator[PictureSize | str]:
-    """`check_file` of each, in their order, in processes whose number is that of the processors."""
-    count = min(len(os.sched_getaffinity(0)), 1 + len(paths) // FILES_PER_PROCESS) if paths else 0
+    """`check_file` of each, in their order, in as many processes as may run at once."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on macOS
+    count = min(processors, 1 + len(paths) // FILES_PER_PROCESS) if paths else 0
     checkers, idle = [Checker() for _ in range(count)], SimpleQueue()
 
     def check(path: str) -> PictureSize | str:
@@ -110,7 +111,7 @@ class Checker:
     def start(self) -> None:
         root = Path(__file__).parents[1]
         path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # -P: the current folder may hold a file with the name of a module. More threads would need more memory.
+        # -P: the current folder may hold a file with the name of a module. Each thread of NumPy's would need memory.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from {__name__} import serve; serve{LIMITS}"],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -151,8 +152,11 @@ def serve(seconds: int, memory: int) -> None:
     its decoder raises MemoryError or another error, or ends the process too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; it closes standard input
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # once that has gone, a last answer ends this process quietly
+    for kind, limit in ((resource.RLIMIT_DATA, memory), (resource.RLIMIT_CORE, 0)):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each would need memory
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS // 2  # Pillow refuses twice as many, before it reserves memory for them
     warnings.simplefilter("ignore")
     for line in sys.stdin:

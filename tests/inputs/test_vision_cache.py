@@ -75,7 +75,7 @@ def test_entries_can_be_read_by_whom_the_umask_permits(filled):
     assert all(path.stat().st_mode & 0o777 == 0o666 & ~mask for path in filled[1].options["cache"].folder.iterdir())
 
 
-def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_path, filled):
+def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_path, filled, monkeypatch):
     _, dataset, _, _ = filled
     config, model = AutoConfig.from_pretrained(world / "model"), tiny.lora_model(world)
     visual = model.base.model.visual
@@ -84,6 +84,9 @@ def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_pa
         return vision_cache.open_cache(str(tmp_path), visual, config, settings).folder
 
     assert folder() == dataset.options["cache"].folder != folder(replace(dataset.settings, mean=(0.4, 0.5, 0.5)))
+    with monkeypatch.context() as later:
+        later.setattr(vision_cache, "PIXEL_RULES", 99)  # files are made other pixels of
+        assert folder() != dataset.options["cache"].folder
     with torch.no_grad():
         next(visual.parameters()).view(-1)[0] += 1e-3
     assert folder() != dataset.options["cache"].folder
