@@ -37,13 +37,17 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Load the frozen base model straight onto `device`, from a folder of `resolve_model`. Raises InputError when its
-    weights are damaged."""
+    weights are damaged, or some are missing: transformers would go on with random ones."""
     disable_progress_bar()  # every rank would show one
-    options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa"}
+    options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa", "output_loading_info": True}
     try:
-        return prepare_base(AutoModelForImageTextToText.from_pretrained(folder, **options))
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
     except SafetensorError as error:
         raise InputError(f"model {folder} has damaged weights ({error}): copy or download them again") from None
+    if missing := sorted(info["missing_keys"]):
+        lacking = f"{missing[0]}, one of {len(missing):,} missing"
+        raise InputError(f"model {folder} has no weights {lacking}: copy or download it again")
+    return prepare_base(model)
 
 
 def prepare_base(model: nn.Module) -> nn.Module:

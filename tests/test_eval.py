@@ -10,10 +10,12 @@ import tiny
 import torch
 from peft import PeftModel
 from runs import arguments
+from safetensors.torch import load_file, save_file
 from tiny import single
 from transformers import AutoTokenizer
 
 import eval as evaluation
+import merge
 import train
 from common import InputError, printable
 from data import build_batch
@@ -266,6 +268,60 @@ def test_wrong_settings_are_named_all_at_once(words, messages):
     with pytest.raises(InputError) as error:
         evaluation.parse(words)
     assert all(text in str(error.value) for text in messages)
+
+
+def test_an_adapter_made_elsewhere_answers_like_the_checkpoint_with_the_same_weights(world, prompted, tmp_path, capsys):
+    """Its folder tells neither rows, prompts nor pixel limits: they come from the command line."""
+    ckpt, made = checkpoints(prompted)[-1], tmp_path / "made"
+    made.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(ckpt / name, made)
+    rows = ["--data", world / "rows.jsonl", "--images", world / "images"]
+    assert answer(ckpt, *rows, "--output", tmp_path / "ours") == 0
+    words = ["--adapter", made, "--model", world / "model", *rows, "--workers=0", "--max-new-tokens=8", "--with-base"]
+    words += ["--system=Be brief.", "--min-pixels=1024", "--max-pixels=4096", "--output", tmp_path / "theirs"]
+    assert evaluation.main([*map(str, words)]) == 0
+    ours, theirs = (evaluation.read_predictions(tmp_path / name / "predictions.jsonl") for name in ("ours", "theirs"))
+    assert theirs == ours and (tmp_path / "theirs" / "predictions-base.jsonl").exists()
+    assert answer(ckpt, *rows, "--output", tmp_path / "other", "--system=", "--prompt=Say: {question}") == 0
+    assert evaluation.read_predictions(tmp_path / "other" / "predictions.jsonl") != ours
+    with pytest.raises(InputError, match="no rows to answer"):
+        evaluation.main(["--adapter", str(made)])
+    with pytest.raises(InputError, match="--adapter: not with --ckpt"):
+        evaluation.parse(["--adapter=a", "--ckpt=b"])
+    sources = evaluation.find_sources(evaluation.parse([f"--adapter={made}", "--data=rows.jsonl"]))
+    assert sources.model == str(world / "model") and sources.output.name == "eval-made"
+    own = evaluation.find_sources(
+        evaluation.parse([f"--adapter={ckpt}", "--data=rows.jsonl"])
+    )  # a checkpoint tells all that it knows
+    assert own.prompts["system"] == "Be brief." and own.ckpt == ckpt.resolve()
+
+
+def test_another_base_model_of_the_same_sizes_is_warned_of(world, run, tmp_path, capsys):
+    warning, ckpt = "was trained on a base model with other weights than those in", checkpoints(run)[-1]
+    other = shutil.copytree(world / "model", tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight + 0.01 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    asked = ["--ckpt", str(ckpt), "--question=Sharp?", "--max-new-tokens=1"]
+    settings = {"init_from": ckpt, "max_steps": 1, "eval_every": 0}
+    commands = [
+        lambda model: evaluation.main([*asked, f"--model={model}"]),
+        lambda model: merge.main([f"--ckpt={ckpt}", f"--out={tmp_path / 'merged'}", f"--model={model}"]),
+        lambda model: train.main(arguments(world, tmp_path / "new", model=model, **settings)),
+    ]
+    for command in commands:
+        assert command(other) == 0
+        assert f"warning: {ckpt} {warning} {other}" in capsys.readouterr().out
+    commands[0](world / "model")
+    assert train.main(arguments(world, tmp_path / "new", **settings, resume="auto")) == 0  # of a run on `other`
+    same, resumed = capsys.readouterr().out.split("\n", 1)
+    assert warning not in same and f"{warning} {world / 'model'}" in resumed
+    old = shutil.copytree(ckpt, tmp_path / "checkpoint-000020")
+    manifest = json.loads((old / "manifest.json").read_text())
+    assert manifest.pop("base weights")
+    (old / "manifest.json").write_text(json.dumps(manifest))  # as an older version wrote it
+    evaluation.main(["--ckpt", str(old), *asked[2:], f"--model={other}"])
+    assert warning not in capsys.readouterr().out
 
 
 def test_base_answers_are_those_of_the_model_without_an_adapter(world, run, tmp_path):

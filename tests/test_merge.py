@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import stat
 
 import pytest
@@ -10,11 +11,15 @@ import torch
 from peft import LoraConfig, PeftModel
 from runs import arguments
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import merge
 import train
 from common import InputError
+from inputs.images import image_settings
+from modeling.lora import save_adapter
+from modeling.merging import copy_files, set_end_tokens, set_pixel_limits
 from training.model_card import model_card
 
 
@@ -45,6 +50,177 @@ def test_merged_weights_answer_like_the_adapter_in_plain_transformers(world, run
             base = tuned.unload()
         torch.testing.assert_close(after, with_adapter, rtol=1e-4, atol=1e-4)
         assert (before - after).abs().max() > 0.1
+
+
+# --------------------------------------------------------------------------------------------------- the folder's files
+
+HUB = {  # as the hub's folders spell them, which the installed transformers would not write
+    "config.json": """{"architectures": ["Any"],  "torch_dtype": "bfloat16",
+ "text_config": {"dtype" : "torch.bfloat16", "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}},
+   "bnb_4bit_compute_dtype": "bfloat16", "é": null}""",
+    "chat_template.json": '{"chat_template":  "{{ x }}"}',
+    "vocab.json": "{}\r\n",
+    "video_preprocessor_config.json": '{"max_pixels": 7, "size": {"longest_edge": 7}}',
+    "LICENSE": "Apache",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "README.md": "---\nlicense: other\nlicense_name: research\nlanguage: en\n---\n# The base model",
+}
+LEFT_OUT = ["pytorch_model.bin", "consolidated.safetensors", "pytorch_model.bin.index.json", "adapter_config.json",
+            "optimizer.pt", "model.gguf", ".gitattributes", ".cache/huggingface/a"]  # fmt: skip
+
+
+def write_files(folder, files: dict) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+
+
+def in_a_cache(folder, links) -> None:
+    """The folder as the hub's cache has it: links to files that only their owner may read."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        link = links / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o400)
+        link.symlink_to(path)
+
+
+@pytest.mark.parametrize("to_float32", [False, True])
+def test_all_but_weights_is_copied_byte_for_byte_apart_from_named_types(tmp_path, to_float32):
+    write_files(tmp_path / "blobs", HUB | dict.fromkeys(LEFT_OUT, "old"))
+    in_a_cache(tmp_path / "blobs", tmp_path / "model")
+    copy_files(tmp_path / "model", tmp_path / "out", to_float32)
+    found = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert found.keys() == HUB.keys() - {"README.md"} and not any(path.is_symlink() for path in found.values())
+    assert {stat.S_IMODE(path.stat().st_mode) for path in found.values()} == {0o644}
+    expected = HUB["config.json"]
+    if to_float32:
+        expected = expected.replace('"torch_dtype": "bfloat16"', '"torch_dtype": "float32"')
+        expected = expected.replace('"dtype" : "torch.bfloat16"', '"dtype" : "float32"')
+    assert found["config.json"].read_bytes() == expected.encode()
+    assert all(path.read_bytes() == HUB[name].encode() for name, path in found.items() if name != "config.json")
+
+
+def test_weights_keep_names_files_and_types_of_the_base_model(tmp_path, capsys):
+    """A base as on the hub: names of an older transformers, two files that are links to a cache, two types."""
+    world, folder = tiny.write_world(tmp_path / "world", tiny.mixed_rows()[25:], "qwen2_5_vl"), tmp_path / "blobs"
+    save_adapter(tiny.lora_model(world, targets="q_proj,up_proj,vision").model, tmp_path / "adapter")
+    shutil.copytree(world / "model", folder)
+    weights = load_file(folder / "model.safetensors")
+    wide = "model.layers.1.mlp.up_proj.weight"  # stays float32
+    base = {n: w if n == wide or w.dim() < 2 else w.bfloat16() for n, w in weights.items()}
+    files = {name: f"model-{1 + ('layers.2' in name)}-of-2.safetensors" for name in base}
+    (folder / "model.safetensors").unlink()
+    for file in set(files.values()):
+        metadata = {"format": "pt", "made": "by hand"}
+        save_file({n: w for n, w in base.items() if files[n] == file}, folder / file, metadata)
+    index = {"metadata": {"total_size": sum(w.nbytes for w in base.values())}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    in_a_cache(folder, tmp_path / "model")
+    words = [f"--adapter={tmp_path / 'adapter'}", f"--model={tmp_path / 'model'}", f"--rows={world / 'rows.jsonl'}"]
+    words.append(f"--images={world / 'images'}")
+    assert merge.main([*words, f"--out={tmp_path / 'merged'}"]) == 0
+    pairs = lora_pairs(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    deltas = {f"{old_name(layer)}.weight": 2 * (b @ a) for layer, a, b in pairs}  # alpha 8, rank 4
+    assert deltas.keys() < base.keys()
+    for file in set(files.values()):
+        with safe_open(tmp_path / "merged" / file, "pt") as merged, safe_open(folder / file, "pt") as old:
+            assert set(merged.keys()) == set(old.keys()) and merged.metadata() == old.metadata()
+        for name, weight in load_file(tmp_path / "merged" / file).items():
+            summed = base[name].float() + deltas.pop(name, torch.zeros(()))
+            assert weight.dtype == base[name].dtype and torch.equal(weight, summed.to(weight.dtype)), name
+    assert not deltas
+    written = (tmp_path / "merged" / "model.safetensors.index.json").read_text()
+    assert written == (folder / "model.safetensors.index.json").read_text()
+    assert merge.main([*words, f"--out={tmp_path / 'wide'}", "--dtype=float32"]) == 0
+    sizes = json.loads((tmp_path / "wide" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    assert sizes == sum(4 * weight.numel() for weight in base.values())
+
+
+def old_name(name: str) -> str:
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def lora_pairs(weights: dict) -> list[tuple]:
+    """(layer, A, B) of each layer."""
+    match = [(re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", name), name) for name in weights]
+    return [(m[1], weights[name], weights[name.replace("lora_A", "lora_B")]) for m, name in match if m]
+
+
+LIMITS = {
+    "Qwen3-VL's": ({"max_pixels": None, "size": {"longest_edge": 9, "shortest_edge": 1}, "patch_size": 16},
+                   {"max_pixels": None, "size": {"longest_edge": 20, "shortest_edge": 10}, "patch_size": 16}),
+    "Qwen2-VL's": ({"min_pixels": 1, "max_pixels": 9}, {"min_pixels": 10, "max_pixels": 20}),
+    "both": ({"min_pixels": 1, "max_pixels": 9, "size": {"min_pixels": 1, "max_pixels": 9}},
+             {"min_pixels": 10, "max_pixels": 20, "size": {"min_pixels": 10, "max_pixels": 20}}),
+    "none": ({"patch_size": 14}, {"patch_size": 14, "size": {"shortest_edge": 10, "longest_edge": 20}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_pixel_limits_are_written_by_the_names_that_a_file_uses(tmp_path, kind):
+    before, after = LIMITS[kind]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(before))
+    both = {"video_processor": before, "processor_class": "Any"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(both | {"image_processor": before}))
+    set_pixel_limits(tmp_path, (10, 20))
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == after
+    assert json.loads((tmp_path / "processor_config.json").read_text()) == both | {"image_processor": after}
+    (tmp_path / "processor_config.json").write_text(json.dumps(both))
+    set_pixel_limits(tmp_path, (10, 20))
+    assert (tmp_path / "processor_config.json").read_text() == json.dumps(both)
+
+
+def test_a_merged_folder_holds_what_the_run_used_and_a_card(world, tmp_path, monkeypatch):
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": 5, "top_k": 1}')
+    (model / "README.md").write_text(HUB["README.md"])
+    config = json.loads((model / "tokenizer_config.json").read_text()) | {"eos_token": "<|endoftext|>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    words = {"system": "Be brief.", "prompt": "{question}\nAnswer in a word.", "min_pixels": 1024, "max_pixels": 4096}
+    assert train.main(arguments(world, tmp_path / "run", model=model, max_steps=2, eval_every=0, **words)) == 0
+    assert merge.main([f"--ckpt={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}"]) == 0
+    merged, card = tmp_path / "merged", (tmp_path / "merged" / "README.md").read_text()
+    limits = image_settings(merged)
+    assert (limits.min_pixels, limits.max_pixels) == (1024, 4096)
+    names = ["<|endoftext|>", "<|im_end|>"]  # the tokenizer's end, and the template's
+    ends = [5, *AutoTokenizer.from_pretrained(merged).convert_tokens_to_ids(names)]
+    assert json.loads((merged / "generation_config.json").read_text()) == {"eos_token_id": ends, "top_k": 1}
+    for text in (f'base_model: "{model}"', "license: other\nlicense_name: research\n---", '"Be brief."', "4,096 pixels",
+                 'put as "{question}\\nAnswer in a word."', "vllm serve THIS_FOLDER"):  # fmt: skip
+        assert text in card
+    assert "language: en" not in card
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (merged / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_end_tokens_are_written_where_they_are_not_named_yet(tmp_path):
+    path = tmp_path / "generation_config.json"
+    set_end_tokens(tmp_path, [3, 4])
+    assert json.loads(path.read_text()) == {"eos_token_id": [3, 4]}
+    path.write_text('{"eos_token_id":   [4, 3]}')
+    set_end_tokens(tmp_path, [3, 4])
+    assert path.read_text() == '{"eos_token_id":   [4, 3]}'
+
+
+def test_an_adapter_made_elsewhere_is_merged(world, run, tmp_path, capsys):
+    (tmp_path / "made").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / "checkpoint-000020" / name, tmp_path / "made")
+    words = [f"--adapter={tmp_path / 'made'}", f"--out={tmp_path / 'merged'}"]
+    with pytest.raises(InputError, match="--adapter: needs --rows"):
+        merge.main(words)
+    words += [f"--rows={world / 'rows.jsonl'}", f"--images={world / 'images'}"]
+    assert merge.main(words) == 0 and "logits of merged weights" in capsys.readouterr().out
+    assert merge.main([f"--ckpt={run / 'checkpoint-000020'}", f"--out={tmp_path / 'ours'}"]) == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "merged"))
+    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+    assert "made elsewhere, does not tell how" in (tmp_path / "merged" / "README.md").read_text()
+    for words in ([], ["--ckpt=a", "--adapter=b"]):
+        with pytest.raises(InputError, match="--ckpt or --adapter: give one"):
+            merge.main([*words, f"--out={tmp_path / 'no'}"])
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_a_merge_that_changes_the_answers_is_refused_and_leaves_nothing(run, tmp_path, monkeypatch):

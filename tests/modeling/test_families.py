@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import constants
 from peft import PeftModel
 from runs import arguments
+from safetensors.torch import load_file, save_file
 from steps import whole
 from test_model import (  # noqa: F401 (these run here with each family)
     test_a_step_equals_its_samples_one_by_one_in_any_number_of_micro_batches,
@@ -247,6 +248,15 @@ def test_a_model_folder_that_is_not_whole_is_one_clear_error(world, tmp_path, na
     folder = shutil.copytree(world / "model", tmp_path / "model")
     (folder / name).write_text(text) if text else (folder / name).unlink()
     with pytest.raises(InputError, match=message):
+        load_base(resolve_model(str(folder)), torch.float32, torch.device("cpu"))
+
+
+def test_a_base_model_never_goes_on_with_random_weights(world, tmp_path):
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: weight for name, weight in weights.items() if "layers.1.mlp.up_proj" not in name}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="has no weights model.*layers.1.mlp.up_proj.weight, one of 1 missing: copy"):
         load_base(resolve_model(str(folder)), torch.float32, torch.device("cpu"))
 
 
