@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import dist_utils
-from common import quote
 from inputs import prompts
-from inputs.images import ImageSettings, check_images, find_images, load_patches, vision_inputs
+from inputs.images import ImageSettings, check_images, checked_grid, find_images, load_patches, vision_inputs
 from inputs.row_files import distinct_names, read_rows
 from inputs.rows import BadRow, Row
+from inputs.unread import refuse_unread_images, unread_fields
 from inputs.vision_cache import VisionCache
 from trees import Assignment, tree_shape
 
@@ -75,6 +75,7 @@ class VQAData:
     grids: dict[str, tuple[int, int]]  # patches (down, across) of every image
     bad: list[BadRow] = field(default_factory=list)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # (height, width) of every image before resizing
+    unread: dict[int, dict[str, list[str]]] = field(default_factory=dict)  # file -> field that nothing reads -> places
 
     def only(self, samples: list[Sample]) -> "VQAData":
         """These samples and their images."""
@@ -88,7 +89,8 @@ class VQAData:
             [replace(row, file=row.file - first) for row in rows if first <= row.file < end]
             for rows in (self.samples, self.bad)
         )
-        return replace(self.only(samples), files=self.files[first:end], bad=bad)
+        unread = {file - first: places for file, places in self.unread.items() if first <= file < end}
+        return replace(self.only(samples), files=self.files[first:end], bad=bad, unread=unread)
 
     def fingerprint(self, folder: str) -> str:
         """Changes with any sample's tokens, images (by name below `folder` and grid), weights, file or place.
@@ -145,18 +147,21 @@ def encode_rows(
     `headers_only` reads the sizes of images and decodes none. Raises InputError when `system` or `prompt` holds a
     special token, and for a chat template that can't be trained on.
     """
-    special, end, bad, grids = prompts.special_tokens(tokenizer), prompts.end_of_turn(tokenizer), list(bad), {}
+    special, end = prompts.special_tokens(tokenizer), prompts.end_of_turn(tokenizer)
+    bad, grids, listings = list(bad), {}, {}
     prompts.refuse_special_settings(system, prompt, special)
 
     def locate(row: Row) -> None:
         row.images = find_images(row.images, Path(images_dir), allow_outside_images)
+        refuse_unread_images(row, Path(images_dir), listings)
 
     def render(row: Row) -> list[tuple[str, float]]:
-        grids.update((image, _grid(image, sizes[image], settings)) for image in row.images)
+        grids.update((image, checked_grid(image, sizes[image], settings)) for image in row.images)
         if image_first:
             row.messages = prompts.images_first(row.messages)
         messages = prompts.fill_template(row.messages, prompt)
-        prompts.refuse_special_tokens(messages, row.fields.get("options", []), special)
+        options = row.fields.get("options", [])
+        prompts.refuse_special_tokens(messages, options, special, settings.has_box_tokens)
         return prompts.render_segments(messages, tokenizer, system, end)
 
     located = [row for row, _ in _accept(rows, locate, bad)]
@@ -172,7 +177,7 @@ def encode_rows(
             limit = f"over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
             bad.append(row.refused(f"{sample.tokens:,} tokens, {limit}"))
     bad.sort(key=BadRow.place)
-    return VQAData(list(map(str, files)), [], grids, bad, sizes).only(samples)
+    return VQAData(list(map(str, files)), [], grids, bad, sizes, unread_fields(rows)).only(samples)
 
 
 def _accept(rows: list[Row], function: Callable, bad: list[BadRow]) -> list[tuple]:
@@ -184,16 +189,6 @@ def _accept(rows: list[Row], function: Callable, bad: list[BadRow]) -> list[tupl
         except ValueError as reason:
             bad.append(row.refused(reason))
     return accepted
-
-
-def _grid(image: str, size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int]:
-    """The patch grid of an image. Raises ValueError if `size` is an error instead, or if the image is too narrow."""
-    try:
-        if isinstance(size, str):
-            raise ValueError(size)
-        return settings.grid(*size)
-    except ValueError as problem:
-        raise ValueError(f"image {quote(image)}: {problem}") from None
 
 
 def _token_ids(texts: set[str], tokenizer) -> dict[str, list[int]]:

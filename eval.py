@@ -42,6 +42,7 @@ from modeling.adapters import base_name
 from modeling.loading import fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
 from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base
+from training.description import unread_warnings
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse, template
 from trees import Assignment, MicroBatch, plan_evaluation
@@ -287,7 +288,7 @@ def load_rows(
             data = data.only([data.samples[i] for i in split(names, sources.held_out)[1]])
         if not data.samples:
             raise InputError(f"{sources.rows}: none of the held-out rows can be used")
-    for warning in picture_warnings(data.sizes):
+    for warning in picture_warnings(data.sizes) + unread_warnings(data):
         print0(f"warning: {warning}")
     closed = closed_options(sources, args.closed_set) if args.closed_set else {}
     own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]

@@ -50,6 +50,12 @@ class ImageSettings:
     position_side: int  # of the vision tower's square table of learned positions; 0: it has none
     window_size: int = 0  # pixels, side of the windows that vision attention is cut into; 0: none
 
+    @property
+    def has_box_tokens(self) -> bool:
+        """Whether the model's family has tokens for boxes and the names of objects. Qwen2-VL and Qwen2.5-VL have;
+        Qwen3-VL, the one with a table of positions, writes boxes as plain JSON."""
+        return not self.position_side
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (down, across) of an image of this size. Raises ValueError beyond an aspect ratio of 200."""
         factor = self.patch_size * self.merge_size
@@ -254,6 +260,16 @@ def picture_warnings(sizes: dict[str, PictureSize]) -> list[str]:
     }
     kinds["images with several frames or pages, of which the first is used"] = [p for p in sizes if sizes[p].several]
     return [f"{kind}: {len(paths):,}, {Path(paths[0]).name}" for kind, paths in kinds.items() if paths]
+
+
+def checked_grid(image: str, size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int]:
+    """The patch grid of an image. Raises ValueError if `size` is an error instead, or if the image is too narrow."""
+    try:
+        if isinstance(size, str):
+            raise ValueError(size)
+        return settings.grid(*size)
+    except ValueError as problem:
+        raise ValueError(f"image {quote(image)}: {problem}") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- pixels

@@ -1,6 +1,13 @@
 """Prompts: a row's messages as the chat template's text, cut where each answer begins and ends."""
 
+import re
+from itertools import zip_longest
+
 from common import InputError
+from inputs.fields import PLACEHOLDER
+
+# Qwen2-VL's and Qwen2.5-VL's tokens around the name of an object and around its place.
+BOX_TOKEN = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")
 
 
 def special_tokens(tokenizer) -> list[str]:
@@ -14,16 +21,32 @@ def refuse_special_settings(system: str, template: str, special: list[str]) -> N
         for token in special:
             if token in text:
                 raise InputError(f"the {name} holds the special token {token}")
+        if match := PLACEHOLDER.search(text):
+            raise InputError(f"the {name} holds {match[0]}: images belong to rows")
 
 
-def refuse_special_tokens(messages: list[dict], options: list[str], special: list[str]) -> None:
-    """Raise ValueError for a special token in a message or in one of a row's answer options."""
+def refuse_special_tokens(messages: list[dict], options: list[str], special: list[str], box_tokens: bool) -> None:
+    """Raise ValueError for a special token in a message or in one of a row's answer options.
+
+    `box_tokens` allows those of BOX_TOKEN, in pairs. Qwen3-VL's tokenizer has them too, but it was not taught them.
+    """
     # Parts are joined, as the template joins them: a token may be split over two.
     texts = [(f"{m['role']} text", "".join(part.get("text", " ") for part in m["content"])) for m in messages]
     for name, text in [*texts, *(("option", option) for option in options)]:
         for token in special:
-            if token in text:
-                raise ValueError(f"the {name} holds the special token {token}")
+            is_box = BOX_TOKEN.fullmatch(token)
+            if token in text and not (is_box and box_tokens):
+                remedy = ": this model writes boxes as JSON, from 0 to 1000" if is_box else ""
+                raise ValueError(f"the {name} holds the special token {token}{remedy}")
+        _check_pairs(name, text)
+
+
+def _check_pairs(name: str, text: str) -> None:
+    """Raise ValueError for a box token without its other half, or one pair inside another."""
+    marks = list(BOX_TOKEN.finditer(text))
+    for start, end in zip_longest(marks[::2], marks[1::2]):
+        if start[2] != "start" or end is None or end[2] != "end" or end[1] != start[1]:
+            raise ValueError(f"the {name} holds {start[0]} without its other half")
 
 
 def images_first(messages: list[dict]) -> list[dict]:

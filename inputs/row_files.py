@@ -3,10 +3,11 @@
 import codecs
 import json
 import re
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from common import InputError
+from common import InputError, quote
 from inputs.file_kinds import HEAD, refuse_object, refuse_other_kinds, refuse_spread
 from inputs.rows import BadRow, Row, parse_row
 from inputs.tables import is_table, table_values
@@ -68,7 +69,16 @@ def _refuse_constant(name: str):
     raise ValueError(f"{name} is not a JSON value")
 
 
-STRICT = json.JSONDecoder(parse_constant=_refuse_constant)  # Python's own accepts NaN and Infinity
+def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the field {quote(repeated)} stands twice in an object")
+    return value
+
+
+# Python's own accepts NaN and Infinity, and keeps the last of fields of the same name.
+STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated)
 LENIENT = json.JSONDecoder(strict=False)
 SEPARATOR = re.compile(r"\s*(,?)\s*")
 

@@ -1,21 +1,25 @@
 """Rows of visual question answering in three common formats, each turned into a conversation with images.
 
 A row's fields tell its format: flat (`question`, `answer`), LLaVA (`conversations`) or messages (`messages`);
-docs/rows.md shows an example of each.
+docs/rows.md shows an example of each. Whatever is not read of a row is told, or is a reason to refuse it.
 """
 
+import html
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 from common import quote
+from inputs.fields import PICTURE, PICTURE_ID, PLACEHOLDER, URL, WEIGHTS, Fields, Unread, file_names, plain
+from inputs.options import take_answer, take_answers, take_options
 
-IMAGE_KEYS = ("image", "images")
-FLAT_IMAGE_KEYS = (*IMAGE_KEYS, "image_filename", "image_id")
-ROLES = ("system", "user", "assistant")
-WEIGHTS = ("weight", "loss", "loss_scale")  # of a turn or a row: what its answers count in the loss
+ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
+PARTS_OF_QUESTIONS = ("instruction", "input", "prompt", "query")  # by other programs, and not read here
 LEAST, MOST = 1e-6, 1e6  # weights other than 0
-LLAVA_ROLES = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant"}
+IMAGE_EXTENSION = re.compile(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", re.I)
+# Pictures in a text that other programs would show: ![a polyp](a.png)
+MARKDOWN_PICTURE = re.compile(r"!\[[^\]\n]*\]\(\s*([^)\s]+)[^)\n]*\)")
 
 
 @dataclass
@@ -26,9 +30,10 @@ class Row:
     messages: list[dict]  # {"role", "content": [{"type": "text", "text"} or {"type": "image"}]}; an assistant's has
     # "weight" too, that of its tokens in the loss: its turn's times the row's, 0 where it is not trained
     images: list[str]  # as the row names them, in the order of the image parts of `messages`
-    fields: dict  # id, question, answer; question_type and options where the row has them
+    fields: dict  # id, question, answer; question_type, options and answers where the row has them
     file: int = 0  # number of its file
     written: object = None  # the row as its file has it
+    unread: Unread = field(default_factory=Unread)  # fields that nothing reads
 
     def refused(self, reason: ValueError | str) -> "BadRow":
         return BadRow(self.where, str(reason), self.written, self.file, getattr(reason, "missing", ""))
@@ -52,93 +57,99 @@ class BadRow:
 
 def parse_row(where: str, row) -> Row:
     """A row of any format, read from the place `where`. Raises ValueError that says what is wrong with it."""
-    _check_fields(row)
-    messages, images = _conversation(row)
-    _check_turns(messages)
-    _weigh(messages, _weight_of(row, "row"))
-    _check_options(row.get("options"))
-    kept = {key: row[key] for key in ("id", "question_type", "options") if row.get(key) is not None}
-    fields = {"id": where, **kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
-    return Row(where, messages, images, fields)
-
-
-def _check_fields(row) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
     json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # raises for half a surrogate pair and for 1e999
-    if row.get("video") or row.get("videos"):
-        raise ValueError("a video can't be used, only images")
-    if row.get("objects") and any(mark in json.dumps(row) for mark in ("<bbox>", "<ref-object>")):
-        raise ValueError("`objects` does not fill <bbox> and <ref-object> here: write them out in the texts")
+    row, unread = Fields(row), Unread()
+    kept = {"id": row.take("id"), "question_type": row.take("question_type")}
+    options, weight, system = take_options(row), _take_weight(row), _take_system(row)
+    messages, accepted = _conversation(row, options, unread)
+    messages = _with_system(messages, system)
+    _check_turns(messages)
+    images = _place_images(row, messages, unread)
+    _weigh(messages, weight)
+    _refuse_placeholders(messages, options or {})
+    unread.add(row, shows_picture=bool(images))
+    unread.texts += [("text", name) for m in messages for name in MARKDOWN_PICTURE.findall(_text_of(m))]
+    kept |= {"options": list(options.values()) if options else None, "answers": accepted or None}
+    kept = {name: value for name, value in kept.items() if value is not None}
+    fields = {"id": where, **kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
+    return Row(where, messages, images, fields, unread=unread)
 
 
-def _conversation(row: dict) -> tuple[list[dict], list[str]]:
-    """A row's messages and the names of its images, in the order of the image parts."""
-    if row.get("messages") is not None:
-        listed, messages = _images_of(row, IMAGE_KEYS), _from_messages(row)
-    elif row.get("conversations") is not None:
-        listed, messages = _images_of(row, IMAGE_KEYS), _from_llava(row)
-    elif "question" in row:
-        listed = _images_of(row, FLAT_IMAGE_KEYS)
-        messages = _from_flat(row, len(listed))
-    else:
-        raise ValueError(
-            f"no question, conversations or messages field among: {quote(', '.join(row)) if row else 'none'}"
-        )
-    # An image part names its image or takes the next one of the row's own list.
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    names = [part.pop("image", None) for part in parts]
-    placeholders = sum(not name for name in names)
-    if placeholders != len(listed):
-        raise ValueError(f"{placeholders} image placeholders for {len(listed)} images")
-    unnamed = iter(listed)
-    return messages, [name or next(unnamed) for name in names]
+def _conversation(row: Fields, options: dict | None, unread: Unread) -> tuple[list[dict], list[str]]:
+    """A row's messages, and all answers that it accepts to the last question."""
+    names = row.names()
+    turns = {name: value for name in ("messages", "conversations") if (value := row.take(name)) is not None}
+    if len(turns) == 2:
+        raise ValueError("both `messages` and `conversations`: leave one of them out")
+    for name, value in turns.items():
+        return [_from_turn(turn, name, unread) for turn in _list_of_dicts(value, name)], take_answers(row)
+    if "question" in row.unread:
+        return _from_flat(row, options, unread)
+    for name in ("question", "messages", "conversations"):
+        if name in row.empty:
+            raise ValueError(f"the {name} is empty" if name == "question" else f"`{name}` is empty")
+    listed = quote(", ".join(names))[1:-1] or "no fields at all"
+    raise ValueError(f"no question, conversations or messages field among: {listed}")
 
 
-def _from_flat(row: dict, images: int) -> list[dict]:
-    question, answer = row["question"], row.get("answer")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError("the question is empty or not a string")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError("no answer" if answer is None else f"the answer is a {type(answer).__name__}, not a string")
+def _from_flat(row: Fields, options: dict | None, unread: Unread) -> tuple[list[dict], list[str]]:
+    question = row.take("question")
+    if not isinstance(question, str):
+        raise ValueError(f"the question is a {type(question).__name__}, not a string")
+    for name in PARTS_OF_QUESTIONS:
+        if (more := row.take(name)) is not None and more != question:
+            raise ValueError(f"`{name}` is not read beside `question`: write the whole question there")
+    answer, accepted = take_answer(row, options)
     asked = _message("user", question)
     if not any(part["type"] == "image" for part in asked["content"]):
-        asked["content"][:0] = [{"type": "image"} for _ in range(images)]
-    return [asked, _message("assistant", str(answer))]
+        images = _take_images(row, unread, with_ids=True)
+        asked["content"][:0] = [{"type": "image", "image": name} for name in images]
+    return [asked, _message("assistant", answer)], accepted
 
 
-def _from_llava(row: dict) -> list[dict]:
-    messages = []
-    for turn in _list_of_dicts(row["conversations"], "conversations"):
-        role = LLAVA_ROLES.get(str(turn.get("from")))
-        if role is None or not isinstance(turn.get("value"), str):
-            raise ValueError(f"a turn needs `from` (human, gpt or system) and a text `value`, found {quote(turn)}")
-        messages.append(_message(role, turn["value"]) | {"weight": _weight_of(turn, role)})
-    return messages
+def _from_turn(turn: dict, name: str, unread: Unread) -> dict:
+    """A message from a turn in LLaVA's or in the messages format. None of its texts is empty but where it has none."""
+    turn = Fields(turn)
+    written = turn.take("role" if "role" in turn.unread else "from")
+    role = ROLES.get(written.lower()) if isinstance(written, str) else None
+    if role is None:
+        raise ValueError(f"unknown role {quote(written)}; known: system, user (or human), assistant (or gpt)")
+    content = turn.take("content" if "content" in turn.unread else "value")
+    weight = _take_weight(turn, role)
+    if content is None or isinstance(content, str):
+        message = _message(role, content or "")
+    else:
+        message = {"role": role, "content": _typed_parts(role, content, f"{name}.content", unread)}
+    unread.add(turn, name)
+    return message | {"weight": weight}
 
 
-def _from_messages(row: dict) -> list[dict]:
-    messages = []
-    for message in _list_of_dicts(row["messages"], "messages"):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"unknown role {quote(role)}; known: {', '.join(ROLES)}")
-        is_text = isinstance(content, str)
-        spoken = _message(role, content) if is_text else {"role": role, "content": _typed_parts(role, content)}
-        messages.append(spoken | {"weight": _weight_of(message, role)})
-    return messages
-
-
-def _typed_parts(role: str, content) -> list[dict]:
+def _typed_parts(role: str, content, place: str, unread: Unread) -> list[dict]:
     parts = []
     for part in _list_of_dicts(content, "content"):
-        if part.get("type") == "text" and isinstance(part.get("text"), str):
-            parts += _message(role, part["text"])["content"]
-        elif part.get("type") == "image" and isinstance(part.get("image"), str | None):
-            parts.append({"type": "image", "image": part.get("image")})
+        part = Fields(part)
+        kind = part.take("type") or next((name for name in ("text", "image") if name in part.unread), None)
+        if kind == "text" and ("text" in part.empty or isinstance(part.unread.get("text", (0, 0))[1], str)):
+            parts += _message(role, part.take("text") or "")["content"]
+        elif kind in ("image", "image_url"):
+            parts.append({"type": "image", "image": _take_part_image(part)})
         else:
-            raise ValueError(f"a content part must be of type text or image, found {quote(part)}")
+            found = quote(kind or ", ".join(part.names()))
+            raise ValueError(f"a content part must be of type text or image, and hold it, found {found}")
+        unread.add(part, place)
     return parts
+
+
+def _take_part_image(part: Fields) -> str | None:
+    """The image that a part names; None: the next one of the row's list."""
+    named = part.take_matching(PICTURE) | part.take_matching(PICTURE_ID)
+    named |= {name: value for name in ("path", "url") if (value := part.take(name)) is not None}
+    names = {name for field, value in named.items() for name in file_names(field, value)}
+    if len(names) > 1:
+        raise ValueError(f"an image part names several images: {quote(sorted(names))}")
+    return next(iter(names), None)
 
 
 def _message(role: str, text: str) -> dict:
@@ -154,18 +165,80 @@ def _message(role: str, text: str) -> dict:
     return {"role": role, "content": [part for part in parts[1:] if part["type"] == "image" or part["text"]]}
 
 
-def _images_of(row: dict, keys: tuple[str, ...]) -> list[str]:
-    value = next((row[key] for key in keys if row.get(key) not in (None, [])), [])
-    images = value if isinstance(value, list) else [value]
-    if not all(isinstance(image, str) and image for image in images):
-        raise ValueError(f"an image must be a file name, found {quote(value)}")
-    return images
+def _take_system(row: Fields) -> str | None:
+    prompts = [value for name in ("system", "system_prompt") if (value := row.take(name)) is not None]
+    if not all(isinstance(prompt, str) and prompt == prompts[0] for prompt in prompts):
+        raise ValueError(f"`system` must be one text, found {quote(prompts[-1])}")
+    return prompts[0] if prompts else None
+
+
+def _with_system(messages: list[dict], system: str | None) -> list[dict]:
+    """The messages with the row's own system prompt, if it has one, as their first turn."""
+    if system is None:
+        return messages
+    if messages[0]["role"] != "system":
+        return [_message("system", system), *messages]
+    if _text_of(messages[0]) != system:
+        raise ValueError("`system` and the system turn differ: leave one of them out")
+    return messages
 
 
 def _list_of_dicts(value, name: str) -> list[dict]:
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         raise ValueError(f"`{name}` must be a list of objects")
     return value
+
+
+def _text_of(message: dict) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def _place_images(row: Fields, messages: list[dict], unread: Unread) -> list[str]:
+    """The names of the images in the order of the messages' image parts, which lose their own: a part names its image
+    or takes the next one of the row's list. Raises ValueError where the two don't fit."""
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    names = [part.pop("image", None) for part in parts]
+    listed = _take_images(row, unread, with_ids=not any(names))
+    placeholders = names.count(None)
+    if listed == names:  # the row lists what its parts name
+        return listed
+    if placeholders != len(listed):
+        remedy = "a question needs one <image> for each"
+        raise ValueError(f"{placeholders} image placeholders for {len(listed)} images: {remedy}")
+    unnamed = iter(listed)
+    return [name or next(unnamed) for name in names]
+
+
+def _take_images(row: Fields, unread: Unread, with_ids: bool) -> list[str]:
+    """The images that a row's own fields name, `image` before others. Those `with_ids` may be in fields such as
+    `image_id`, which are read only where no other names an image. Raises ValueError where two fields differ."""
+    given = row.take_matching(PICTURE)
+    if not given and with_ids:
+        given = row.take_matching(PICTURE_ID)
+        given = {name: value for name, value in given.items() if not URL.match(str(value))} or given
+    images = {name: file_names(name, value) for name, value in given.items()}
+    if not images:
+        return []
+    first, *others = sorted(
+        images, key=lambda name: (plain(name) not in ("image", "images"), "path" not in plain(name))
+    )
+    for other in others:
+        if list(map(_stem, images[other])) != list(map(_stem, images[first])):
+            both = f"{quote(images[first])[1:-1]} and {quote(images[other])[1:-1]}"
+            raise ValueError(f"`{first}` and `{other}` name different images, {both}: leave one of them out")
+        unread.texts += [(other, name) for name in images[other]]
+    return images[first]
+
+
+def _stem(name: str) -> str:
+    """An image's name without its folder, on any system, and its extension: fields differ in them."""
+    return IMAGE_EXTENSION.sub("", re.split(r"[/\\]", name)[-1])
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_turns(messages: list[dict]) -> None:
@@ -183,15 +256,23 @@ def _check_turns(messages: list[dict]) -> None:
             raise ValueError(f"no {'question' if message['role'] == 'user' else 'answer'}: a turn has no text")
 
 
-def _weight_of(place: dict, role: str) -> float | None:
+def _refuse_placeholders(messages: list[dict], options: dict[str, str]) -> None:
+    """Raises ValueError for what looks like the place of a picture, video or sound in a text, as nothing fills it."""
+    texts = [(f"{message['role']} text", _text_of(message)) for message in messages]
+    for name, text in [*texts, *(("option", option) for option in options.values())]:
+        if match := PLACEHOLDER.search(html.unescape(text)):
+            remedy = "a question shows each of its images by <image>, take out all others"
+            raise ValueError(f"the {name} holds {quote(match[0])}, a placeholder that nothing fills: {remedy}")
+
+
+def _take_weight(place: Fields, role: str = "row") -> float | None:
     """The weight that a row or a turn of this role gives its answers, the product of its WEIGHTS; none: None."""
-    given = {name: place[name] for name in WEIGHTS if place.get(name) is not None}
+    given = {name: value for name in WEIGHTS if (value := place.take(name)) is not None}
+    given |= {name: value for name in WEIGHTS if (value := place.empty.get(plain(name))) in ([], {})}
     for name, value in given.items():
         is_switch = isinstance(value, bool) and name == "loss"
-        is_number = (
-            isinstance(value, int | float) and not isinstance(value, bool) and (not value or LEAST <= value <= MOST)
-        )
-        if not is_switch and not is_number:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_switch and not (is_number and (value == 0 or LEAST <= value <= MOST)):
             known = "true, false, 0" if name == "loss" else "0"
             raise ValueError(f"`{name}` must be {known} or a number from {LEAST:g} to {MOST:g}, found {quote(value)}")
     if role in ("system", "user") and any(given.values()):
@@ -207,17 +288,3 @@ def _weigh(messages: list[dict], weight: float | None) -> None:
             message["weight"] = (1.0 if own is None else own) * (1.0 if weight is None else weight)
     if not any(message.get("weight") for message in messages):
         raise ValueError("nothing of the row is trained: its `weight` or `loss` is 0")
-
-
-def _check_options(options) -> None:
-    if options is None:
-        return
-    texts = [text for text in options if isinstance(text, str) and text.strip()] if isinstance(options, list) else []
-    if len(texts) < 2 or len(texts) < len(options):
-        raise ValueError("`options` must be a list of two or more texts")
-    if len(set(texts)) < len(texts):
-        raise ValueError("`options` names a text twice")
-
-
-def _text_of(message: dict) -> str:
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")

@@ -238,14 +238,15 @@ def test_closed_questions_are_scored_by_their_options(world, run, tmp_path):
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
     (tmp_path / "rows.jsonl").write_text(
         "".join(
-            json.dumps(row | ({"options": ["0", "1"]} if number == 0 else {})) + "\n" for number, row in enumerate(rows)
+            json.dumps(row | ({"options": ["about 0 or more", "1"]} if number == 0 else {})) + "\n"
+            for number, row in enumerate(rows)
         )
     )
     words = ["--output", tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--images", world / "images"]
     assert answer(run, *words, "--options", "--closed-set=4") == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     asked = [line for line in lines if "options" in line]
-    assert len(asked) == 4 and list(asked[0]["options"]) == ["0", "1"]
+    assert len(asked) == 4 and list(asked[0]["options"]) == ["about 0 or more", "1"]
     assert {option for line in asked[1:] for option in line["options"]} == {"yes", "no", "no text"}
     assert all(sum(line["options"].values()) == pytest.approx(1) for line in asked)
     option_scores = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]["tuned"]["options"]

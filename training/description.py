@@ -1,5 +1,6 @@
 """What a run says about its data and its model before it starts, and what is suspicious about its rows."""
 
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from modeling.lora import lora_table
 from training.plan import GPU_COUNTS
 from trees import Step, group_samples, rank_efficiency
 
+MOST_FIELDS, LONGEST_NAME = 20, 60  # fields of a file that nothing reads: so many are named, and characters of a name
+BLANK = "\u115f\u1160\u2800\u3164\uffa0\u034f\ufe0f\ufe0e"  # letters and marks without ink, none of them white space
 LONG_ANSWER = 256  # trained tokens of a row, above which it is warned of
 
 
@@ -73,13 +76,28 @@ def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
         place = f"{first.where} {Path(image).name}"
         warnings.append(f"validation images that are also trained on: {len(shared):,}, {place}")
     warnings += picture_warnings(train.sizes | (val.sizes if val else {}))
-    return warnings + _row_warnings(train) + (_row_warnings(val) if val else [])
+    of_rows = [warning for data in (train, val) if data for warning in unread_warnings(data) + _row_warnings(data)]
+    return warnings + list(dict.fromkeys(of_rows))  # rows held out are of the files that others are trained of
+
+
+def unread_warnings(data: VQAData) -> list[str]:
+    """A warning for each file of rows with fields that nothing reads: how many rows have them, and the first one."""
+    warnings = []
+    for file, places in data.unread.items():
+        listed = [
+            f"{name[:LONGEST_NAME]} ({len(rows):,} row{'s' * (len(rows) > 1)}, first {rows[0]})"
+            for name, rows in places.items()
+        ]
+        if len(listed) > MOST_FIELDS:
+            listed[MOST_FIELDS:] = [f"and {len(listed) - MOST_FIELDS:,} more"]
+        warnings.append(f"{Path(data.files[file]).name}: fields that nothing reads: {', '.join(listed)}")
+    return warnings
 
 
 def _row_warnings(data: VQAData) -> list[str]:
     """Warnings of rows that repeat or contradict an earlier one, of very long answers, and of last answers that are not
-    trained but evaluated all the same."""
-    answers_by_prompt, repeats, contradictions, long = {}, [], [], []
+    trained but evaluated all the same, and of texts that say nothing."""
+    answers_by_prompt, repeats, contradictions, long, missing, invisible = {}, [], [], [], [], []
     untrained = [sample.where for sample in data.samples if not sample.weights[-1]]
     for sample in data.samples:
         prompt = sample.ids[: sample.last_answer].tobytes()
@@ -93,13 +111,34 @@ def _row_warnings(data: VQAData) -> list[str]:
         earlier.setdefault(answer, sample)
         if (count := sample.trained.sum()) > LONG_ANSWER:
             long.append(f"{sample.where} has {count:,}")
+        texts = sample.fields["question"], answer
+        if (nothing := [text for text in texts if is_missing(text)]) or all(map(is_none, texts)):
+            missing.append(f"{sample.where} {(nothing or texts)[0].strip()!r}")
+        if not all(map(is_visible, texts)):
+            invisible.append(f"{sample.where} {next(text for text in texts if not is_visible(text))[:40]!a}")
     kinds = {
         "rows that repeat another in images, question and answer": repeats,
         "rows that contradict another of the same images and question": contradictions,
         f"rows of over {LONG_ANSWER} answer tokens": long,
         "rows whose last answer is not trained": untrained,
+        "rows whose question or answer is what programs write for a missing value": missing,
+        "rows whose question or answer has no visible character": invisible,
     }
     return [f"{kind}: {len(rows):,}, {rows[0]}" for kind, rows in kinds.items() if rows]
+
+
+def is_missing(text: str) -> bool:
+    """Whether a text is what pandas, Python or JavaScript write for a missing value. "none" is an answer of its own."""
+    return text.strip() == "None" or text.strip().casefold() in ("nan", "null", "nat", "<na>", "undefined")
+
+
+def is_none(text: str) -> bool:
+    return text.strip().casefold() == "none"
+
+
+def is_visible(text: str) -> bool:
+    """Whether any character of a text shows: not only spaces, and marks such as a zero-width space or a byte order."""
+    return any(unicodedata.category(c)[0] not in "CZ" and c not in BLANK for c in text)
 
 
 def describe_sample(sample: Sample, tokenizer) -> str:

@@ -302,7 +302,7 @@ def test_an_image_id_is_found_without_its_extension(load, tmp_path, stored):
     assert [bad.where for bad in data.bad] == ["rows.jsonl:2"]
 
 
-@pytest.mark.parametrize("name", ["data:image/png;base64," + "A" * 5000, "a\0.png", "https://example.org/a.png"])
+@pytest.mark.parametrize("name", ["A" * 5000, "a\0.png", "example.org/a.png"])
 def test_a_name_that_is_no_path_is_a_missing_image(load, name):
     (bad,) = load([flat(image=name)]).bad
     assert "is missing" in bad.reason and len(bad.reason) < 500

@@ -125,3 +125,19 @@ def test_an_array_that_is_not_utf_8_is_named_with_the_line(tmp_path, content):
 def test_a_file_that_can_t_be_opened_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="nowhere.jsonl"):
         read_rows(tmp_path / "nowhere.jsonl")
+
+
+REPEATED = [
+    '"answer": "two", "answer": "one"',
+    '"answer": "two", "answer": "two"',
+    '"answer": "two", "a": {"b": 1, "b": 2}',
+]
+
+
+@pytest.mark.parametrize("fields", REPEATED)
+@pytest.mark.parametrize("write", [lambda rows: "\n".join(rows), lambda rows: f"[{', '.join(rows)}]"])
+def test_a_field_that_stands_twice_in_an_object_is_refused_and_hides_no_other_row(tmp_path, write, fields):
+    row = GOOD_LINE.replace('"answer": "two"', fields)
+    rows, (bad,) = read(tmp_path, write([GOOD_LINE, row, GOOD_LINE]))
+    assert "stands twice in an object" in bad.reason and ("'b'" if "{" in fields else "'answer'") in bad.reason
+    assert len(rows) == 2
