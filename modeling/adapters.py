@@ -40,6 +40,8 @@ def read_settings(folder: Path) -> dict:
     if first not in KEEPS_BASE:
         changes = "changes the base model's weights too"
         raise InputError(f"{folder} has init_lora_weights {quote(first)}, which {changes}: {REMEDY}")
+    if not isinstance(settings.get("lora_alpha"), int | float):
+        raise InputError(f"{folder} is damaged: adapter_config.json has no lora_alpha")
     defaults = LoraConfig().to_dict()
     for name, value in settings.items():
         if name not in KNOWN and value and value != defaults.get(name):

@@ -83,9 +83,10 @@ def copy_files(folder: str, out: Path, to_float32: bool) -> None:
     that the installed transformers wrote anew would not be read by older ones, or by vLLM.
     """
     out.mkdir(parents=True, exist_ok=True)
+    used = "" if (Path(folder) / "model.safetensors").is_file() else INDEX  # else of files that are not written
     for path in Path(folder).iterdir():
         is_settings = path.suffix not in WEIGHTS and path.name not in NOT_COPIED and not path.name.startswith(".")
-        if path.is_file() and is_settings and (path.name == INDEX or not path.name.endswith(".index.json")):
+        if path.is_file() and is_settings and (path.name == used or not path.name.endswith(".index.json")):
             shutil.copyfile(path, out / path.name)  # not its permissions: those in a cache may be the owner's alone
         elif path.name == TEMPLATES:
             shutil.copytree(path, out / path.name, copy_function=shutil.copyfile)

@@ -65,8 +65,9 @@ HUB = {  # as the hub's folders spell them, which the installed transformers wou
     "additional_chat_templates/tools.jinja": "{{ tools }}",
     "README.md": "---\nlicense: other\nlicense_name: research\nlanguage: en\n---\n# The base model",
 }
-LEFT_OUT = ["pytorch_model.bin", "consolidated.safetensors", "pytorch_model.bin.index.json", "adapter_config.json",
-            "optimizer.pt", "model.gguf", ".gitattributes", ".cache/huggingface/a"]  # fmt: skip
+LEFT_OUT = ["model.safetensors", "model.safetensors.index.json", "consolidated.safetensors", "pytorch_model.bin",
+            "pytorch_model.bin.index.json", "adapter_config.json", "optimizer.pt", "model.gguf", ".gitattributes",
+            ".cache/huggingface/a"]  # fmt: skip
 
 
 def write_files(folder, files: dict) -> None:
