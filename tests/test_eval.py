@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -254,6 +255,25 @@ def test_closed_questions_are_scored_by_their_options(world, run, tmp_path):
     assert option_scores["top1"]["mean"] == sum(right) / 4 and option_scores["yes/no"]["questions"] == 2
     assert answer(run, *words, "--closed-set=2") == 0  # the three answers are too many
     assert '"options"' not in (tmp_path / "out" / "predictions.jsonl").read_text()
+
+
+def test_every_accepted_answer_of_a_row_counts(world, run, tmp_path, capsys):
+    """What the model answers to a row is accepted in a second evaluation, beside an answer that it does not give."""
+    row = single("a.png", "How many polyps are in part 3?", "3")
+    (tmp_path / "one.jsonl").write_text(json.dumps(row))
+    words = ["--images", world / "images"]
+    assert answer(run, *words, "--data", tmp_path / "one.jsonl", "--output", tmp_path / "one") == 0
+    (given,) = evaluation.read_predictions(tmp_path / "one" / "predictions.jsonl")
+    del row["answer"]
+    accepted = ["none of it", given["prediction"], "none of it", "none of it"]
+    (tmp_path / "all.jsonl").write_text(json.dumps(row | {"answers": accepted}))
+    assert answer(run, *words, "--data", tmp_path / "all.jsonl", "--output", tmp_path / "all") == 0
+    (line,) = evaluation.read_predictions(tmp_path / "all" / "predictions.jsonl")
+    assert (line["answer"], line["answers"], line["right"]) == ("none of it", accepted, True)
+    scored = json.loads((tmp_path / "all" / "summary.json").read_text())["scores"]["tuned"]["all"]
+    assert scored["exact_match"]["mean"] == scored["anls"]["mean"] == 1
+    assert scored["vqa_accuracy"]["mean"] == pytest.approx(0.25)
+    assert re.search(r"VQA accuracy % +1 +25\.0 .*\nANLS % +1 +100\.0 ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
