@@ -58,8 +58,8 @@ def normalize(text: str) -> str:
 
 
 def parts(text: str) -> Counter:
-    """The parts of an answer such as "pink; red; white", without regard to their order; one that is repeated counts
-    twice. Most answers have one part.
+    """The parts of an answer such as "pink; red; white", as a set: without regard to their order, and one that is
+    repeated counts once. Most answers have one part.
 
     Without a semicolon, commas separate the parts if what they separate is short: "pink, red" is a list; "1, 2",
     "No, it is not", "{...}" and whatever has a clause of over MAX_WORDS words is not, and keeps its order.
@@ -77,7 +77,7 @@ def _parts(text: str) -> list[str]:
     pieces, listed = text.split(";"), re.split(r",(?!\d)|(?<!\d),|、", text)
     if len(pieces) == 1 and _is_list(listed):
         pieces = listed
-    return list(filter(None, map(_words_of, pieces))) or [" ".join(text.split())]  # "?" is not ""
+    return list(dict.fromkeys(filter(None, map(_words_of, pieces)))) or [" ".join(text.split())]  # "?" is not ""
 
 
 def _spell(text: str) -> str:
