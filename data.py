@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import dist_utils
+from common import quote
 from inputs import prompts
 from inputs.images import ImageSettings, check_images, checked_grid, find_images, load_patches, vision_inputs
 from inputs.row_files import distinct_names, read_rows
@@ -435,9 +436,9 @@ def next_batches(loader: DataLoader):
         except RuntimeError as error:
             assignment = next(islice(iter(loader.sampler), number, None))
             samples = [loader.dataset.data.samples[i] for tree in assignment.trees for i in tree.samples]
-            images = dict.fromkeys(image for sample in samples for image in sample.images)
+            images = ", ".join(map(quote, dict.fromkeys(image for sample in samples for image in sample.images)))
             reader = f"data worker {number % loader.num_workers}" if loader.num_workers else "this process"
-            error.add_note(f"{reader} was reading {', '.join(images)} for {samples[0].where} and rows after it")
+            error.add_note(f"{reader} was reading {images} for {samples[0].where} and rows after it")
             raise
         if batch is None:
             return

@@ -26,7 +26,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import dist_utils
-from common import is_gone, removed_if_refused
+from common import is_gone, quote, removed_if_refused
 from data import Batch, TreeDataset, make_loader, next_batches, padding
 from demo import endoscopy
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
@@ -373,7 +373,8 @@ def naming_samples(run: Run, micro_batches: list[Batch]):
     try:
         yield
     except Exception as error:
-        ids = ", ".join(run.prepared.train.samples[i].id for batch in micro_batches for i in batch.samples)
+        samples = run.prepared.train.samples
+        ids = ", ".join(quote(samples[i].id) for batch in micro_batches for i in batch.samples)
         error.add_note(f"rank {run.ranks.rank}, step {micro_batches[0].assignment.step.number + 1}, samples {ids}")
         raise
 
@@ -389,7 +390,8 @@ def report_skipped(run: Run, step: int, loss: float, grad_norm: float, micro_bat
     ids = sorted({sample_id for ids in ids_by_rank for sample_id in ids})
     line = {"event": "skipped", "step": step, "loss": str(loss), "grad_norm": str(grad_norm), "samples": ids}
     run.metrics.write(line)
-    print0(f"\nstep {step} skipped on all ranks: loss {loss}, gradient norm {grad_norm}, samples {', '.join(ids)}")
+    shown = ", ".join(map(quote, ids))
+    print0(f"\nstep {step} skipped on all ranks: loss {loss}, gradient norm {grad_norm}, samples {shown}")
 
 
 def conclude(run: Run, progress: Progress) -> int:

@@ -80,5 +80,5 @@ def _place_of_rows(value: dict, path: str = "") -> str:
         return f"under the keys of {quote(path)}" if path else "under keys of their own"
     lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
     if lists:
-        return f"in {quote(path + lists[0])}"
+        return f"in {quote(path + max(lists, key=lambda key: len(value[key])))}"
     return next(filter(None, (_place_of_rows(item, f"{path}{key}.") for key, item in inner.items())), "")

@@ -57,7 +57,8 @@ def _read_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(HEAD)
             refuse_other_kinds(path, head)
-            return (head + file.read()).removeprefix(codecs.BOM_UTF8)
+            raw = (head + file.read()).removeprefix(codecs.BOM_UTF8)
+            return raw if b"\n" in raw else raw.replace(b"\r", b"\n")  # lines as an old Mac ends them
     except OSError as error:
         raise InputError(f"rows {path}: {error.strerror}") from None
 

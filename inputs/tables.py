@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -24,10 +23,10 @@ TEXTS = (
 def is_table(path: Path, raw: bytes) -> bool:
     """Whether a file is a table: by its suffix or by the columns that its first line names. It does not begin as JSON
     does."""
-    first = re.split(rb"[\r\n]", raw.lstrip(), maxsplit=1)[0]
+    first = raw.lstrip().partition(b"\n")[0]
     if first[:1] in (b"{", b"["):
         return False
-    header, _ = _read_header(first.decode(errors="replace"), path)
+    header, _ = _read_header(first.decode(errors="replace").rstrip(), path)
     is_named = len(header) > 1 and any(name in header for name in QUESTION_FIELDS)
     return is_named or path.suffix.lower() in SUFFIXES
 
@@ -43,7 +42,7 @@ def table_values(path: Path, raw: bytes):
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text ({error.reason}): save it in UTF-8") from None
-    _, dialect = _read_header(re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0], path)
+    _, dialect = _read_header(text.lstrip().partition("\n")[0].rstrip(), path)
     names = None
     for line, cells, written, error in _records(text, dialect):
         if names is None and not error:
@@ -70,8 +69,7 @@ def _read_header(line: str, path: Path) -> tuple[list[str], dict]:
 
 def _records(text: str, dialect: dict):
     """Yield (first line, cells, text, None) of each record that is not blank, or an error as the last of them."""
-    # Lines end as editors count them, unless the file has carriage returns alone.
-    lines = list(io.StringIO(text, newline="\n" if "\n" in text else ""))
+    lines = list(io.StringIO(text, newline="\n"))  # as editors count them
     reader, start, cells = csv.reader(lines, strict=True, **dialect), 0, []
     while cells is not None:
         start, error = reader.line_num, None

@@ -77,7 +77,7 @@ def test_one_rank_that_raises_ends_the_job_with_its_traceback_once_and_its_sampl
     run = Run(arguments(world, output), tmp_path / "log", 2, partial(at_step, 3, faults.fail, rank=1))
     assert run.wait(60) == [1, 1] and time.monotonic() - started < 60
     assert run.text().count("Traceback") == 1 and run.text().count("ValueError: injected") == 1
-    assert "rank 1, step 3, samples rows.jsonl:" in run.text() and "rank 0 lost the others" in run.text()
+    assert "rank 1, step 3, samples 'rows.jsonl:" in run.text() and "rank 0 lost the others" in run.text()
     assert Run(arguments(world, output), tmp_path / "log", ranks=2).wait() == [0, 0]
     assert same(output, on_two_ranks)
 

@@ -103,6 +103,7 @@ def load_rows(args: argparse.Namespace, tokenizer, images, output: Path | None) 
     options = {name: getattr(args, name) for name in ("system", "prompt", "image_first", "allow_outside_images")}
     data = load_data(files, args.images, tokenizer, images, args.max_tokens, headers_only=args.plan, **options)
     stop_or_skip_bad(data.bad, files, {sample.file for sample in data.samples}, args.skip_bad, output, args.images)
+    data.bad = [replace(row, row=None) for row in data.bad]  # written down, and too much to send to all ranks
     if not data.grids and Path(args.images) != Path(args.train[0]).parent:  # the default, where --images is left out
         refuse_without_images(args.images)
     count = len(args.train)

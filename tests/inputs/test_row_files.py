@@ -57,10 +57,11 @@ def test_rows_that_share_a_line_of_an_array_are_distinguished(tmp_path):
     [
         ("\ufeff" + GOOD_LINE + "\n" + GOOD_LINE, [1, 2]),
         (f"{GOOD_LINE}\r\n\r\n{GOOD_LINE}\r\n", [1, 3]),
+        (f"{GOOD_LINE}\r\r{GOOD_LINE}\r", [1, 3]),
         (f"\n \t\n{GOOD_LINE}\n\n\n", [3]),
         (f"\ufeff\r\n[\r\n{GOOD_LINE},\r\n\r\n{GOOD_LINE}\r\n]\r\n\r\n", [3, 5]),
     ],
-    ids=["BOM", "CRLF", "blank lines", "all in an array"],
+    ids=["BOM", "CRLF", "CR", "blank lines", "all in an array"],
 )
 def test_bom_crlf_and_blank_lines_are_no_fault(tmp_path, content, lines):
     rows, bad = read(tmp_path, content)
