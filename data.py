@@ -58,9 +58,8 @@ class Sample:
 
     @property
     def before_answers(self) -> int:
-        """Number of ids before the first that is trained, or generated: answers that are not trained may be among
-        them."""
-        return min(int(self.trained.argmax()), self.last_answer)
+        """Number of ids before the first that is trained, and so before the last answer, where generation starts."""
+        return int(self.trained.argmax())
 
     def tokens_before(self, index: int) -> int:
         """Language-model tokens of the ids before `index`."""

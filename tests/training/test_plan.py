@@ -96,6 +96,16 @@ def test_rows_with_weights_of_their_own_are_reported(bare, capsys):
     assert "rows whose `weight` is not 1: 1; the loss counts their answers by it" in capsys.readouterr().out
 
 
+def test_the_plan_says_which_questions_come_before_their_picture_and_the_flag_moves_it(bare, capsys):
+    rows = [{"image": "a.png", "question": f"Is there finding {n}? <image>", "answer": "no"} for n in range(20)]
+    (bare / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train.main([*arguments(bare, ""), "--plan"]) == 0
+    told = "20 questions about 1 picture do not share it: their text comes first (--image-first moves the picture)"
+    assert f"warning: {told}" in capsys.readouterr().out
+    assert train.main([*arguments(bare, ""), "--plan", "--image-first"]) == 0
+    assert "--image-first" not in (out := capsys.readouterr().out) and "questions per image: 20 to 20" in out
+
+
 def test_a_folder_of_images_that_no_row_shows_is_refused(bare, tmp_path, capsys):
     """Misspelt image fields must not train a blind model. Without --images, rows may be text alone."""
     rows = [{"question": f"What is {n}?", "answer": "a number"} for n in range(40)]
