@@ -5,6 +5,7 @@ All of them show the same numbers. Rank 0 writes.
 
 import json
 import math
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from trees import StepFacts
 SUMS = {"losses": 0.0, "weight": 0.0, "grad_norm": 0.0, "questions": 0, "images": 0}
 RATES = {"questions": 0, "tokens": 0, "flops": 0.0, "waited": 0.0}  # summed up since the clock was last reset
 BAR_SECONDS = 1, 30  # between updates of the bar on a terminal, and in a log, which keeps every one
+BAR_COLUMNS = 100  # or those of a narrower terminal
+# The numbers of a million steps, of a thousand hours and of any loss leave a few columns for the bar itself.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 # What the lines of an event hold for certain, in addition to `event` and `step`.
@@ -98,9 +102,9 @@ class Metrics:
         self.status("running", progress)
         often = BAR_SECONDS[0] if sys.stderr.isatty() else BAR_SECONDS[1]
         hidden = not self.ranks.is_main
-        self.bar = tqdm(
-            total=self.steps, initial=progress.step, unit="step", disable=hidden, mininterval=often, maxinterval=often
-        )
+        columns = min(BAR_COLUMNS, shutil.get_terminal_size((BAR_COLUMNS, 24)).columns)
+        looks = {"bar_format": BAR, "ncols": columns, "mininterval": often, "maxinterval": often}
+        self.bar = tqdm(total=self.steps, initial=progress.step, disable=hidden, **looks)
         self._reset_clock()
         self.began = self.started
 
@@ -134,8 +138,8 @@ class Metrics:
             return
         line = {"loss": sums["losses"] / sums["weight"], "grad_norm": sums["grad_norm"], "lr": lr} | self._speed()
         line |= {"skipped": sums["skipped"], "epoch": progress.step / self.steps_per_epoch}
-        shown = {name: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for name, value in line.items()}
-        self.bar.set_postfix(shown, refresh=False)
+        shown = f"loss {line['loss']:.3g}, lr {lr:.2g}, {line['questions_per_s']:.3g} questions/s"
+        self.bar.set_postfix_str(shown, refresh=False)
         line |= {"event": "train", "step": progress.step, "questions": sums["questions"], "images": sums["images"]}
         # Unlike the speed, the time left includes evaluations and saves, at the pace of those so far.
         seconds_per_step = (time.perf_counter() - self.began) / (progress.step - self.first_step)
