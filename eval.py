@@ -12,6 +12,7 @@ import argparse
 import faulthandler
 import json
 import os
+import shlex
 import shutil
 import sys
 from contextlib import nullcontext
@@ -44,7 +45,7 @@ from modeling.lora import load_adapter, merge_lora
 from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base
 from training.description import unread_warnings
 from training.metrics import read_metrics
-from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, refuse, template
+from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, path_problems, refuse, template
 from trees import Assignment, MicroBatch, plan_evaluation
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
@@ -154,6 +155,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Settings from the command line. Raises InputError that lists everything wrong with them."""
     args, problems = parse_words(build_parser(), argv)
     refuse(problems)
+    problems += path_problems(args, files=("data", "compare"), folders=("images", "adapter"), made=("model", "output"))
     if args.with_base and not (args.ckpt or args.adapter):
         problems.append("--with-base: needs --ckpt or --adapter")
     if args.ckpt and args.adapter:
@@ -314,14 +316,7 @@ def make_output(output: Path) -> None:
 
 
 def identify(
-    args,
-    sources: Sources,
-    folder: str,
-    settings: ImageSettings,
-    dtype,
-    data: VQAData,
-    options: list[list[str]],
-    penalty: float,
+    args, sources: Sources, folder: str, settings: ImageSettings, dtype, data: VQAData, options: list, penalty: float
 ) -> tuple[dict, str]:
     """The facts that answers depend on, and a key of them: only an evaluation with the same key continues this one.
 
@@ -410,7 +405,8 @@ def write_results(
     images = [list(sample.images) for sample in data.samples]
     metrics = read_metrics(sources.ckpt.parent / "metrics.jsonl") if sources.run else []
     write_report(output / "report.html", summary, tuned_first, images, metrics)
-    print0(f"wrote predictions.jsonl, summary.json and report.html in {output}")
+    print0(f"wrote predictions.jsonl and summary.json in {output}")
+    print0(f"to read in a browser: {shlex.quote(str(output / 'report.html'))}")
 
 
 def read_predictions(path: Path) -> list[dict]:

@@ -33,7 +33,7 @@ from modeling.lora import load_adapter, merge_lora
 from modeling.merging import copy_files, set_end_tokens, set_pixel_limits, weights_dtype, write_weights
 from training.checkpoints import find_adapter, warn_of_other_base
 from training.model_card import merged_card
-from training.settings import Parser, choice, parse_words, refuse
+from training.settings import Parser, choice, parse_words, path_problems, refuse
 from trees import Assignment, plan_evaluation
 
 ROWS = 16  # whose logits are compared
@@ -145,6 +145,7 @@ def build_parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     args, problems = parse_words(build_parser(), argv)
     refuse(problems)
+    problems += path_problems(args, files=("rows",), folders=("images", "adapter"), made=("model",))
     if bool(args.ckpt) == bool(args.adapter):
         problems.append("--ckpt or --adapter: give one of them")
     is_own = args.ckpt or (Path(args.adapter) / "state.pt").is_file()

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # wrong settings and --help are answered before torc
 import argparse
 import faulthandler
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,6 +118,8 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is
         print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
     if is_new and progress.step == prepared.steps and not code and ranks.is_main:
         plan.compare_with_plan(args, prepared, known_gpu(ranks.device), ranks.world_size, time.perf_counter() - started)
+    if not code:
+        print0(next_steps(run))
     return code, run.metrics
 
 
@@ -404,7 +407,7 @@ def conclude(run: Run, progress: Progress) -> int:
         print0(f"error: stopped at step {progress.step} of {steps}: {because}")
     elif progress.evaluation_due or not run.is_finished(progress):
         state, code = "stopped", STOPPED
-        go_on = f"--config {output}/settings.toml --resume auto"
+        go_on = f"--config {shlex.quote(str(output / 'settings.toml'))} --resume auto"
         print0(f"stopped by {reason} at step {progress.step} of {steps}; to go on: {go_on}")
     else:
         state, code = "done", 0
@@ -412,6 +415,13 @@ def conclude(run: Run, progress: Progress) -> int:
         print0(f"done: {progress.step} steps{early}, {output}")
     run.metrics.status(state, progress)
     return code
+
+
+def next_steps(run: Run) -> str:
+    """What to look at, and the command to go on with, after a run that is done. Paths are quoted for a shell."""
+    command = shlex.join(["python", str(Path(sys.argv[0]).with_name("eval.py")), "--ckpt", str(run.output)])
+    rows = "" if run.prepared.val_batches else " --data ROWS"
+    return f"curves: {shlex.quote(str(run.output / 'curves.svg'))}\nto evaluate it: {command}{rows}"
 
 
 if __name__ == "__main__":

@@ -189,7 +189,9 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
     assert {"command", "facts", "settings", "comparison"} <= summary.keys() and summary["facts"]["data"]
     gain = summary["comparison"]["difference"]["mean"]
     assert gain == pytest.approx(exact_match["mean"] - base["all"]["exact_match"]["mean"]) and gain > 0
-    assert "McNemar p = " in capsys.readouterr().out and not list(tmp_path.glob("partial-*"))
+    printed = capsys.readouterr().out
+    assert "McNemar p = " in printed and printed.endswith(f"to read in a browser: {tmp_path / 'report.html'}\n")
+    assert not list(tmp_path.glob("partial-*"))
     files = tmp_path / "predictions-base.jsonl", tmp_path / "predictions.jsonl"
     data, _ = tiny.load_world(world)
     lines = [json.loads(line) for line in files[1].read_text().splitlines()]
@@ -402,7 +404,7 @@ def test_partial_answers_of_other_weights_or_pictures_are_not_reused(world, tmp_
 def test_results_do_not_go_where_they_can_t_or_where_a_run_lies(world, run, tmp_path):
     (tmp_path / "file").touch()
     for output, message in (
-        (tmp_path / "file", "file is a file, name a folder"),
+        (tmp_path / "file", "file is no folder"),
         (run, "is the folder of a training run"),
     ):
         with pytest.raises(InputError, match=f"--output: .*{message}"):

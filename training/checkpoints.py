@@ -35,7 +35,8 @@ from modeling.loading import weights_hash
 from modeling.lora import load_lora, lora_differences, save_adapter
 from training.compatibility import setting_differences, unknown_settings, with_defaults
 from training.model_card import model_card
-from training.progress import Progress
+from training.progress import Progress, unfinished
+from training.settings import path_problem
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
 REPLACED = f"{PARTIAL}old-"  # begins the name of a checkpoint that another one is taking the place of
@@ -187,10 +188,30 @@ def pick_checkpoint(folder: Path) -> Path:
     if best := marked_best(folder):
         candidates = [folder / best]
     if not candidates:
-        raise InputError(f"--ckpt: {folder} is neither a checkpoint nor a run's folder with one")
-    if problem := damage(candidates[0]):
-        raise InputError(f"--ckpt: {candidates[0]} is damaged: {problem}; name another checkpoint")
-    return candidates[0]
+        raise InputError(f"--ckpt: {_without_checkpoint(folder)}")
+    chosen = candidates[0]
+    if problem := damage(chosen):
+        raise InputError(f"--ckpt: {chosen} is damaged: {problem}; name another checkpoint")
+    if where := unfinished(chosen.parent):
+        print0(f"{chosen.parent} is not finished ({where}): this is its {chosen.name}")
+    return chosen
+
+
+def _without_checkpoint(folder: Path) -> str:
+    """What is wrong with a folder that neither is a checkpoint nor holds one."""
+    if problem := path_problem(str(folder), is_folder=True):
+        return problem
+    if where := unfinished(folder):
+        return f"{folder} is a run that has no checkpoint yet: {where}"
+    if any((folder / name).is_file() for name in ("status", "lock", "metrics.jsonl")):
+        return f"{folder} is a run that has no checkpoint: it ended before its first one, or they were removed"
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} is an adapter that was not made here: name it by --adapter"
+    if (folder / "config.json").is_file():
+        return f"{folder} is a whole model: name it by --model"
+    runs = sorted({str(state.parent.parent) for state in folder.glob("*/checkpoint-*/state.pt")})
+    named = f"; runs in it: {', '.join(runs[:5])}{', …' * (len(runs) > 5)}" if runs else ""
+    return f"{folder} is neither a run's folder nor a checkpoint{named}"
 
 
 def find_adapter(ckpt: str, adapter: str) -> tuple[Path | None, dict]:

@@ -1,6 +1,8 @@
 """Where a run stands: what the training loop knows, and the plain part of a checkpoint's state.pt."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass
@@ -30,3 +32,12 @@ class Progress:
         if is_best:
             self.best = {"exact_match": result["exact_match"], "loss": result["loss"], "step": self.step}
         return is_best
+
+
+def unfinished(run: Path) -> str:
+    """How far a run is, by its `status` file (see metrics.Metrics.status); empty for one that is done, or has none."""
+    path = run / "status"
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    match = re.match(r"(running|stopped|failed) \d+\n(step [\d,]+ of [\d,]*\d)", text)
+    states = {"running": "running or ended by an error", "stopped": "stopped", "failed": "a save failed"}
+    return f"{match[2]}, {states[match[1]]}" if match else ""

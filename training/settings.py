@@ -98,6 +98,20 @@ def template(text: str):
     return text if text.count("{question}") == 1 else Wrong(f"{quote(text)} must hold {{question}}, once")
 
 
+def path_problems(args: argparse.Namespace, files: Iterable = (), folders: Iterable = (), made: Iterable = ()):
+    """What is wrong with the paths of these settings, where they are given. Folders of `made` need not exist: the
+    program makes them, or they are names on the hub."""
+    problems = []
+    for name in (*files, *folders, *made):
+        value = getattr(args, name) or []
+        for path in [value] if isinstance(value, str) else value:
+            problem, exists = path_problem(path, is_folder=name not in files), os.path.exists(path)
+            hint = nearest(path, ("none", "auto")) if name == "resume" and not exists else ""
+            if problem and (name not in made or exists):
+                problems.append(f"--{name.replace('_', '-')}: {problem}{hint}")
+    return problems
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "train.py",
@@ -301,16 +315,16 @@ def _check_packages(settings: argparse.Namespace) -> list[str]:
 def _check_paths(settings: argparse.Namespace) -> list[str]:
     """Make paths absolute, so that they mean the same wherever settings.toml is read. Returns what is wrong with them,
     and with flags that need or exclude each other."""
-    problems = []
     settings.images = settings.images or str(Path(settings.train[0]).parent)
+    needed = ["images"] + ["resume"] * (settings.resume not in ("none", "auto"))
+    needed += ["init_from"] * (settings.resume == "none")
+    problems = path_problems(settings, ("train", "val"), needed, ("model", "output", "vision_cache"))
     for name in ("train", "val", "images"):
         value = getattr(settings, name)
         paths = value if isinstance(value, list) else [value] if value else []
-        found = [path_problem(path, is_folder=name == "images") for path in paths]
-        problems += [f"--{name}: {problem}" for problem in found if problem]
         absolute = [_absolute(path, problems) for path in paths]
         setattr(settings, name, absolute if isinstance(value, list) else "".join(absolute))
-    problems += _check_folders(settings) + _check_combinations(settings)  # they name paths as the user wrote them
+    problems += _check_combinations(settings)  # they name paths as the user wrote them
     for name in ("model", "resume", "init_from", "vision_cache"):
         value = getattr(settings, name)
         is_path = Path(value).is_dir() if name == "model" else value not in ("", "none", "auto")
@@ -324,19 +338,6 @@ def _absolute(path: str, problems: list[str]) -> str:
     if is_text(path) and not is_text(absolute):
         problems.append(f"{path} lies in {ascii(absolute)}, whose name holds bytes that are not UTF-8")
     return absolute
-
-
-def _check_folders(settings: argparse.Namespace) -> list[str]:
-    """What is wrong with folders apart from --images. Those that the run makes, and a model of the hub, need not
-    exist."""
-    needed = {"init_from": settings.init_from if settings.resume == "none" else ""}
-    needed["resume"] = "" if settings.resume in ("none", "auto") else settings.resume
-    made = {name: getattr(settings, name) for name in ("model", "output", "vision_cache")}
-    paths = needed | {name: path for name, path in made.items() if os.path.exists(path)}
-    found = {name: path_problem(path, is_folder=True) for name, path in paths.items() if path}
-    if not os.path.exists(needed["resume"]):
-        found["resume"] = found.get("resume", "") + nearest(needed["resume"], ("none", "auto"))
-    return [f"--{name.replace('_', '-')}: {problem}" for name, problem in found.items() if problem]
 
 
 def _check_combinations(settings: argparse.Namespace) -> list[str]:

@@ -94,7 +94,11 @@ def test_a_run_s_lines_have_every_number_and_its_bar_the_main_ones(world, tmp_pa
     written = lines(tmp_path / "out", "train")
     assert [line["step"] for line in written] == [2, 4, 6] and all(line.keys() == FIELDS for line in written)
     assert [line["epoch"] for line in written] == [0.4, 0.8, 1.2] and written[-1]["eta_s"] == 0 < written[0]["eta_s"]
-    bar = capsys.readouterr().err.splitlines()[-1]
+    printed = capsys.readouterr()
+    curves_line, next_command = printed.out.splitlines()[-2:]
+    assert curves_line == f"curves: {tmp_path / 'out' / 'curves.svg'}"
+    assert next_command.endswith(f"eval.py --ckpt {tmp_path / 'out'}")
+    bar = printed.err.splitlines()[-1]
     assert re.search(r" 6/6 \[\d\d:\d\d<00:00, loss [\d.]+, lr [\d.e-]+, [\d.e+]+ questions/s\]$", bar)
     sampler = sampler_of(world)  # the speeds of a line share one duration
     steps = {}
