@@ -180,11 +180,13 @@ def open_locked(path: Path, subject: str) -> TextIO:
 
 
 def sign(lock: TextIO, more: str = "") -> None:
-    """Write into a lock file who holds it, for those whom it keeps out; the lock itself is the kernel's."""
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{more}")
-    lock.flush()
+    """Write into a lock file who holds it, for those whom it keeps out; the lock itself is the kernel's. Raises
+    InputError when the disk does not take it."""
+    with writing("can't write a lock"):
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{more}")
+        lock.flush()
 
 
 def is_same_file(path: Path, file: IO) -> bool:

@@ -58,7 +58,7 @@ def start() -> Ranks:
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     use_cuda = torch.cuda.is_available()
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    processes, gpus = processes_on_node(), torch.cuda.device_count()
     if use_cuda and processes > gpus:
         raise InputError(f"{processes} processes on a node where {gpus} GPU(s) are seen: --nproc_per_node={gpus}")
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -79,6 +79,11 @@ def shorten_timeout() -> None:
     """From here on, a rank that hangs is noticed within TIMEOUT_IN_STEPS."""
     if dist.is_initialized():
         _set_pg_timeout(TIMEOUT_IN_STEPS)
+
+
+def processes_on_node() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def restarted() -> bool:

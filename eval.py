@@ -28,7 +28,7 @@ from common import InputError, lock_folder, removed_if_refused, sign, write_whol
 from data import TreeDataset, VQAData, encode_rows, load_data, padding
 from dist_utils import Ranks, Stop, print0
 from evaluation import scores
-from evaluation.answers import answer_batch, predict, repetition_penalty, score_samples, unused_settings
+from evaluation.answers import MAX_TREES, answer_batch, predict, repetition_penalty, score_samples, unused_settings
 from evaluation.report import write_report
 from evaluation.runner import Runner
 from inputs.holdout import possible_names, relative_names, split
@@ -46,6 +46,7 @@ from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base
 from training.description import unread_warnings
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, path_problems, refuse, template
+from training.shared_memory import check_shared_memory
 from trees import Assignment, MicroBatch, plan_evaluation
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
@@ -290,6 +291,7 @@ def load_rows(
             data = data.only([data.samples[i] for i in split(names, sources.held_out)[1]])
         if not data.samples:
             raise InputError(f"{sources.rows}: none of the held-out rows can be used")
+        check_shared_memory([(data, plan_evaluation(data.samples, args.max_tokens, MAX_TREES))], settings, args.workers)
     for warning in picture_warnings(data.sizes) + unread_warnings(data):
         print0(f"warning: {warning}")
     closed = closed_options(sources, args.closed_set) if args.closed_set else {}
@@ -310,9 +312,7 @@ def make_output(output: Path) -> None:
     using it, or where it is a training run's."""
     if (output / "settings.toml").exists():
         raise InputError(f"--output: {output} is the folder of a training run")
-    lock = lock_folder(output, "--output")
-    with writing(f"--output: can't write to {output}"):
-        sign(lock)
+    sign(lock_folder(output, "--output"))
 
 
 def identify(

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import faults
@@ -80,3 +82,31 @@ def load(world, tmp_path, tokenizer, settings):
         return load_data([tmp_path / "rows.jsonl"], images, tokenizer, settings, max_tokens, **options)
 
     return load
+
+
+@pytest.fixture
+def hold():
+    """Lock files for another process."""
+    holders = []
+
+    def hold(path: Path) -> None:
+        code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, 6); print(1, flush=True)"
+        words = [sys.executable, "-c", f"{code}; time.sleep(60)", path]
+        holders.append(subprocess.Popen(words, stdout=subprocess.PIPE))
+        holders[-1].stdout.readline()
+
+    yield hold
+    for holder in holders:
+        holder.kill()
+        holder.wait()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of eight megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -21,9 +21,11 @@ import faults
 import tiny
 import torch
 
-import merge
 from common import InputError, replacing, writing
 from dist_utils import Ranks
+from model import load_base
+from modeling.lora import load_adapter, merge_lora
+from modeling.merging import copy_files, write_weights
 from training import checkpoints, rehearsal
 from training.metrics import Metrics
 from training.progress import Progress
@@ -67,7 +69,11 @@ class Saves:
         self.args.image_settings = {"min_pixels": 1, "max_pixels": 2}
         identity, trained = {"train rows": "33 questions"}, [p for p in self.model.parameters() if p.requires_grad]
         self.state = {"step": 2, "best": {"exact_match": 0.5, "loss": 1.0, "step": 2}, "identity": identity}
-        self.state |= {"settings": vars(self.args), "optimizer": torch.optim.AdamW(trained).state_dict()}
+        self.state |= {
+            "base_weights": "",
+            "settings": vars(self.args),
+            "optimizer": torch.optim.AdamW(trained).state_dict(),
+        }
         self.state["optimizer"] = rehearsal.with_moments(self.state["optimizer"], self.model)
         output.mkdir()
         assert checkpoints.save_checkpoint(output, self.model, self.state, keep=9)
@@ -126,19 +132,15 @@ def sweep(limit: Callable, disk: Path, sizes: range, action: Callable[[], bool],
     return outcomes
 
 
-def merged(model: Path, adapter: Path, out: Path) -> bool:
-    with writing("--out"), replacing(out) as partial:
-        merge.write_merged(str(model), adapter, torch.float32, torch.device("cpu"), partial)
-    return True
-
-
 def sweep_merges(limit: Callable, disk: Path, world: Path, adapter: Path) -> tuple[int, Counter]:
     """Merge at free sizes 64 KiB apart over a merged model's size. Returns their number and the outcomes."""
     out = disk / "merged"
 
     def merge_now() -> bool:
         with writing("--out"), replacing(out) as partial:
-            merge.write_merged(str(world / "model"), adapter, torch.float32, torch.device("cpu"), partial)
+            model = load_adapter(load_base(world / "model", torch.float32, torch.device("cpu")), adapter)
+            copy_files(str(world / "model"), partial, False)
+            write_weights(str(world / "model"), model, merge_lora, partial, False)
         return True
 
     def nothing_left() -> bool:

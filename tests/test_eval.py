@@ -1,5 +1,6 @@
 """Answers equal plain `model.generate` on each question alone, and the summary counts them."""
 
+import errno
 import json
 import math
 import os
@@ -355,7 +356,7 @@ def test_base_answers_are_those_of_the_model_without_an_adapter(world, run, tmp_
     assert left.read_text() == right.read_text()
 
 
-def test_an_interrupted_evaluation_continues_where_it_was(run, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_continues_where_it_was(run, tmp_path, monkeypatch, capsys):
     words = ("--output", tmp_path / "out", "--max-tokens=300")
     stop, calls, real = Stop(), [], answers.generate
 
@@ -370,13 +371,58 @@ def test_an_interrupted_evaluation_continues_where_it_was(run, tmp_path, monkeyp
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
     (store,) = (tmp_path / "out").glob("partial-tuned-*")
     (cut,) = store.iterdir()
-    cut.write_text(cut.read_text() + '[3, "cut by a ki')
+    damaged = b'\xff\x00\n[0, "another format"]\n00000000 [1, 2]\n{}\n'
+    cut.write_bytes(damaged + cut.read_bytes() + b'[3, "cut by a ki')
     assert answer(run, *words) == 0
+    assert f"warning: 4 damaged line(s) in {store}: these answers are computed again" in capsys.readouterr().out
     in_two_parts, calls[:] = len(calls), []
     assert answer(run, "--output", tmp_path / "whole", "--max-tokens=300") == 0
     assert in_two_parts == len(calls) > 3  # no micro-batch was run twice
     left, right = tmp_path / "out" / "predictions.jsonl", tmp_path / "whole" / "predictions.jsonl"
     assert left.read_text() == right.read_text()
+
+
+def test_two_evaluations_in_one_folder_are_refused_and_one_beside_training_is_not(run, tmp_path, hold, monkeypatch):
+    training = shutil.copytree(run, tmp_path / "run")
+    hold(training / "lock")
+    monkeypatch.setattr(evaluation, "predict", lambda runner, *_: setattr(runner.stop, "reason", "SIGTERM"))
+    assert answer(training) == STOPPED
+    hold(tmp_path / "lock")
+    monkeypatch.setattr(evaluation, "load_base", lambda *_: pytest.fail("loaded the model"))
+    with pytest.raises(InputError, match=f"--output {tmp_path} is in use by another process"):
+        answer(run, "--output", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_partial_results_that_are_no_folder_are_refused(run, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(evaluation, "identify", lambda *_: ({}, "key"))
+    partial, outside = tmp_path / "out" / "partial-tuned-key", tmp_path / "outside"
+    (tmp_path / "out").mkdir()
+    outside.mkdir()
+    partial.touch() if kind == "file" else partial.symlink_to(outside)
+    with pytest.raises(InputError, match="partial-tuned-key is not a folder that an evaluation made: remove it"):
+        answer(run, "--output", tmp_path / "out")
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_answers_that_a_disk_does_not_take_are_one_clear_error(run, tmp_path, monkeypatch, gone):
+    real = answers.generate
+
+    def generate(*args):
+        if gone:
+            shutil.rmtree(tmp_path / "out")
+        else:
+            monkeypatch.setattr("evaluation.runner.is_same_file", full)
+        return real(*args)
+
+    def full(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(answers, "generate", generate)
+    with pytest.raises(InputError, match="answers can't be kept; the same command continues from those that are: "):
+        answer(run, "--output", tmp_path / "out")
+    assert not gone or not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("changed", ["weights", "picture"])

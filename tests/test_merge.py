@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from runs import arguments
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sweep_full_disk import disk_of
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import merge
@@ -260,6 +261,35 @@ def test_a_folder_that_can_t_be_made_is_an_error_before_the_model_is_loaded(run,
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--out: can't write to .*file"):
         merge.main([f"--ckpt={run}", f"--out={tmp_path / 'file' / 'merged'}"])
+
+
+def test_two_merges_to_one_folder_are_refused_and_others_partial_folders_stay(run, tmp_path, hold, monkeypatch):
+    monkeypatch.setattr(merge, "load_base", lambda *_: pytest.fail("loaded"))
+    ours, others = tmp_path / ".onelook-00000000-a[b]", tmp_path / ".onelook-00000000-my-a[b]"
+    for folder in (ours, others):
+        folder.mkdir()
+    hold(tmp_path / ".onelook-lock-a[b]")
+    with pytest.raises(InputError, match=r"--out .*a\[b\] is in use by another process"):
+        merge.main([f"--ckpt={run}", f"--out={tmp_path}/a[b]"])
+    assert ours.exists()
+    with merge.reserving(tmp_path / "b"):
+        assert ours.exists() and others.exists()
+    (tmp_path / ".onelook-lock-a[b]").unlink()
+    with merge.reserving(tmp_path / "a[b]"):
+        assert not ours.exists() and others.exists()
+    assert [path for path in tmp_path.iterdir()] == [others]
+
+
+@pytest.mark.parametrize("free", [0, 500_000])  # bytes
+def test_a_merge_that_the_disk_does_not_take_is_one_clear_error_and_leaves_nothing(run, small_disk, monkeypatch, free):
+    def write(*args, real=merge.write_weights):
+        with disk_of(small_disk, free):
+            real(*args)
+
+    monkeypatch.setattr(merge, "write_weights", write)
+    with pytest.raises(InputError, match="--out: .*merged was not written: .*No space left"):
+        merge.main([f"--ckpt={run}", f"--out={small_disk / 'merged'}"])
+    assert not list(small_disk.iterdir())
 
 
 def test_an_existing_folder_is_not_overwritten(run, tmp_path):

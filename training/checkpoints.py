@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> dict:
         is_whole = False
     if not is_whole:
         raise ValueError("no readable manifest.json")
-    if outside := [name for name in files if Path(name).name != name]:
+    if outside := [name for name in files if Path(name).name != name or name in ("", "..")]:
         raise ValueError(f"manifest.json names {quote(outside[0])}, which is no file of the checkpoint")
     if missing := NEEDED - files.keys():
         raise ValueError(f"manifest.json does not name {min(missing)}")

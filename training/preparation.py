@@ -28,6 +28,7 @@ from training.costs import tree_counter, uncounted
 from training.description import describe_data
 from training.plan import GIB, empty_model, make_job, report
 from training.settings import FREE_SETTINGS, count_epochs, count_steps
+from training.shared_memory import check_shared_memory
 from trees import (
     MicroBatch,
     PlanSettings,
@@ -78,6 +79,9 @@ def prepare(
     dist_utils.from_rank0(lambda: warn_of_other_base(checkpoint or first, folder))
     dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, train, val))
     val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
+    cache = cache_at(Path(args.vision_cache), config, dtype) if args.vision_cache else None
+    parts = [(train, chain(*plan)), (val, val_batches)]  # training's workers go on during an evaluation
+    dist_utils.from_rank0(lambda: check_shared_memory(parts, images, args.workers, cache))
     steps = count_steps(args, len(sampler), args.epochs)
     base_weights = dist_utils.from_rank0(lambda: weights_hash(folder))
     return Prepared(

@@ -17,8 +17,14 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict) -> "Progress":
-        """What a checkpoint's state holds; an older one may lack some of it."""
-        return cls(**{name: state[name] for name in cls().to_state() if name in state})
+        """What a checkpoint's state holds; an older one may lack some of it. Raises TypeError for anything else."""
+        default = cls()
+        known = {name: state[name] for name in default.to_state() if name in state}
+        numbers = [number for value in known.values() if isinstance(value, dict) for number in value.values()]
+        has_types = all(type(value) is type(getattr(default, name)) for name, value in known.items())
+        if not has_types or not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError("it does not say where a run stands")
+        return cls(**known)
 
     def to_state(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "failed_saves"}

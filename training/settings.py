@@ -285,6 +285,8 @@ def parse_words(parser: Parser, words: list[str]) -> tuple[argparse.Namespace | 
         for element in value if isinstance(value, list) else [value]:
             if isinstance(element, Wrong):
                 problems.append(f"--{name.replace('_', '-')}: {element}")
+            elif isinstance(element, str) and not is_text(element):
+                problems.append(f"--{name.replace('_', '-')}: {ascii(element)} holds bytes that are not UTF-8")
     return settings, problems
 
 

@@ -92,7 +92,7 @@ def test_another_tower_or_other_settings_have_a_cache_of_their_own(world, tmp_pa
     assert folder() != dataset.options["cache"].folder
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "one bit", "empty", "header"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "one bit", "empty", "header", "no features", "link"])
 def test_a_damaged_entry_is_computed_again(filled, damage):
     model, dataset, assignment, expected = filled
     entry = sorted(dataset.options["cache"].folder.iterdir())[0]
@@ -102,13 +102,19 @@ def test_a_damaged_entry_is_computed_again(filled, damage):
         "cut": sound[:-1],
         "one bit": sound[: len(sound) // 2] + flipped + sound[len(sound) // 2 + 1 :],
         "empty": b"",
+        "no features": vision_cache._checksum(entry.name, b""),
+        "link": sound[:-1],
         "header": b"\0" * vision_cache.HEADER + sound[vision_cache.HEADER :],
     }
-    entry.unlink() if damage == "gone" else entry.write_bytes(damaged[damage])
+    outside = entry.with_name("outside") if damage == "link" else entry
+    entry.unlink() if damage in ("gone", "link") else None
+    outside.write_bytes(damaged[damage]) if damage != "gone" else None
+    entry.symlink_to(outside) if damage == "link" else None
     batch = dataset[assignment]
     assert batch.features is None and len(batch.patches)
     torch.testing.assert_close(run(model, batch), expected, rtol=0, atol=0)
-    assert entry.read_bytes() == sound
+    assert entry.read_bytes() == sound and not entry.is_symlink()
+    assert damage != "link" or outside.read_bytes() == sound[:-1]
 
 
 def test_a_full_disk_ends_caching_and_nothing_else(world, tmp_path, monkeypatch, capfd):

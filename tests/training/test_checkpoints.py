@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import faults
 import pytest
+import sweep_full_disk
 import torch
 from faults import arguments, at_step, clean, copy_until, truncate
 from runs import Run, same
@@ -149,17 +151,6 @@ def test_when_all_checkpoints_are_damaged_nothing_starts_over_silently(world, un
 # ---------------------------------------------------------------------------------------------------------------- disks
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of eight megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_nothing_else(world, undisturbed, small_disk, capsys):
     def fill_and_free(step: int) -> None:
         real = train.train_step
@@ -180,6 +171,17 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_nothing_else(wor
     printed = capsys.readouterr().out
     assert "checkpoint of step 4 not saved" in printed and "MiB free in" in printed
     assert same(small_disk / "out", undisturbed) and clean(small_disk / "out")
+
+
+@pytest.mark.parametrize("limit", [sweep_full_disk.disk_of, sweep_full_disk.files_of])
+def test_a_save_fails_without_harm_wherever_the_disk_ends(world, small_disk, limit):
+    """`python tests/sweep_full_disk.py` tries every size."""
+    saves = sweep_full_disk.Saves(world, small_disk / "out")
+    sizes = [0, 1, 4096, 8192, 100_000, 106_496, 110_592, 114_688, 200_000, 282_624, 327_680, 331_776, 400_000]
+    for action in (saves.save, saves.rehearse):
+        found = sweep_full_disk.sweep(limit, small_disk, sizes, action, saves.is_whole)
+        failed = "warned" if action == saves.save else "one line"
+        assert found.keys() == {failed, "whole"} and found[failed] > 4
 
 
 def test_the_best_checkpoint_that_could_be_saved_stays_marked_and_there(tmp_path, monkeypatch):
@@ -214,7 +216,7 @@ def test_a_disk_that_is_full_before_the_first_file_is_reported_without_a_traceba
     faults.fill_disk(small_disk)
     run = Run(arguments(world, output), tmp_path / "log")
     assert run.wait() == [2] and "Traceback" not in run.text()
-    assert f"error: --output: can't write to {output}: [Errno 28] No space left" in run.text()
+    assert re.search(r"error: .*can't write .*\[Errno 28\] No space left", run.text())
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_an_error_on_all_ranks_before_step_1(world, small_disk, tmp_path):
