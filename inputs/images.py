@@ -117,7 +117,8 @@ def _find_image(name: str, folder: Path, allow_outside: bool) -> str:
         raise ValueError(f"image {quote(str(path))}: names of files must be UTF-8, rename it") from None
     exists, inside = os.path.isfile(path), _inside(path, folder)
     if not allow_outside and not inside and (exists or not os.path.isabs(name)):
-        raise ValueError(f"image {quote(name)} lies outside {folder} (--allow-outside-images permits that)")
+        link = ", where a link leads" if path.is_relative_to(os.path.abspath(folder)) else ""
+        raise ValueError(f"image {quote(name)} lies outside {folder}{link} (--allow-outside-images permits that)")
     if not exists:
         raise NoImage(name, path, folder)
     return str(inside or path)
