@@ -69,23 +69,27 @@ def losses(world, folder) -> list[torch.Tensor]:
     return [beside, added]
 
 
-def plain_losses(world, model, tmp_path) -> list[float]:
-    reference = tiny.Reference(world, tiny.lora_model(world), tmp_path / "any")
+@pytest.fixture(scope="module")
+def inputs(world, tmp_path_factory):
+    """The same rows, for transformers alone."""
+    reference = tiny.Reference(world, tiny.lora_model(world), tmp_path_factory.mktemp("any"))
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    return [reference.inputs(row) for row in rows[26:30]]
+
+
+@torch.no_grad()
+def plain_losses(model, inputs: list[dict]) -> torch.Tensor:
     found = []
-    for row in rows[26:30]:
-        inputs = reference.inputs(row)
-        with torch.no_grad():
-            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[0, :-1]
-        targets = inputs["labels"][0, 1:]
-        kept = targets != -100
-        found += torch.nn.functional.cross_entropy(logits[kept], targets[kept], reduction="none").tolist()
-    return found
+    for fields in inputs:
+        logits = model(**{name: value for name, value in fields.items() if name != "labels"}).logits[0, :-1]
+        found.append(torch.nn.functional.cross_entropy(logits, fields["labels"][0, 1:], reduction="none"))
+    found = torch.cat(found)
+    return found[found != 0]  # 0 are those of tokens that are not trained
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_an_adapter_made_elsewhere_gives_the_losses_that_peft_gives(world, tmp_path, kind):
-    expected = torch.tensor(plain_losses(world, make(world, tmp_path / "made", **MADE[kind]), tmp_path))
+def test_an_adapter_made_elsewhere_gives_the_losses_that_peft_gives(world, inputs, tmp_path, kind):
+    expected = plain_losses(make(world, tmp_path / "made", **MADE[kind]), inputs)
     for found in losses(world, tmp_path / "made"):
         torch.testing.assert_close(found.sort().values, expected.sort().values, rtol=1e-4, atol=1e-4)
 
