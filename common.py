@@ -175,7 +175,8 @@ def open_locked(path: Path, subject: str) -> TextIO:
         file.seek(0)
         raise InputError(f"{subject} is in use by {file.readline(200).strip() or 'another process'}") from None
     except OSError as error:  # a file system without locks
-        print(f"warning: {path} can't be locked ({error}): let nothing else write to this folder", file=sys.stderr)
+        warning = f"warning: {path} can't be locked ({error}): let nothing else write to this folder"
+        print(printable(warning), file=sys.stderr)
     return file
 
 

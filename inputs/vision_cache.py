@@ -20,7 +20,7 @@ import PIL
 import torch
 import transformers
 
-from common import replacing, writing
+from common import printable, replacing, writing
 from inputs.images import PIXEL_RULES, ImageSettings
 
 HEADER = 16  # bytes
@@ -126,4 +126,5 @@ class FeatureWriter:
                     self.cache.store(name, image_features)
         except OSError as error:  # training goes on without
             self.failed = True
-            print(f"warning: no more vision features are kept in {self.cache.folder}: {error}", file=sys.stderr)
+            warning = f"warning: no more vision features are kept in {self.cache.folder}: {error}"
+            print(printable(warning), file=sys.stderr)

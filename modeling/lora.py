@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import library, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from common import InputError
+from common import InputError, quote
 from modeling.adapters import KEEPS_BASE, lora_config, peft_name
 from modeling.targets import DEFAULT_TARGETS, module_suffixes, target_pattern
 
@@ -126,7 +126,7 @@ def add_lora(
         if not names or names - linear:
             known = sorted({n.rpartition(".")[2] for n in linear if n.startswith("model.language_model.")})
             what = f"names {min(names - linear)} too" if names else "names nothing"
-            raise InputError(f"--lora-targets: {part!r} {what}; linear layers: {', '.join(known)}, vision, merger")
+            raise InputError(f"--lora-targets: {quote(part)} {what}; linear layers: {', '.join(known)}, vision, merger")
         matched |= names
     options = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, use_dora=dora)
     suffixes, excluded = module_suffixes(matched, {n for n, _ in base.named_modules()} - matched)
@@ -179,10 +179,12 @@ def lora_differences(model: PeftModel, folder: Path) -> list[str]:
     own = model.peft_config["default"].to_dict()
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
     differences = [
-        f"{n} is {other.get(n)!r} there, {own[n]!r} here" for n in names if (other.get(n) or 0) != (own[n] or 0)
+        f"{name} is {quote(other.get(name))} there, {quote(own[name])} here"
+        for name in names
+        if (other.get(name) or 0) != (own[name] or 0)
     ]
     if (start := other.get("init_lora_weights", True)) not in KEEPS_BASE:
-        differences.append(f"init_lora_weights is {start!r} there, which changes the base model's weights too")
+        differences.append(f"init_lora_weights is {quote(start)} there, which changes the base model's weights too")
     here = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()}
     for where, names in (("there", there.keys() - here.keys()), ("here", here.keys() - there.keys())):
         differences += [f"only {where}: {min(names)} and {len(names) - 1:,} more"] if names else []

@@ -113,7 +113,7 @@ def _row_warnings(data: VQAData) -> list[str]:
             long.append(f"{sample.where} has {count:,}")
         texts = sample.fields["question"], answer
         if (nothing := [text for text in texts if is_missing(text)]) or all(map(is_none, texts)):
-            missing.append(f"{sample.where} {(nothing or texts)[0].strip()!r}")
+            missing.append(f"{sample.where} {quote((nothing or texts)[0].strip())}")
         if not all(map(is_visible, texts)):
             invisible.append(f"{sample.where} {next(text for text in texts if not is_visible(text))[:40]!a}")
     kinds = {
