@@ -97,6 +97,8 @@ class Unread:
         meaning, pictures, videos and audio."""
         refused = REFUSED | (REFUSED_IN_PARTS if "." in place else REFUSED_IN_TURNS if place else {})
         for name, (written, value) in fields.unread.items():
+            if value in ("[]", "{}"):  # JSON text of nothing
+                continue
             shown = f"`{written}`" + f" of `{place}`" * bool(place)
             if name in refused or (name == "label" and value is False):
                 raise ValueError(f"{shown} can't be used: {refused.get(name, PREFERENCE)}")
@@ -119,11 +121,11 @@ class Unread:
 
 
 def texts_in(value):
-    """Yield all texts in a value, whatever lists and objects they stand in."""
+    """Yield all texts in a value, whatever lists and objects they stand in; names of fields are texts too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from texts_in(item)
 
 

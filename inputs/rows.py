@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from common import quote
-from inputs.fields import PICTURE, PICTURE_ID, PLACEHOLDER, URL, WEIGHTS, Fields, Unread, file_names, plain
+from inputs.fields import PICTURE, PICTURE_ID, PLACEHOLDER, URL, WEIGHTS, Fields, Unread, file_names, plain, texts_in
 from inputs.options import take_answer, take_answers, take_options
 
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
@@ -71,6 +71,7 @@ def parse_row(where: str, row) -> Row:
     _refuse_placeholders(messages, options or {})
     unread.add(row, shows_picture=bool(images))
     unread.texts += [("text", name) for m in messages for name in MARKDOWN_PICTURE.findall(_text_of(m))]
+    unread.texts += [("id", name) for name in texts_in(kept["id"]) if "." in name]
     kept |= {"options": list(options.values()) if options else None, "answers": accepted or None}
     kept = {name: value for name, value in kept.items() if value is not None}
     fields = {"id": where, **kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
@@ -131,8 +132,9 @@ def _typed_parts(role: str, content, place: str, unread: Unread) -> list[dict]:
     for part in _list_of_dicts(content, "content"):
         part = Fields(part)
         kind = part.take("type") or next((name for name in ("text", "image") if name in part.unread), None)
-        if kind == "text" and ("text" in part.empty or isinstance(part.unread.get("text", (0, 0))[1], str)):
-            parts += _message(role, part.take("text") or "")["content"]
+        has_text = "text" in part.unread or "text" in part.empty
+        if kind == "text" and has_text and isinstance(text := part.take("text") or part.empty.get("text"), str | None):
+            parts += _message(role, text or "")["content"]
         elif kind in ("image", "image_url"):
             parts.append({"type": "image", "image": _take_part_image(part)})
         else:

@@ -29,7 +29,9 @@ def refuse_unread_images(row: Row, folder: Path, listings: dict[str, frozenset[s
         image = _existing_image(text, folder, listings)
         if image and not any(os.path.samefile(image, shown) for shown in row.images):
             remedy = "call the field `image`, or take it out"
-            raise ValueError(f"`{name}` is not read, but names the file {quote(text)} in {folder}: {remedy}")
+            raise ValueError(
+                f"`{name}` names the file {quote(text)} in {folder}, which the row does not show: {remedy}"
+            )
 
 
 def _existing_image(text: str, folder: Path, listings: dict[str, frozenset[str]]) -> str | None:

@@ -148,6 +148,10 @@ BAD = {
         "only a question can hold an image",
     ),
     "video part": (json.dumps(parts(["So?"], ["no"])).replace('"text"', '"video"', 1), "of type text or image"),
+    "text part without text": (
+        json.dumps(parts(["So?", "Or?"], ["no"])).replace('"text": "So', '"content": "So'),
+        "found 'text'",
+    ),
     "image_url part": (
         json.dumps(parts(["So?"], ["no"])).replace('"text"', '"image_url"', 1),
         "an image part holds no text",

@@ -1,6 +1,7 @@
 """Every field of a row is used, told or a reason to refuse the row: no picture and no meaning is lost (promise 4)."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from examples import chat, flat, llava, parts
@@ -99,10 +100,16 @@ def test_fields_that_name_the_same_picture_are_one_and_others_are_refused(load, 
     same += [{"file_name": "C:\\scans\\a.jpg"}, {"images": ["a.png"]}, {"Image": "a.png"}]
     data = load([flat(image="a.png") | more for more in same], tmp_path / "images")
     assert not data.bad and names_of(data) == [["a.png"]] * len(same) and not data_warnings(data, None)[1:]
-    other = [{"file_name": "b.png"}, {"images": ["a.png", "b.png"]}, {"img": "more/a.png"}, {"image_id": "b"}]
+    other = [
+        {"file_name": "gone.png"},
+        {"file_name": "b.png"},
+        {"images": ["a.png", "b.png"]},
+        {"img": "more/a.png"},
+        {"image_id": "b"},
+    ]
     data = load([flat(image="a.png") | more for more in [*other, {"Image": "b.png"}]], tmp_path / "images")
     assert all(name in reason for more, reason in zip(other, reasons(data), strict=False) for name in more)
-    assert len(data.bad) == 5 and "`image` and `Image` are the same field and differ" in reasons(data)[4]
+    assert len(data.bad) == 6 and "`image` and `Image` are the same field and differ" in reasons(data)[5]
 
 
 def test_a_list_of_what_the_parts_name_is_no_second_picture(load):
@@ -220,8 +227,10 @@ def test_an_unread_field_that_names_a_file_of_the_images_is_refused(load):
         turn["messages"][1]["mask"] = value
         part["messages"][0]["content"][1]["mask"] = value
         data = load([flat(mask=value), flat(mask=value, image="a.png"), turn, part])
-        assert len(data.bad) == 4 and all("`mask` is not read, but names the file" in why for why in reasons(data))
-        assert all("call the field `image`, or take it out" in reason for reason in reasons(data))
+        assert len(data.bad) == 4 and all("`mask` names the file" in why for why in reasons(data))
+        assert all(
+            "which the row does not show: call the field `image`, or take it out" in reason for reason in reasons(data)
+        )
 
 
 def test_a_field_that_names_what_the_row_shows_is_only_told(load, world):
@@ -235,6 +244,14 @@ def test_texts_that_name_no_file_of_the_images_are_only_told(load, world):
     assert not data.bad and f"note ({len(names) + 1} rows" in data_warnings(data, None)[0]
 
 
+def test_an_id_that_is_the_name_of_a_picture_must_be_that_of_one_that_is_shown(load):
+    data = load(
+        [flat(id="a.png"), flat(id="a.png", image="b.png"), flat(id="a.png", image="a"), flat(id="a"), flat(id=1.5)]
+    )
+    assert [bad.where for bad in data.bad] == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert all("`id` names the file 'a.png'" in reason for reason in reasons(data))
+
+
 def test_a_picture_written_into_an_unread_field_is_refused(load):
     rows = [flat(thumbnail="data:image/png;base64,iVBORw0KGgo"), flat(scan={"bytes": "iVBORw0KGgo" + "A" * 5000})]
     data = load([*rows, flat(url="https://example.org/a.jpg"), flat(image="a.png", url="https://example.org/a.jpg")])
@@ -244,7 +261,7 @@ def test_a_picture_written_into_an_unread_field_is_refused(load):
 @pytest.mark.parametrize("question", ["![a polyp](b.png) So?", '![](b.png "left") So?'])
 def test_a_picture_of_markdown_is_refused(load, question):
     (reason,) = reasons(load([flat(question=question), flat(question="![](b.png) So?", image="b.png")]))
-    assert "`text` is not read, but names the file 'b.png'" in reason
+    assert "`text` names the file 'b.png'" in reason
 
 
 # -------------------------------------------------------------------------------------- fields that change the meaning
@@ -303,6 +320,10 @@ BOXES = [
     "<|object_ref_start|>the polyp<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>",
     "<|quad_start|>x<|quad_end|>",
 ]
+
+
+def test_families_without_a_table_of_positions_have_box_tokens(settings):
+    assert not settings.has_box_tokens and replace(settings, position_side=0).has_box_tokens
 
 
 @pytest.fixture(params=[True, False], ids=["Qwen2-VL and Qwen2.5-VL", "Qwen3-VL"])
