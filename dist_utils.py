@@ -9,6 +9,7 @@ import faulthandler
 import gc
 import io
 import os
+import select
 import signal
 import socket
 import sys
@@ -35,6 +36,7 @@ STACKS_AFTER = max(1, SHUTDOWN_TIMEOUT - 10)  # seconds from a signal to printin
 SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP  # ask a run to stop
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LET_RANK0_SPEAK = 20  # seconds that other ranks wait for rank 0 to print a common error
+GIVE_READERS = 1  # seconds that a full terminal or pipe has for being read, once this process is to stop
 STOPPED = 75  # exit code of a run that was stopped and can be resumed (EX_TEMPFAIL)
 
 
@@ -119,11 +121,13 @@ class Stop:
         for number in SIGNALS:
             if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # nohup
                 signal.signal(number, self._ask)
+        signal.signal(signal.SIGALRM, _give_up_unread_output)
         if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a torchrun that is killed leaves no orphans
         return self
 
     def _ask(self, number: int, _frame) -> None:
+        _give_up_unread_output()
         if not self.saves_first:
             if is_rank0():  # os.write, as the signal may have come in the middle of a print
                 with suppress(OSError):
@@ -132,6 +136,7 @@ class Stop:
         if number == signal.SIGINT and self.reason:
             os._exit(130)  # Ctrl-C twice
         self.reason = self.reason or signal.Signals(number).name
+        signal.setitimer(signal.ITIMER_REAL, GIVE_READERS, GIVE_READERS)  # what fills up later is given up too
         faulthandler.dump_traceback_later(STACKS_AFTER)
 
     def wait(self, seconds: float) -> None:
@@ -149,6 +154,22 @@ def ignore_signals(_worker: int) -> None:
     """Ignore stop signals in a data worker: the training process decides when to stop, and needs data until then."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _give_up_unread_output(*_signal) -> None:
+    """Drop what goes to a terminal that is halted, or to a pipe whose reader sleeps: a write there never ends.
+
+    One that has begun ends too: Python repeats it, into the void, once a signal's handler has run."""
+    for descriptor in (1, 2):
+        if not select.select([], [descriptor], [], GIVE_READERS)[1]:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _open_standard_streams() -> None:
+    """Open standard streams that are closed, so that no file gets their numbers and what native code prints."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 class _Unfailing(io.FileIO):
@@ -175,6 +196,7 @@ def run_and_exit(main: Callable, argv: list[str]) -> None:
     A failure is printed once, by the rank that failed. That rank leaves without cleaning up: destroying the process
     group would wait for the other ranks, which may be waiting in a collective.
     """
+    _open_standard_streams()
     stop = Stop().watch_signals()
     for name in ("stdout", "stderr"):
         setattr(sys, name, _unfailing(getattr(sys, name)))

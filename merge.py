@@ -9,10 +9,17 @@ folder gets its name, the merged model is loaded from it, and its logits on rows
 adapter's.
 """
 
+import sys
+
+if __name__ == "__main__":  # wrong settings and --help are answered before torch is imported, which takes seconds
+    from training.merge_settings import parse
+    from training.settings import answer_early
+
+    answer_early(parse)
+
 import argparse
 import os
 import re
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,8 +39,8 @@ from modeling.loading import resolve_model
 from modeling.lora import load_adapter, merge_lora
 from modeling.merging import copy_files, set_end_tokens, set_pixel_limits, weights_dtype, write_weights
 from training.checkpoints import find_adapter, warn_of_other_base
+from training.merge_settings import parse
 from training.model_card import merged_card
-from training.settings import Parser, choice, parse_words, path_problems, refuse
 from trees import Assignment, plan_evaluation
 
 ROWS = 16  # whose logits are compared
@@ -128,31 +135,6 @@ def reserving(out: Path):
             yield
         finally:
             place.unlink(missing_ok=True)
-
-
-def build_parser() -> Parser:
-    parser = Parser("merge.py", description="Add a checkpoint's LoRA to its base model's weights.")
-    parser.add_argument("--ckpt", default="", help="checkpoint, or a run's folder for its best one")
-    parser.add_argument("--adapter", default="", help="instead: LoRA adapter made elsewhere, a folder of PEFT's form")
-    parser.add_argument("--out", required=True, help="new folder of the merged model")
-    parser.add_argument("--model", default="", help="base model; empty: the adapter's")
-    parser.add_argument("--dtype", type=choice("auto", "float32"), default="auto", help="auto: that of each weight")
-    parser.add_argument("--rows", default="", help="rows to compare logits on; empty: those of the run")
-    parser.add_argument("--images", default="", help="folder that their image names start from; empty: the run's")
-    return parser
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    args, problems = parse_words(build_parser(), argv)
-    refuse(problems)
-    problems += path_problems(args, files=("rows",), folders=("images", "adapter"), made=("model",))
-    if bool(args.ckpt) == bool(args.adapter):
-        problems.append("--ckpt or --adapter: give one of them")
-    is_own = args.ckpt or (Path(args.adapter) / "state.pt").is_file()
-    if args.adapter and not is_own and not args.rows:
-        problems.append("--adapter: needs --rows (and --images) to compare logits on, as an adapter names none")
-    refuse(problems)
-    return args
 
 
 @torch.no_grad()

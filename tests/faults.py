@@ -82,7 +82,26 @@ def no_reader(then=lambda: None) -> None:
 def no_output(then) -> None:
     """Close standard output and error, as `>&-` does."""
     sys.stdout = sys.stderr = None
+    os.close(1)
+    os.close(2)
     then()
+
+
+def sleeping_reader() -> None:
+    """Send standard output and error to a pipe that is full, and stays so: each write waits for ever."""
+    _reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    while True:
+        try:
+            os.write(writer, bytes(4096))
+        except BlockingIOError:
+            break
+    os.set_blocking(writer, True)
+    _print_to(writer)
+
+
+def number_of_a_new_file(_argv, _stop) -> int:
+    return os.open(os.devnull, os.O_RDONLY)
 
 
 def full_output(then) -> None:

@@ -3,6 +3,7 @@
 A run that was stopped and resumed must end like an undisturbed one, to the last bit of its adapter and metrics.
 """
 
+import os
 import random
 import shutil
 import signal
@@ -156,6 +157,31 @@ def test_a_run_whose_output_nobody_can_read_saves_and_stops(world, undisturbed, 
     assert Run(arguments(world, tmp_path / "out"), tmp_path / "log", fault=fault).wait(30) == [STOPPED]
     assert Run(arguments(world, tmp_path / "out"), tmp_path / "log", fault=faults.no_reader).wait() == [0]
     assert same(tmp_path / "out", undisturbed)
+
+
+def test_a_run_that_waits_for_a_reader_who_sleeps_saves_and_stops(world, undisturbed, tmp_path):
+    """A terminal that is halted, a pager: the write never ends, and the signal comes in the middle of it."""
+    run = Run(arguments(world, tmp_path / "out"), tmp_path / "log", fault=partial(at_step, 3, faults.sleeping_reader))
+    runs.wait_for(lambda: (tmp_path / "out" / "checkpoint-000002").exists(), 60, run.text)
+    run.processes[0].join(3)
+    assert run.processes[0].is_alive()
+    run.signal(signal.SIGHUP)
+    assert run.wait(30) == [STOPPED]
+    assert Run(arguments(world, tmp_path / "out"), tmp_path / "log").wait() == [0]
+    assert same(tmp_path / "out", undisturbed)
+
+
+def test_a_signal_before_step_1_ends_a_start_whose_reader_sleeps(world, tmp_path):
+    run = Run(arguments(world, tmp_path / "out"), tmp_path / "log", fault=faults.sleeping_reader)
+    runs.wait_for((tmp_path / "out" / "lock").exists, 60)
+    run.signal(signal.SIGTERM)
+    assert run.wait(30) == [STOPPED]
+
+
+def test_files_never_get_the_numbers_of_closed_standard_streams(tmp_path):
+    """Native libraries print to them by number."""
+    run = Run([], tmp_path / "log", fault=partial(faults.no_output, os.getpid), main=faults.number_of_a_new_file)
+    assert run.wait()[0] > 2
 
 
 # Three cases of each kind. All signals are handled alike, but for Ctrl-C and a terminal that closes, and a rank that is

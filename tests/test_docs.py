@@ -15,12 +15,13 @@ import eval as evaluation
 import merge
 import train
 from inputs.row_files import read_rows
-from training import settings
+from training import eval_settings, merge_settings, settings
 from training.settings import FREE_SETTINGS, Wrong
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PARSERS = {"train.py": settings.build_parser, "eval.py": evaluation.build_parser, "merge.py": merge.build_parser}
+PARSERS = {f"{name}.py": module.build_parser for name, module in
+           {"train": settings, "eval": eval_settings, "merge": merge_settings}.items()}  # fmt: skip
 OF_OTHERS = {"--nproc_per_node", "--max-restarts", "--help"}
 
 

@@ -1,6 +1,9 @@
 """What the commands say about runs without a checkpoint or an end, about paths of the wrong kind, and at the end."""
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,3 +111,18 @@ def test_the_next_command_can_be_pasted_into_a_shell(monkeypatch, batches, rows)
     assert shlex.split(curves) == ["curves:", "/my runs/it's $1/curves.svg"]
     words = shlex.split(command.removeprefix("to evaluate it: "))
     assert words == ["python", "onelook/eval.py", "--ckpt", "/my runs/it's $1", *rows]
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py", "merge.py"])
+def test_help_and_wrong_settings_are_answered_before_torch_is_imported(tmp_path, program):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('imported')\n")
+
+    def start(*words) -> subprocess.CompletedProcess:
+        command = [sys.executable, Path(train.__file__).with_name(program), *words]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    wrong, helped = start("--modle=x", "--out=y", "--ckpt=z"), start("--help")
+    assert wrong.returncode == 2 and "--modle: no such flag; did you mean --model?" in wrong.stdout and not wrong.stderr
+    assert helped.returncode == 0 and f"usage: {program}" in helped.stdout and not helped.stderr
+    assert "imported" in start(*(["--ckpt=x", "--out=y"] if program == "merge.py" else [])).stderr  # it would be seen

@@ -153,12 +153,19 @@ def test_an_output_folder_of_any_name_keeps_the_files_of_its_run(program, output
     for name in ("metrics.jsonl", "status", "requeued"):
         (folder / name).write_text("2\n")
     (program / "run1").mkdir()  # what the pattern run[1] stands for
-    (program / "c.toml").write_text(f"output = {json.dumps(output)}\n")
+    (program / "c.toml").write_text(f"output = {json.dumps(output)}\n", encoding="utf-8-sig")
     words = [f"--output={output}"] if form == "flag" else ["--config", "c.toml"]
     done = without_slurm(program, words, SLURM_RESTART_COUNT="1")
     assert (program / "started").read_text().endswith("--resume auto\n") and f"output {output}\n" in done.stdout
     assert (folder / "metrics.jsonl").exists() and (folder / "requeued").exists()
     assert not (folder / "status").exists()  # it is of the start before
+
+
+def test_a_settings_file_that_is_wrong_is_left_to_train_py_which_says_so(program):
+    (program / "c.toml").write_text("output = \n")
+    done = without_slurm(program, ["--config=c.toml"])
+    assert (program / "started").read_text().endswith("train.py --config=c.toml --output runs/slurm-7\n")
+    assert "Traceback" not in done.stderr
 
 
 def without_slurm(program: Path, words: list[str], **more) -> subprocess.CompletedProcess:
