@@ -209,7 +209,8 @@ def find_sources(args: argparse.Namespace) -> Sources:
     validation = run["train"] if held_out else [run["val"]] if run.get("val") else []
     files = [args.data] if args.data else validation
     if not files and args.question is None:
-        raise InputError("no rows to answer: give --data FILE (the checkpoint's run had no --val)")
+        why = " (the checkpoint's run had no --val)" if run else ""
+        raise InputError(f"no rows to answer: give --data FILE{why}")
     images = args.images or (str(Path(args.data).parent) if args.data else run.get("images", ""))
     elsewhere = f"runs/eval-{ckpt.name if ckpt else 'base'}"
     output = Path(args.output or (ckpt.parent / "eval" / ckpt.name if run else elsewhere))

@@ -309,14 +309,14 @@ def test_an_adapter_made_elsewhere_answers_like_the_checkpoint_with_the_same_wei
     assert theirs == ours and (tmp_path / "theirs" / "predictions-base.jsonl").exists()
     assert answer(ckpt, *rows, "--output", tmp_path / "other", "--system=", "--prompt=Say: {question}") == 0
     assert evaluation.read_predictions(tmp_path / "other" / "predictions.jsonl") != ours
-    with pytest.raises(InputError, match="no rows to answer"):
+    with pytest.raises(InputError, match="no rows to answer: give --data FILE$"):
         evaluation.main(["--adapter", str(made)])
     with pytest.raises(InputError, match="--adapter: not with --ckpt"):
-        evaluation.parse(["--adapter=a", "--ckpt=b"])
-    sources = evaluation.find_sources(evaluation.parse([f"--adapter={made}", "--data=rows.jsonl"]))
+        evaluation.parse([f"--adapter={made}", f"--ckpt={ckpt}"])
+    sources = evaluation.find_sources(evaluation.parse([f"--adapter={made}", f"--data={rows[1]}"]))
     assert sources.model == str(world / "model") and sources.output.name == "eval-made"
     own = evaluation.find_sources(
-        evaluation.parse([f"--adapter={ckpt}", "--data=rows.jsonl"])
+        evaluation.parse([f"--adapter={ckpt}", f"--data={rows[1]}"])
     )  # a checkpoint tells all that it knows
     assert own.prompts["system"] == "Be brief." and own.ckpt == ckpt.resolve()
 
