@@ -360,7 +360,7 @@ def test_half_a_pair_of_box_tokens_is_refused(of_family, text):
 
 @pytest.mark.parametrize("answer", ["nan", "NaN", " null", "None", "<NA>"])
 def test_answers_that_programs_write_for_a_missing_value_are_told(load, answer):
-    data = load([flat(image="a.png"), flat(answer, image="b.png"), flat("none", image="c.png"), flat("none", "None")])
+    data = load([flat(image="a.png"), flat(answer, image="b.png"), flat("none", image="c.png"), flat("none", "none")])
     (warning,) = data_warnings(data, None)
     kind = "rows whose question or answer is what programs write for a missing value"
     assert warning == f"{kind}: 2, rows.jsonl:2 {answer.strip()!r}"
