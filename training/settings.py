@@ -344,12 +344,15 @@ def _absolute(path: str, problems: list[str]) -> str:
 
 def _check_combinations(settings: argparse.Namespace) -> list[str]:
     files, weights = len(settings.train), len(settings.train_weights)
-    low, high = settings.min_pixels, settings.max_pixels
+    low, high, resume = settings.min_pixels, settings.max_pixels, settings.resume
     adapter = Path(settings.init_from) / "adapter_model.safetensors"
     checks = {
         f"--train-weights: {weights} for {files} files of --train": weights not in (0, files),
         f"--init-from: {settings.init_from} holds no adapter_model.safetensors": (
             settings.resume == "none" and Path(settings.init_from or "-").is_dir() and not adapter.is_file()
+        ),
+        f"--resume: {resume} is a run, not one of its checkpoints; --output {resume} --resume auto goes on with it": (
+            any(Path(resume).glob("checkpoint-*/state.pt"))
         ),
         "--resume auto: say where with --output": settings.resume == "auto" and not settings.output,
         "--val-fraction: --val names rows to evaluate on already": settings.val and settings.val_fraction,

@@ -226,6 +226,17 @@ def test_folders_are_the_same_ones_from_wherever_the_settings_are_read(rows_file
     assert [settings.model, settings.vision_cache, settings.resume] == ["Qwen/Qwen3-VL-8B-Instruct", "", "auto"]
 
 
+def test_a_run_in_place_of_a_checkpoint_to_resume_is_named(rows_file, tmp_path):
+    (tmp_path / "run" / "checkpoint-000002").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-000002" / "state.pt").touch()
+    (problem,) = problems_of([f"--train={rows_file}", f"--resume={tmp_path / 'run'}"])
+    assert problem == (
+        f"--resume: {tmp_path / 'run'} is a run, not one of its checkpoints; "
+        f"--output {tmp_path / 'run'} --resume auto goes on with it"
+    )
+    parse_settings([f"--train={rows_file}", f"--resume={tmp_path / 'run' / 'checkpoint-000002'}"])
+
+
 def test_every_flag_has_a_help_text():
     actions = build_parser()._actions
     assert len(actions) > 30
