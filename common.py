@@ -162,7 +162,7 @@ def removed_if_refused(folder: Path, is_new: bool):
 def is_gone(folder: Path) -> bool:
     """Whether a folder was removed, emptied, moved or unmounted since `lock_folder`. It also counts as gone when its
     lock alone was removed, as another process may be writing to it."""
-    return not is_same_file(folder / "lock", _locks[folder])
+    return folder in _locks and not is_same_file(folder / "lock", _locks[folder])
 
 
 def open_locked(path: Path, subject: str) -> TextIO:

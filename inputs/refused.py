@@ -6,7 +6,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from common import InputError, replacing
+from common import InputError, replacing, writing
 from inputs.images import find_images
 from inputs.rows import BadRow
 
@@ -27,7 +27,8 @@ def stop_or_skip_bad(
     """
     file = output / "bad_rows.jsonl" if output else None
     if file:
-        _write_bad_rows(file, bad, files)
+        with writing(f"the list of rows that can't be used is not written, {file}"):
+            _write_bad_rows(file, bad, files)
     if not bad:
         return
     listed = "".join(f"\n  {line}" for line in _listed(bad, file, Path(images_dir)))

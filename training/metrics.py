@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import is_same_file, write_whole, writing
+from common import is_gone, is_same_file, write_whole, writing
 from dist_utils import Ranks, print0
 from evaluation import charts
 from training.gpus import Gpu
@@ -179,7 +179,7 @@ class Metrics:
         self.unwritten += (json.dumps(line) + "\n").encode()
         path = self.output / "metrics.jsonl"
         try:
-            if not is_same_file(path, self.file) and self.output.is_dir():
+            if not is_same_file(path, self.file) and not is_gone(self.output):
                 print0(f"warning: {path} was removed or replaced: lines are added to what stands in its place")
                 self.file.close()
                 self.file = open(path, "ab", buffering=0)

@@ -19,6 +19,8 @@ from runs import lines, same
 import common
 import train
 from common import PARTIAL, InputError, lock_folder
+from inputs.refused import stop_or_skip_bad
+from inputs.rows import BadRow
 from training import checkpoints, settings
 from training.metrics import read_metrics
 from training.progress import Progress
@@ -32,6 +34,13 @@ GARBAGE = [b"", b"\x00\xff\xfe", b"{", b"[]", b"null", b'"text"', b'{"checkpoint
 def empty(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+def test_a_list_of_bad_rows_that_can_not_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "bad_rows.jsonl").mkdir()
+    for bad in ([], [BadRow("rows.jsonl:1", "no answer", {})]):
+        with pytest.raises(InputError, match="not written, .*bad_rows.jsonl: .*directory"):
+            stop_or_skip_bad(bad, ["rows.jsonl"], {0}, False, tmp_path, "")
 
 
 @pytest.mark.parametrize(
