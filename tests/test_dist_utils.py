@@ -180,7 +180,9 @@ def test_a_signal_before_step_1_ends_a_start_whose_reader_sleeps(world, tmp_path
 
 def test_files_never_get_the_numbers_of_closed_standard_streams(tmp_path):
     """Native libraries print to them by number."""
-    run = Run([], tmp_path / "log", fault=partial(faults.no_output, os.getpid), main=faults.number_of_a_new_file)
+    run = Run(
+        [], tmp_path / "log", fault=partial(faults.no_output, partial(os.close, 0)), main=faults.number_of_a_new_file
+    )
     assert run.wait()[0] > 2
 
 
