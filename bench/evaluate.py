@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,16 +21,14 @@ from transformers import AutoConfig, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from step import device_name, model_inputs, random_model, synchronize, write_json
 
-from data import build_batch, load_data
+from data import Batch, build_batch, load_data
 from demo import endoscopy
 from dist_utils import Ranks, Stop
-from evaluation.answers import answer_all, score_all
+from evaluation.answers import MAX_TREES, generate, score_all
 from evaluation.runner import Runner
 from inputs.images import image_settings
 from model import TreeModel, prepare_base
-from trees import Assignment, grow_tree
-
-NEVER = -1  # no token ends an answer
+from trees import Assignment, grow_tree, plan_evaluation
 
 
 def one_by_one(model, data, settings, chosen: list[int], max_new_tokens: int, device: torch.device) -> list[list[int]]:
@@ -44,14 +43,9 @@ def one_by_one(model, data, settings, chosen: list[int], max_new_tokens: int, de
     return answers
 
 
-class Endless:
-    """A stand-in for a tokenizer: it decodes answers to their token ids and has no token that ends an answer."""
-
-    eos_token_id = NEVER
-
-    @staticmethod
-    def batch_decode(answers: list[list[int]]) -> list[list[int]]:
-        return answers
+def answer_endlessly(model: TreeModel, batch: Batch, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of every answer, all of the same length: no token ends one."""
+    return [tokens for tokens, _ in generate(model, batch, max_new_tokens, set())]
 
 
 def timed(device: torch.device, function):
@@ -83,10 +77,12 @@ def measure(args, folder: Path) -> list[dict]:
         runner = Runner(model, ranks, dtype, args.workers, Stop(), folder / name)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        lengths = args.max_tokens, args.max_new_tokens
-        together, seconds = timed(device, lambda: answer_all(runner, data, Endless, *lengths))  # noqa: B023
+        batches = plan_evaluation(data.samples, args.max_tokens, MAX_TREES)
+        answer = partial(answer_endlessly, max_new_tokens=args.max_new_tokens)
+        run = partial(runner.run, answer, data, batches, "answers", prompts_only=True)
+        together, seconds = timed(device, run)
     rows.append({"case": "trees", "questions": len(data.samples), "seconds": seconds})
-    rows[-1]["same"] = sum(together[i]["prediction"] == answer for i, answer in zip(chosen, alone)) / len(chosen)
+    rows[-1]["same"] = sum(together[i] == answer for i, answer in zip(chosen, alone)) / len(chosen)
     _, seconds = timed(device, lambda: score_all(runner, data, none, tokenizer, args.max_tokens))
     rows.append({"case": "trees, teacher-forced", "questions": len(data.samples), "seconds": seconds})
     for row in rows:

@@ -19,15 +19,19 @@ from evaluation.statistics import score_interval
 
 IMAGES = (10, 20, 50, 100, 300, 1000)
 ACCURACIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-QUESTIONS = (1, 2, 5, 9, 17, 0)  # per image; 0: 1, 8, 9, 12 or 17 of them, as often as in Kvasir-VQA
+QUESTIONS = (1, 2, 5, 9, 17, 0, -1)  # per image; 0: 1, 8, 9, 12 or 17, as often as in Kvasir-VQA; -1: 1 or 17
 ALIKE = (0.0, 0.1, 0.3, 0.6, 1.0)  # correlation of the answers about an image
 TRIALS = 2000
 
 
 def coverage(generator, images: int, questions: int, accuracy: float, alike: float) -> float:
     """Share of TRIALS simulated evaluations whose interval holds the accuracy that answers were drawn with."""
-    shares = [0.39, 0.14, 0.1, 0.09, 0.28]
-    counts = generator.choice([1, 8, 9, 12, 17], images, p=shares) if not questions else np.full(images, questions)
+    if questions > 0:
+        counts = np.full(images, questions)
+    elif questions == 0:
+        counts = generator.choice([1, 8, 9, 12, 17], images, p=[0.39, 0.14, 0.1, 0.09, 0.28])
+    else:
+        counts = np.where(np.arange(images) < 0.8 * images, 1, 17)
     if alike < 1:
         both = np.array([accuracy, 1 - accuracy]) * (1 / max(alike, 1e-9) - 1)
         levels = generator.beta(*both, (TRIALS, images))

@@ -57,16 +57,25 @@ def score_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     Sampling, 1965).
 
     The design effect is estimated from the groups' sums. Few wrong answers say little about how alike those of one
-    image are, so the estimate is drawn towards the effect that groups of equal answers would have.
+    image are, so the estimate is drawn towards the effect that groups of equal answers would have, and what it exceeds
+    1 by is widened as Student's t is for as few groups.
     """
     total, groups = counts.sum(), len(counts)
     mean = sums.sum() / total
     alike = (counts**2).sum() / total  # the design effect where all answers of a group are equal
     spread, independent = ((sums - mean * counts) ** 2).sum() * groups / max(groups - 1, 1), total * mean * (1 - mean)
-    informative = min((sums > 0).sum(), (sums < counts).sum())  # groups of the rarer kind, right or wrong
+    # Groups of the rarer kind, with right or with wrong answers: as many of mean size as they are worth.
+    informative = min((counts[kind] ** 2).sum() for kind in (sums > 0, sums < counts)) / alike**2
     estimated = spread / independent if independent > 0 else alike
     effect = (informative * estimated + PRIOR_GROUPS * alike) / (informative + PRIOR_GROUPS)
-    return _wilson(float(mean), float(total / np.clip(effect, 1, alike)))
+    widened = 1 + (np.clip(effect, 1, alike) - 1) * (_student(max(total / alike - 1, 1.0)) / Z) ** 2
+    return _wilson(float(mean), float(total / widened))
+
+
+def _student(degrees: float) -> float:
+    """The quantile of Student's t that belongs to Z (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5,
+    the first terms)."""
+    return Z + (Z**3 + Z) / (4 * degrees) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)
 
 
 def _wilson(mean: float, count: float) -> tuple[float, float]:

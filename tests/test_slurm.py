@@ -82,7 +82,8 @@ def test_a_job_that_runs_out_of_time_is_requeued_until_it_is_done(cluster, progr
     """A run of 30 steps in a folder that run.slurm chooses; each step of the first job takes two seconds."""
     argv = arguments(world, program / "whole", max_steps=30, epochs=9, eval_every=0, resume="none")
     Run(argv, program / "log", 2).succeed()
-    (program / "train.py").write_text((program / "train.py").read_text().replace("if __name__", SLOW_FIRST_JOB))
+    before, _, after = (program / "train.py").read_text().rpartition("if __name__")
+    (program / "train.py").write_text(before + SLOW_FIRST_JOB + after)
     words = [word for word in argv if not word.startswith(("--output", "--resume"))]
     number = submit(program, ["--time=1", "--signal=USR1@25"], words)
     wait_for(lambda: job(number)["Restarts"] == "1", 200, lambda: job(number))

@@ -41,19 +41,22 @@ def test_scores_that_are_all_equal_are_not_certain():
     assert -0.3 < difference["low"] < -0.15 and 0.15 < difference["high"] < 0.3
 
 
-HARD = [  # images, questions per image (0: from 1 to 17), accuracy, how alike the answers about an image are
+# Images, questions per image (0: from 1 to 17, -1: 17 for every fifth and else 1), accuracy, and how alike the answers
+# about an image are.
+HARD = [
     (10, 1, 0.99, 0.0),
     (10, 9, 0.99, 0.6),
     (20, 0, 0.9, 1.0),
     (30, 0, 0.95, 0.6),
     (50, 17, 0.5, 0.3),
+    (20, -1, 0.5, 1.0),
     (300, 2, 0.8, 0.1),
 ]
 
 
 def groups_of(generator, images: int, questions: int) -> np.ndarray:
-    counts = generator.choice([1, 8, 9, 12, 17], images) if questions == 0 else np.full(images, questions)
-    return np.repeat(np.arange(images), counts)
+    mixed = {0: generator.choice([1, 8, 9, 12, 17], images), -1: np.where(np.arange(images) % 5, 1, 17)}
+    return np.repeat(np.arange(images), mixed.get(questions, np.full(images, questions)))
 
 
 def draw(generator, groups: np.ndarray, accuracy: float, alike: float) -> np.ndarray:
