@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -113,6 +114,8 @@ class Stop:
     reason = ""
     saves_first = False
 
+    status: tuple[Path, str] | None = None  # a file and what a signal that ends the process at once writes into it
+
     def save_first(self) -> None:
         """From here on, a signal only sets the reason, and whoever asks for it saves and stops."""
         self.saves_first = True
@@ -129,8 +132,11 @@ class Stop:
     def _ask(self, number: int, _frame) -> None:
         _give_up_unread_output()
         if not self.saves_first:
-            if is_rank0():  # os.write, as the signal may have come in the middle of a print
+            if is_rank0():
                 with suppress(OSError):
+                    if self.status:
+                        self.status[0].write_text(self.status[1])
+                    # Not print, as the signal may have come in the middle of one.
                     os.write(1, f"stopped by {signal.Signals(number).name}: there was nothing to save yet\n".encode())
             os._exit(STOPPED)
         if number == signal.SIGINT and self.reason:

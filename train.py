@@ -103,6 +103,9 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is
     if dist_utils.restarted() and checkpoints.checkpoints(output):  # by torchrun --max-restarts
         args.resume = "auto"
     print0(f"output {output} | {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
+    step = max(map(checkpoints.step_of, checkpoints.checkpoints(output)), default=0)
+    # A job whose time runs out before its first step is requeued by run.slurm too, once.
+    stop.status = output / "status", f"stopped {step}\nbefore the first step of this start\n"
     with removed_if_refused(output, is_new=not was_there):
         run, progress = set_up(args, ranks, stop, dtype, output, output if named or args.skip_bad else None)
     is_new, prepared = not progress.step, run.prepared

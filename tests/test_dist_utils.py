@@ -148,6 +148,7 @@ def test_a_signal_before_step_1_ends_all_at_once_even_in_a_template_that_never_e
     run.signal(signal.SIGUSR1)
     assert run.wait(5) == [STOPPED, STOPPED]
     assert run.text().count("stopped by SIGUSR1: there was nothing to save yet") == 1
+    assert (tmp_path / "out" / "status").read_text().splitlines()[0] == "stopped 0"  # run.slurm requeues it, once
 
 
 @pytest.mark.parametrize("fault", [faults.no_reader, faults.no_output, faults.full_output])
