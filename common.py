@@ -140,10 +140,10 @@ def lock_folder(folder: Path, flag: str) -> TextIO:
 
 
 @contextmanager
-def removed_if_refused(folder: Path, is_new: bool):
+def removed_if_refused(folder: Path, stays: Path):
     """Leave nothing of a start that is refused but a list of rows that can't be used.
 
-    A folder that holds a run stays as it is. `is_new`: this start made the folder.
+    A folder that holds a run stays as it is. `stays` is the `nearest_existing` folder of before this start.
     """
     is_fresh = is_rank0() and os.listdir(folder) == ["lock"]
     try:
@@ -153,10 +153,16 @@ def removed_if_refused(folder: Path, is_new: bool):
             for path in folder.iterdir():
                 if path.name != "bad_rows.jsonl":
                     remove(path)
-            for made in [folder, folder.parent] if is_new else []:
-                with suppress(OSError):  # not empty
-                    made.rmdir()
+            with suppress(OSError):  # not empty
+                while folder != stays:
+                    folder.rmdir()
+                    folder = folder.parent
         raise
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path or the nearest folder above it that exists, links followed."""
+    return next(folder for folder in [path.absolute(), *path.absolute().parents] if folder.exists()).resolve()
 
 
 def is_gone(folder: Path) -> bool:

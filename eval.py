@@ -31,7 +31,7 @@ import torch
 from transformers import AutoTokenizer
 
 import dist_utils
-from common import InputError, lock_folder, removed_if_refused, sign, write_whole, writing
+from common import InputError, lock_folder, nearest_existing, removed_if_refused, sign, write_whole, writing
 from data import TreeDataset, VQAData, encode_rows, load_data, padding
 from dist_utils import Ranks, Stop, print0
 from evaluation import scores
@@ -227,9 +227,9 @@ def load_rows(
     """The samples to answer, and for each of them the options to score."""
     limits = {"max_tokens": args.max_tokens, "allow_outside_images": args.allow_outside_images}
     data = load_data(sources.files, sources.images, tokenizer, settings, **limits, **sources.prompts)
-    is_new, usable = not sources.output.exists(), {sample.file for sample in data.samples}
+    stays, usable = nearest_existing(sources.output), {sample.file for sample in data.samples}
     make_output(sources.output)
-    with removed_if_refused(sources.output, is_new):
+    with removed_if_refused(sources.output.resolve(), stays):
         listing = sources.output if args.output or args.skip_bad else None
         stop_or_skip_bad(data.bad, sources.files, usable, args.skip_bad, listing, sources.images)
         if args.images and not data.grids:

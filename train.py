@@ -27,7 +27,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import dist_utils
-from common import is_gone, quote, removed_if_refused
+from common import is_gone, nearest_existing, quote, removed_if_refused
 from data import Batch, TreeDataset, make_loader, next_batches, padding
 from demo import endoscopy
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
@@ -97,7 +97,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
 def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is_demo: bool) -> tuple[int, Metrics]:
     """A whole run: set up, fit, conclude. Returns its exit code and its metrics, still open."""
     dtype, name = pick_dtype(args.dtype, ranks.device), "demo" if is_demo else Path(args.train[0]).stem
-    named, was_there = args.output, args.output and Path(args.output).exists()
+    named, stays = args.output, nearest_existing(Path(args.output or "runs"))
     output = dist_utils.from_rank0(lambda: checkpoints.open_output(named, name, args.resume))
     args.output = str(output)
     if dist_utils.restarted() and checkpoints.checkpoints(output):  # by torchrun --max-restarts
@@ -106,7 +106,7 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is
     step = max(map(checkpoints.step_of, checkpoints.checkpoints(output)), default=0)
     # A job whose time runs out before its first step is requeued by run.slurm too, once.
     stop.status = output / "status", f"stopped {step}\nbefore the first step of this start\n"
-    with removed_if_refused(output, is_new=not was_there):
+    with removed_if_refused(output, stays):
         run, progress = set_up(args, ranks, stop, dtype, output, output if named or args.skip_bad else None)
     is_new, prepared = not progress.step, run.prepared
 

@@ -462,11 +462,14 @@ def test_a_refused_start_leaves_nothing_behind_but_bad_rows_in_a_folder_that_was
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
     (tmp_path / "rows.jsonl").write_text((world / "rows.jsonl").read_text() + line)
+    (tmp_path / "mine").mkdir()  # the user's own: stays, though it is empty
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    argv = arguments(world, "out", train=tmp_path / "rows.jsonl", resume="none", **more)
+    argv = arguments(world, "mine/out", train=tmp_path / "rows.jsonl", resume="none", **more)
     argv = argv if named else [word for word in argv if not str(word).startswith("--output")]
     with pytest.raises(InputError, match=message):
         train.main([str(word) for word in argv])
     left = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*")) if path not in before]
-    assert left == (["out", "out/bad_rows.jsonl"] if named and line else [])
+    assert (tmp_path / "mine").is_dir() and left == (
+        ["mine/new", "mine/out", "mine/new/out/bad_rows.jsonl"] if named and line else []
+    )

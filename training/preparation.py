@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import dist_utils
-from common import InputError
+from common import InputError, nearest_existing
 from data import VQAData, load_data
 from dist_utils import Ranks, print0
 from inputs.holdout import hold_out, relative_names
@@ -177,7 +177,7 @@ def check_cache(
     for path in folder.glob("*/*"):
         with suppress(OSError):  # another run may be filling it
             filled += path.stat().st_size
-    existing = next(path for path in [folder, *folder.parents] if path.exists())
+    existing = nearest_existing(folder)
     free = shutil.disk_usage(existing).free
     sizes = f"{needed / GIB:.1f} GiB for {len(grids):,} pictures, {filled / GIB:.1f} there, {free / GIB:.1f} free"
     if needed - filled > free - SPARE or not existing.is_dir() or not os.access(existing, os.W_OK):
