@@ -113,7 +113,6 @@ class Stop:
 
     reason = ""
     saves_first = False
-
     status: tuple[Path, str] | None = None  # a file and what a signal that ends the process at once writes into it
 
     def save_first(self) -> None:
