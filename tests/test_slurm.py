@@ -85,7 +85,8 @@ def test_a_job_that_runs_out_of_time_is_requeued_until_it_is_done(cluster, progr
     before, _, after = (program / "train.py").read_text().rpartition("if __name__")
     (program / "train.py").write_text(before + SLOW_FIRST_JOB + after)
     words = [word for word in argv if not word.startswith(("--output", "--resume"))]
-    number = submit(program, ["--time=1", "--signal=USR1@20"], words)
+    # SLURM looks every 30 s and sends the signal up to 30 s early: from 30 to 60 s after the start, in the steps.
+    number = submit(program, ["--time=2", "--signal=USR1@60"], words)
     wait_for(lambda: job(number)["Restarts"] == "1", 200, lambda: job(number))
     subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=5"], check=True)  # enough for the rest
     state, log = ended(program, number, 200)
