@@ -241,8 +241,9 @@ class Batch:
 
     ids: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (3, T) int64: rotary position in time, height and width
-    tree: torch.Tensor  # (T,) int32; padding is tree -1
-    branch: torch.Tensor  # (T,) int32: 0 in a prefix, from 1 in branches
+    tree: torch.Tensor  # (T,) int32: place in the batch; padding is tree -1
+    branch: torch.Tensor  # (T,) int32: 0 in a prefix, from 1 in branches, as they are numbered in the whole tree
+    dropout_keys: torch.Tensor  # (T,) int32: of each token's place in its step (see `place_keys`)
     image_at: torch.Tensor  # (I,) int64: where the image tokens are
     answer_at: torch.Tensor  # (N,) int64: tokens whose next token is trained
     targets: torch.Tensor  # (N,) int64: those next tokens
@@ -250,6 +251,7 @@ class Batch:
     question: torch.Tensor  # (N,) int64: index into `samples` of the sample that each belongs to
     patches: torch.Tensor  # (sum of grids, 3, patch_size**2) uint8: a quarter of float32's bytes on the way to the GPU
     grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
+    patch_keys: torch.Tensor  # (sum of grids,) int32: as dropout_keys, of patches
     vision: dict  # what the vision tower derives from the grid; made here, as the GPU would have to wait for it
     samples: list[int]  # indices into VQAData.samples
     assignment: Assignment
@@ -274,51 +276,56 @@ def build_batch(
     assignment: Assignment,
     settings: ImageSettings,
     pad_to: int = 1,
+    at_least: int = 0,
     prompts_only: bool = False,
     cache: VisionCache | None = None,
 ) -> Batch:
-    """Pack the trees of `assignment` into a `Batch`, padded to a multiple of `pad_to` tokens.
+    """Pack the trees of `assignment` into a `Batch`, padded to `at_least` so many tokens and a multiple of `pad_to`.
 
     `prompts_only` cuts every branch before its last answer, where generation starts. If the `cache` has the features of
     all images, the batch brings them and no patches.
     """
     parts, samples, images, offset = [], [], [], 0
+    seed = assignment.step.seed if assignment.step else 0
     for number, tree in enumerate(assignment.trees):
         chosen = [data.samples[index] for index in tree.samples]
-        shape = tree_shape(chosen, tree.prefix_ids)
-        for branch, sample in enumerate(chosen, start=1):
-            part = _branch_fields(sample, branch, shape.prefix, data.grids, settings.merge_size, prompts_only)
-            length = len(part["ids"])
-            part["tree"] = np.full(length, number, np.int32)
-            part["question"] = np.full(len(part["targets"]), len(samples) + branch - 1)
+        shape, key = tree_shape(chosen, tree.prefix_ids), place_keys(seed, tree.number)
+        for place, sample in enumerate(chosen):
+            start = shape.prefix if place else 0  # the first branch brings the prefix, so it is in the batch once
+            end = sample.tokens_before(sample.last_answer) if prompts_only else sample.tokens
+            part = _branch_fields(sample, start, end, data.grids, settings.merge_size)
+            in_prefix = np.arange(start, end) < shape.prefix
+            part["branch"] = np.where(in_prefix, 0, tree.first_branch + place).astype(np.int32)
+            places = np.arange(start, end) - np.where(in_prefix, 0, shape.prefix)
+            part["dropout_keys"] = place_keys(key, part["branch"], places)
+            part["tree"] = np.full(end - start, number, np.int32)
+            part["question"] = np.full(len(part["targets"]), len(samples) + place)
             for name in ("image_at", "answer_at"):
                 part[name] += offset
             parts.append(part)
-            offset += length
-        images += [chosen[place].images[image] for place, image in shape.encoded]
+            offset += end - start
+        for place, image in shape.encoded:
+            in_prefix = chosen[place].image_at[image] < tree.prefix_ids
+            branch = 0 if in_prefix else tree.first_branch + place
+            images.append((chosen[place].images[image], place_keys(key, branch, image)))
         samples += tree.samples
-    if pad_to > 1:
-        parts.append(_padding_fields(offset, pad_to))
+    if pad_to > 1 or offset < at_least:
+        parts.append(_padding_fields(offset, max(offset, at_least), pad_to))
     arrays = {name: np.concatenate([part[name] for part in parts if name in part], axis=-1) for name in parts[0]}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Batch(
-        **tensors, **_image_fields(images, data.grids, settings, cache), samples=samples, assignment=assignment
-    )
+    paths, keys = [path for path, _ in images], [key for _, key in images]
+    image_fields = _image_fields(paths, keys, data.grids, settings, cache)
+    return Batch(**tensors, **image_fields, samples=samples, assignment=assignment)
 
 
-def _branch_fields(
-    sample: Sample, branch: int, prefix: int, grids: dict, merge_size: int, prompts_only: bool
-) -> dict[str, np.ndarray]:
-    """A branch's part of the fields of `Batch`. Indices count from the part's first token."""
+def _branch_fields(sample: Sample, start: int, end: int, grids: dict, merge_size: int) -> dict[str, np.ndarray]:
+    """Fields of `Batch` for a sample's tokens from `start` to `end` - 1. Indices count from the first of them."""
     ids, weights, is_image = _expand(sample)
-    start = 0 if branch == 1 else prefix  # the first branch brings the tree's prefix, so it is in the batch once
-    end = sample.tokens_before(sample.last_answer) if prompts_only else len(ids)
     # A prompt's last token predicts the first generated one; what it is compared with there does not matter.
-    answers = np.array([end]) if prompts_only else np.flatnonzero(weights)
+    answers = np.flatnonzero(weights) if end == len(ids) else np.array([end])
     return {
         "ids": ids[start:end],
         "positions": rotary_positions(sample, grids, merge_size)[:, start:end],
-        "branch": np.where(np.arange(start, end) < prefix, 0, branch).astype(np.int32),
         "image_at": np.flatnonzero(is_image[start:end]),
         "answer_at": answers - 1 - start,  # never negative: prefixes end before the token that predicts an answer
         "targets": ids[answers],
@@ -326,17 +333,39 @@ def _branch_fields(
     }
 
 
-def _padding_fields(length: int, pad_to: int) -> dict[str, np.ndarray]:
-    """Padding of a batch of `length` tokens to a multiple of `pad_to`: a tree of its own, which no other token sees."""
-    blocks = max(-(-length // pad_to), 2)  # at least two: torch.compile treats a size of 1 as a constant and recompiles
+def _padding_fields(length: int, wanted: int, pad_to: int) -> dict[str, np.ndarray]:
+    """What pads a batch of `length` tokens to `wanted` and a multiple of `pad_to`: a tree that no other token sees."""
+    blocks = max(-(-wanted // pad_to), 2)  # at least two: torch.compile treats a size of 1 as a constant and recompiles
     padding = np.arange(blocks * pad_to - length)
     zeros = np.zeros_like(padding)
     return {
         "ids": zeros,
         "positions": np.stack([padding] * 3),
         "branch": zeros.astype(np.int32),
+        "dropout_keys": zeros.astype(np.int32),
         "tree": zeros.astype(np.int32) - 1,
     }
+
+
+def place_keys(*place) -> np.ndarray:
+    """(n,) int32: a hash of a place, from which its dropout masks are drawn.
+
+    place: numbers, or arrays (n,) of them: a step's seed, the number of a tree in it, the branch (0: the prefix), and
+    the token's place in that; of a patch its image and its place in that. A place has the same key in whatever
+    micro-batch its tree runs, and in every part of it.
+    """
+    key = np.zeros(1, np.int32)
+    for number in place:
+        key = scramble(key ^ scramble(np.atleast_1d(number).astype(np.int32) + 1))
+    return key
+
+
+def scramble(numbers):
+    """Hash each int32 of an array or a tensor: Wellons' lowbias32 (github.com/skeeto/hash-prospector)."""
+    # Products wrap around; & makes >> logical.
+    numbers = (numbers ^ (numbers >> 16 & 0xFFFF)) * 0x7FEB352D
+    numbers = (numbers ^ (numbers >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return numbers ^ (numbers >> 16 & 0xFFFF)
 
 
 def _expand(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -368,8 +397,11 @@ def rotary_positions(sample: Sample, grids: dict[str, tuple[int, int]], merge_si
     return np.concatenate(pieces, axis=1)
 
 
-def _image_fields(images: list[str], grids: dict, settings: ImageSettings, cache: VisionCache | None) -> dict:
-    """The image fields of `Batch`: patches, or features instead if the cache has those of all images."""
+def _image_fields(
+    images: list[str], keys: list[np.ndarray], grids: dict, settings: ImageSettings, cache: VisionCache | None
+) -> dict:
+    """The image fields of `Batch`: patches, or features instead if the cache has those of all images. `keys`: of the
+    images' places."""
     image_tokens = _image_lengths(images, grids, settings.merge_size)["image_tokens"]
     names = [cache.name(path, grids[path]) for path in images] if cache else []
     features = cache.load(names, image_tokens) if names else None
@@ -378,8 +410,10 @@ def _image_fields(images: list[str], grids: dict, settings: ImageSettings, cache
     patches = {path: load_patches(path, grids[path], settings) for path in dict.fromkeys(encoded)}
     arrays = [patches[path] for path in encoded] or [np.zeros((0, 3, settings.patch_size**2), np.uint8)]
     grid = torch.tensor([(1, *grids[path]) for path in images], dtype=torch.int64).reshape(-1, 3)
+    patch_keys = [place_keys(key, np.arange(math.prod(grids[path]))) for path, key in zip(encoded, keys)]
     return {
         "patches": torch.from_numpy(np.concatenate(arrays)),
+        "patch_keys": torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *patch_keys])),
         "grid": grid,
         "vision": vision_inputs(grid, settings) if encoded else {},
         "features": features,

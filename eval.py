@@ -37,7 +37,7 @@ from dist_utils import Ranks, Stop, print0
 from evaluation import scores
 from evaluation.answers import MAX_TREES, answer_batch, predict, repetition_penalty, score_samples, unused_settings
 from evaluation.report import write_report
-from evaluation.runner import Runner
+from evaluation.runner import Runner, plan_evaluation
 from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, image_settings, picture_warnings
 from inputs.refused import refuse_without_images, stop_or_skip_bad
@@ -54,7 +54,7 @@ from training.eval_settings import parse
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL
 from training.shared_memory import check_shared_memory
-from trees import Assignment, MicroBatch, plan_evaluation
+from trees import Assignment, MicroBatch
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
 

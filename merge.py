@@ -31,6 +31,7 @@ from common import PARTIAL, InputError, open_locked, remove, replacing, sign, wr
 from data import VQAData, build_batch, encode_rows, padding
 from dist_utils import print0
 from evaluation.answers import stop_tokens
+from evaluation.runner import plan_evaluation
 from inputs.images import ImageSettings, image_settings
 from inputs.row_files import read_rows
 from model import TreeModel, autocast, load_base
@@ -41,7 +42,7 @@ from modeling.merging import copy_files, set_end_tokens, set_pixel_limits, weigh
 from training.checkpoints import find_adapter, warn_of_other_base
 from training.merge_settings import parse
 from training.model_card import merged_card
-from trees import Assignment, plan_evaluation
+from trees import Assignment
 
 ROWS = 16  # whose logits are compared
 MAX_TOKENS = 8192  # of a batch in that comparison

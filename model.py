@@ -21,7 +21,7 @@ from common import InputError
 from data import Batch
 from inputs.images import ImageSettings
 from modeling.attention import tree_mask
-from modeling.lora import draw_dropout_seeds, trains
+from modeling.lora import trains
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -71,6 +71,8 @@ def _last_layer(layer, hidden_states: torch.Tensor, wanted: torch.Tensor, **kwar
     """The last decoder layer (1, T, D) to (1, N, D): only the tokens `wanted` (N,) go on to its MLP and to the head."""
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
     hidden = (hidden_states + attended).index_select(1, wanted)
+    if kwargs.get("dropout_keys") is not None:
+        layer.dropout_rows.keys = kwargs["dropout_keys"].index_select(0, wanted)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
@@ -113,6 +115,7 @@ class TreeModel(nn.Module):
         super().__init__()
         self.model, self.settings, self.keep_features = model, settings, keep_features
         self.trains_vision = trains(self.base.model.visual)
+        self.dropout_rows = getattr(self.base, "dropout_rows", None)  # a modeling.dropout.RowKeys, where it is trained
         self.train()
 
     def train(self, mode: bool = True) -> "TreeModel":
@@ -145,14 +148,20 @@ class TreeModel(nn.Module):
         pixels = (batch.patches / 255 - mean) / std  # (patches, 3, p * p)
         pixels = pixels[:, :, None].expand(-1, -1, self.settings.temporal_patch_size, -1)
         vision = batch.vision | {"image_starts": torch.tensor(batch.vision["image_starts"])}  # stays on the CPU
+        if self.dropout_rows and self.trains_vision:
+            vision["dropout_keys"] = batch.patch_keys
+            self.dropout_rows.of_image_tokens = batch.patch_keys[:: self.settings.merge_size**2]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision):
             out = visual(pixels.flatten(1).to(visual.dtype), grid_thw=batch.grid, **vision)
         return Features(out.pooler_output, getattr(out, "deepstack_features", []))
 
-    def hidden_states(self, ids, positions, mask, wanted, image_at=None, features=None, past=None) -> torch.Tensor:
+    def hidden_states(
+        self, ids, positions, mask, wanted, image_at=None, features=None, past=None, dropout_keys=None
+    ) -> torch.Tensor:
         """Last hidden states (N, D) of the tokens at indices `wanted` (N,), from token ids (T,) and positions (3, T).
 
-        `image_at` (I,) says where the features go. `past` is a key-value cache to extend.
+        `image_at` (I,) says where the features go. `past` is a key-value cache to extend. `dropout_keys` (T,) are
+        needed in training.
         """
         language_model = self.base.model.language_model
         embeds, deepstack = language_model.embed_tokens(ids), {}
@@ -170,12 +179,15 @@ class TreeModel(nn.Module):
             use_cache=past is not None,
             wanted=wanted,
             **deepstack,
+            **({"dropout_keys": dropout_keys} if self.dropout_rows else {}),
         ).last_hidden_state[0]
 
     def answer_states(self, batch: Batch, past=None) -> torch.Tensor:
         """Last hidden states (N, D) of the tokens that predict answers. `past` is a key-value cache to fill."""
         mask, features = tree_mask(batch), self.image_features(batch)
-        return self.hidden_states(batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, past)
+        return self.hidden_states(
+            batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, past, batch.dropout_keys
+        )
 
     def answer_logits(self, batch: Batch) -> torch.Tensor:
         """Logits (N, vocabulary) in float32 for answer tokens only: those of all T would take gigabytes."""
@@ -183,8 +195,6 @@ class TreeModel(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Each answer token's cross-entropy (N,) in float32, and whether it is the most likely token (N,) bool."""
-        if self.training:
-            draw_dropout_seeds(self.model)
         logits = self.answer_logits(batch)
         losses = F.cross_entropy(logits, batch.targets, reduction="none")
         if self.trains_vision and not len(batch.grid):  # DDP waits for every trained weight's gradient

@@ -138,7 +138,7 @@ def set_up(
 
     # Model and optimizer, and where the run goes on.
     model, cache = build_model(args, prepared, ranks.device, dtype)
-    budgets = rehearsal.memory_budgets(args, model, prepared.largest, ranks)
+    budgets = rehearsal.memory_budgets(args, model, prepared.bounds.tokens, ranks)
     model = dist_utils.wrap(model, ranks)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -168,10 +168,11 @@ def build_model(
 
 
 def rehearse(run: Run, progress: Progress, budgets: list[float]) -> None:
-    """Try the largest micro-batch, a save, and an evaluation of a few samples: none fails for the first time later."""
+    """Try the largest micro-batches, a save and an evaluation of a few samples: none fails for the first time later."""
     prepared, ranks = run.prepared, run.ranks
-    dataset = TreeDataset(prepared.train, prepared.images, padding(ranks.device))  # without the cache: the tower runs
-    rehearsal.rehearse_step(run.model, run.optimizer, dataset, prepared.largest, ranks, run.dtype, budgets)
+    # Without the cache: the tower runs.
+    dataset = TreeDataset(prepared.train, prepared.images, padding(ranks.device), at_least=prepared.bounds.tokens)
+    rehearsal.rehearse_step(run.model, run.optimizer, dataset, prepared.bounds, ranks, run.dtype, budgets)
     dist_utils.from_rank0(
         lambda: rehearsal.rehearse_save(run.output, run.model, run.args, checkpoint_state(run, progress))
     )
@@ -203,7 +204,7 @@ def fit(run: Run, progress: Progress) -> dict | None:
         lr = learning_rate(progress.step, steps, args)
         with naming_samples(run, micro_batches):
             loss, grad_norm, loss_sums, stopping = train_step(
-                model, optimizer, micro_batches, lr, args.max_grad_norm, run.ranks, run.dtype, args.seed, run.stop
+                model, optimizer, micro_batches, lr, args.max_grad_norm, run.ranks, run.dtype, run.stop
             )
         progress.step += 1
 
@@ -266,12 +267,13 @@ def by_step(loader) -> Iterator[tuple[list[Batch], float]]:
 
 
 def train_step(
-    model, optimizer, micro_batches, lr, max_grad_norm, ranks: Ranks, dtype, seed: int, stop: Stop
+    model, optimizer, micro_batches, lr, max_grad_norm, ranks: Ranks, dtype, stop: Stop
 ) -> tuple[float, float, list[torch.Tensor], bool]:
     """One optimizer step over this rank's micro-batches of it.
 
-    The step's loss is the weighted mean of all answer tokens' cross-entropy, over all ranks. Dropout is seeded from
-    (seed, step, micro-batch), never from a rank. When loss or gradient norm is not finite, nothing is changed.
+    The step's loss is the weighted mean of all answer tokens' cross-entropy, over all ranks. Dropout follows from
+    (seed, step, tree, branch, token), never from a rank or a micro-batch. When loss or gradient norm is not finite,
+    nothing is changed.
 
     Returns the loss and the gradient norm, equal on all ranks; this rank's loss sum of each micro-batch; and whether
     any rank was asked to stop.
@@ -280,7 +282,6 @@ def train_step(
     loss_sums = []  # on the GPU: reading one here would wait for its micro-batch
     for batch in micro_batches:
         assignment, batch = batch.assignment, batch.to(ranks.device)
-        seed_torch(seed, assignment.step.number, assignment.number)
         with no_sync(model, skip=not assignment.last):  # gradients are reduced once per step, in the last backward pass
             with autocast(ranks.device, dtype):
                 token_losses, _ = model(batch)  # (N,)

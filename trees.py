@@ -1,35 +1,61 @@
-"""Trees and the step plan: which samples form optimizer step s, and how they are packed into micro-batches.
+"""Trees and the step plan: which samples form optimizer step s, and which trees they make.
 
 A tree is one list of images with the questions about it. The plan is a pure function of (samples, settings, seed,
-epoch). Ranks only share out a step's micro-batches, so the number of GPUs changes no loss.
+epoch). Each rank takes its share of a step's trees and packs it into micro-batches that its GPU has room for. Neither
+the number of GPUs nor their memory changes a loss.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import chain, zip_longest
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 from torch.utils.data import DistributedSampler
 
 # Cost of a tree in units of one language-model token's matrix products, forward and backward, for Qwen3-VL-8B:
 # a token 4 x 6.95e9 FLOP (frozen weights: no weight gradient), a vision patch 2 x 0.57e9 FLOP forward only, a pair of
-# patches 4 x 1152 x 27 layers, a visible pair of tokens 3.5 x 4 x 4096 x 36 layers. Only ratios matter: the plan
-# balances costs. Changing a value changes plans, and with them what a resumed run would do.
+# patches 4 x 1152 x 27 layers, a visible pair of tokens 3.5 x 4 x 4096 x 36 layers. Attention reaches 0.64 of the rate
+# of matrix products in the tower, 0.5 in the language model; small kernels take 24 ms per image and 12 ms per
+# micro-batch on an H100, where a token takes 42 us (training/costs.py). Only ratios matter. Changing a value changes
+# plans, and with them what a resumed run would do.
 PATCH_COST = 0.041
-PATCH_PAIR_COST = 4.5e-6
-TOKEN_PAIR_COST = 7.4e-5
+PATCH_PAIR_COST = 7.0e-6
+TOKEN_PAIR_COST = 1.5e-4
+IMAGE_COST = 570.0
+MICRO_BATCH_COST = 280.0
 
-LOOK_AHEAD = 64  # groups of questions that a step is drawn from, in random order
+LOOK_AHEAD = 64  # trees, or those of two steps, that a step is drawn from, in random order
 DRAWS = 32  # random draws for a step, of which the best balanced is kept
-RANK_MULTIPLE = 4  # a step has a multiple of this many micro-batches and is balanced for this many ranks
+BALANCED_FOR = 4, 8, 16  # numbers of ranks that a step's trees should keep busy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tree:
+    """Samples that share a prefix, one branch each. A part of a tree has some of its branches, with their numbers."""
+
     samples: tuple[int, ...]  # indices into VQAData.samples, one branch each
     prefix_ids: int  # ids that all branches share; an image counts as one
-    tokens: int  # language-model tokens of the whole tree
-    cost: float
+    prefix_tokens: int  # language-model tokens of the prefix
+    branch_tokens: tuple[int, ...]  # language-model tokens of each branch after the prefix
+    prefix_cost: float
+    branch_costs: tuple[float, ...]
+    number: int = 0  # place in its step
+    first_branch: int = 1  # number of its first branch in the whole tree
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix_tokens + sum(self.branch_tokens)
+
+    @property
+    def cost(self) -> float:
+        return self.prefix_cost + sum(self.branch_costs)
+
+    def part(self, start: int, end: int) -> "Tree":
+        """The branches at places `start` to `end` - 1, with the whole prefix. The gradients of a tree's parts add up to
+        its own: they keep its prefix, and the numbers from which dropout is drawn."""
+        fields = {name: getattr(self, name)[start:end] for name in ("samples", "branch_tokens", "branch_costs")}
+        return replace(self, **fields, first_branch=self.first_branch + start)
 
 
 @dataclass(frozen=True)
@@ -41,8 +67,8 @@ class TreeShape:
     encoded: list[tuple[int, int]]  # (sample, image) indices of the images to encode
 
 
-MicroBatch = tuple[Tree, ...]
-Step = list[MicroBatch]
+Step = tuple[Tree, ...]  # whole trees, the costliest first
+MicroBatch = tuple[Tree, ...]  # trees and parts of trees
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,9 @@ class StepFacts:
     answer_weight: float  # divides the step's loss: the number of answer tokens, each times its weight
     tokens: int = 0  # of the language model; a prefix counts once
     flops: float = 0.0  # operations without recomputation; 0 where the model's are not known
+    cost: float = 1.0  # of its trees, each once
+    paid: float = 1.0  # that of the busiest rank, times the number of ranks
+    seed: int = 0  # from which dropout is drawn
 
 
 @dataclass(frozen=True)
@@ -62,9 +91,8 @@ class Assignment:
     """A micro-batch that a rank runs."""
 
     trees: MicroBatch
-    number: int = 0  # place in the step, the same for any number of ranks: dropout is seeded from it
     step: StepFacts | None = None  # None in evaluation
-    in_loss: bool = True  # False: repeated with weight 0, so that a rank without work joins the all-reduce
+    in_loss: bool = True  # False: run with weight 0, so that a rank without work joins the all-reduce
     last: bool = True  # the rank's last of this step
 
 
@@ -72,14 +100,18 @@ class Assignment:
 class PlanSettings:
     batch_size: int  # questions per optimizer step
     questions_per_image: int  # at most so many branches per tree; 0: all
-    max_tokens: int  # per micro-batch
     seed: int
     weights: tuple[float, ...] = ()  # how often an epoch asks the questions of each file of rows; empty: once
 
     @classmethod
     def of(cls, args) -> "PlanSettings":
         """From the settings of a run."""
-        return cls(args.batch_size, args.questions_per_image, args.max_tokens, args.seed, tuple(args.train_weights))
+        return cls(args.batch_size, args.questions_per_image, args.seed, tuple(args.train_weights))
+
+    @property
+    def most_branches(self) -> int:
+        """Of a tree."""
+        return min(self.questions_per_image or self.batch_size, self.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ geometry
@@ -95,12 +127,17 @@ def grow_tree(samples: list, indices: list[int]) -> Tree:
         shared = int(differs.argmax()) if differs.any() else shared
     shape = tree_shape(chosen, shared)
     prefix, branches = shape.prefix, shape.branches
-    patches = np.array([chosen[sample].patches[image] for sample, image in shape.encoded])
     # A prefix token sees half of the prefix on average; a branch token all of it and half of its own branch.
-    pairs = prefix**2 / 2 + (branches * (prefix + branches / 2)).sum()
-    cost = prefix + branches.sum() + TOKEN_PAIR_COST * pairs
-    cost += (PATCH_COST * patches + PATCH_PAIR_COST * patches**2).sum()
-    return Tree(tuple(indices), shared, int(prefix + branches.sum()), float(cost))
+    prefix_cost = prefix + TOKEN_PAIR_COST * prefix**2 / 2
+    costs = branches + TOKEN_PAIR_COST * branches * (prefix + branches / 2)
+    for sample, image in shape.encoded:
+        patches = chosen[sample].patches[image]
+        cost = IMAGE_COST + PATCH_COST * patches + PATCH_PAIR_COST * patches**2
+        if chosen[sample].image_at[image] < shared:
+            prefix_cost += cost
+        else:
+            costs[sample] += cost
+    return Tree(tuple(indices), shared, prefix, tuple(branches.tolist()), prefix_cost, tuple(costs.tolist()))
 
 
 def tree_shape(samples: list, prefix_ids: int) -> TreeShape:
@@ -113,26 +150,43 @@ def tree_shape(samples: list, prefix_ids: int) -> TreeShape:
     return TreeShape(prefix, branches, [(k, image) for k, image, at in places if k == 0 or at >= prefix_ids])
 
 
-def group_samples(samples: list, among: Iterable[int] | None = None) -> list[list[int]]:
-    """Indices of samples that can share a tree, group by group: those with the same images, all of them before the
-    first answer that is trained, in the same rendering. `among` limits them to these indices."""
-    groups = {}
-    for index in range(len(samples)) if among is None else among:
-        sample = samples[index]
+def group_numbers(samples: list) -> list[int]:
+    """The number of each sample's group. Samples of a group can share a tree: they have the same images, all of them
+    before the first answer that is trained, in the same rendering."""
+    numbers = {}
+    for index, sample in enumerate(samples):
         end = sample.image_at[-1] + 1 if sample.images else 0
         can_share = sample.images and end < sample.before_answers
         key = (sample.images, sample.ids[:end].tobytes()) if can_share else index
-        groups.setdefault(key, []).append(index)
+        numbers.setdefault(key, []).append(index)
+    by_sample = [0] * len(samples)
+    for number, indices in enumerate(numbers.values()):
+        for index in indices:
+            by_sample[index] = number
+    return by_sample
+
+
+def group_samples(samples: list) -> list[list[int]]:
+    """Indices of samples that can share a tree, group by group."""
+    return _by_group(range(len(samples)), group_numbers(samples))
+
+
+def _by_group(indices: Iterable[int], numbers: list[int]) -> list[list[int]]:
+    groups = {}
+    for index in indices:
+        groups.setdefault(numbers[index], []).append(index)
     return list(groups.values())
 
 
-def _within_budget(samples: list, indices: list[int], max_tokens: int) -> list[Tree]:
-    """One tree of these samples or, where it has over `max_tokens` tokens, several: halves of halves."""
-    tree = grow_tree(samples, indices)
-    if tree.tokens <= max_tokens or len(indices) == 1:
-        return [tree]
-    half = len(indices) // 2
-    return _within_budget(samples, indices[:half], max_tokens) + _within_budget(samples, indices[half:], max_tokens)
+def cut_to_fit(tree: Tree, max_tokens: int) -> list[Tree]:
+    """A tree whole or, where it has over `max_tokens` tokens, in as few near-equal parts as have not."""
+    branches = range(len(tree.samples))
+    for count in range(1, len(branches) + 1):
+        chunks = np.array_split(branches, count)
+        parts = [tree.part(int(chunk[0]), int(chunk[-1]) + 1) for chunk in chunks]
+        if all(part.tokens <= max_tokens for part in parts):
+            break
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------- the epoch
@@ -150,129 +204,177 @@ def questions_by_file(samples: list, settings: PlanSettings) -> list[tuple[list[
     return [(own, max(1, round(weight * len(own)))) for own, weight in zip(files, weights) if own]
 
 
-def epoch_passes(samples: list, settings: PlanSettings, epoch: int) -> list[list[int]]:
-    """Indices of an epoch's samples in passes, each sample at most once per pass.
+def epoch_passes(samples: list, settings: PlanSettings, epoch: int, groups: list[int]) -> list[list[int]]:
+    """Indices of an epoch's samples in passes, each sample at most once per pass. `groups`: their group numbers.
 
     A file's samples have a fixed order that keeps those of an image together. Each epoch continues in it where the one
     before ended and starts over at its end, so all samples of a file are trained equally often.
     """
     chunks_by_file = []
     for number, (own, count) in enumerate(questions_by_file(samples, settings)):
-        groups = group_samples(samples, own)
-        order = np.random.default_rng([settings.seed, number]).permutation(len(groups))
-        in_order = np.concatenate([groups[place] for place in order])
+        own_groups = _by_group(own, groups)
+        order = np.random.default_rng([settings.seed, number]).permutation(len(own_groups))
+        in_order = np.concatenate([own_groups[place] for place in order])
         asked = in_order[np.arange(epoch * count, (epoch + 1) * count) % len(own)]
         chunks_by_file.append([asked[start : start + len(own)].tolist() for start in range(0, count, len(own))])
     return [sorted(chain(*chunks)) for chunks in zip_longest(*chunks_by_file, fillvalue=[])]
 
 
-class _Group:
-    """Questions of one image that enter a step together, and their tree, or trees where one is over budget."""
-
-    def __init__(self, samples: list, indices: list[int], max_tokens: int):
-        self.indices, self.trees = indices, _within_budget(samples, indices, max_tokens)
-
-
 def make_plan(samples: list, settings: PlanSettings, epoch: int) -> list[Step]:
-    """The steps of an epoch, ceil(questions / batch_size) of them, each sample as often as its file's weight says.
+    """All steps of an epoch."""
+    return list(plan_steps(samples, settings, epoch, group_numbers(samples)))
 
-    Images are shuffled, and so are the questions of each. A step takes the group that has waited longest and random
-    ones of the next LOOK_AHEAD until it holds `batch_size` questions. Where no group fits the last places, one is split
-    over two steps.
+
+def plan_steps(samples: list, settings: PlanSettings, epoch: int, groups: list[int]) -> Iterator[Step]:
+    """Yield an epoch's steps, ceil(questions / batch_size) of them, each sample as often as its file's weight says.
+    `groups`: the samples' group numbers.
+
+    Images are shuffled, and so are the questions of each. A step takes the tree that has waited longest and random
+    ones of those after it until it holds `batch_size` questions. Where no tree fits the last places, the questions of
+    one are split over two steps: a step that is not full would change the number of steps, and with it the weight of
+    each question.
     """
     random = np.random.default_rng([settings.seed, epoch])
-    queue, steps = _shuffled_groups(samples, settings, epoch, random), []
-    while queue:
-        step, drawn = _best_draw(queue, settings, random)
-        queue = [group for place, group in enumerate(queue) if place not in drawn]
-        room = settings.batch_size - sum(len(tree.samples) for tree in trees_of(step))
-        if room and queue:
-            # A step that is not full would change the number of steps, and the weight of each question with it.
-            head, tail = queue[0].indices[:room], queue[0].indices[room:]
-            step = pack(trees_of(step) + _within_budget(samples, head, settings.max_tokens), settings.max_tokens)
-            queue[0] = _Group(samples, tail, settings.max_tokens)
-        steps.append(step)
-    return steps
+    parts = _shuffled_parts(samples, settings, epoch, groups, random)
+    ahead = max(LOOK_AHEAD, 2 * settings.batch_size * len(parts) // sum(map(len, parts)))
+    following = (grow_tree(samples, part) for part in parts)
+    waiting = list(islice(following, ahead))
+    while waiting:
+        drawn = _best_draw(waiting, settings.batch_size, random)
+        step = [waiting[place] for place in drawn]
+        waiting = [tree for place, tree in enumerate(waiting) if place not in drawn]
+        waiting += islice(following, ahead - len(waiting))
+        room = settings.batch_size - sum(len(tree.samples) for tree in step)
+        while room and waiting:
+            oldest = list(waiting.pop(0).samples)
+            step.append(grow_tree(samples, oldest[:room]))
+            if oldest[room:]:
+                waiting.insert(0, grow_tree(samples, oldest[room:]))
+            room -= len(oldest[:room])
+        step.sort(key=lambda tree: -tree.cost)
+        yield tuple(replace(tree, number=number) for number, tree in enumerate(step))
 
 
-def _shuffled_groups(samples: list, settings: PlanSettings, epoch: int, random: np.random.Generator) -> list[_Group]:
-    """An epoch's questions in random order, in groups of at most `questions_per_image` of the same image."""
-    limit = min(settings.questions_per_image or settings.batch_size, settings.batch_size)
-    parts = []
-    for indices in epoch_passes(samples, settings, epoch):
-        for group in group_samples(samples, indices):
+def _shuffled_parts(
+    samples: list, settings: PlanSettings, epoch: int, groups: list[int], random: np.random.Generator
+) -> list[list[int]]:
+    """An epoch's questions in random order, at most `most_branches` of the same image together."""
+    parts, limit = [], settings.most_branches
+    for indices in epoch_passes(samples, settings, epoch, groups):
+        for group in _by_group(indices, groups):
             order = random.permutation(group).tolist()
             parts += [order[start : start + limit] for start in range(0, len(order), limit)]
-    return [_Group(samples, parts[place], settings.max_tokens) for place in random.permutation(len(parts))]
+    return [parts[place] for place in random.permutation(len(parts))]
 
 
-def _best_draw(queue: list[_Group], settings: PlanSettings, random: np.random.Generator) -> tuple[Step, set[int]]:
-    """The best of DRAWS random steps, and the places of its groups in the queue.
+def _best_draw(waiting: list[Tree], batch_size: int, random: np.random.Generator) -> list[int]:
+    """Places of the trees of the best of DRAWS random steps.
 
-    Full steps come before others, then the step that RANK_MULTIPLE ranks share most evenly: image sizes vary, and in
+    Full steps come before others, then the step that keeps the ranks of BALANCED_FOR busiest: image sizes vary, and in
     every step all ranks wait for the slowest.
     """
-    draws = [_draw(queue, settings.batch_size, random) for _ in range(DRAWS)]
-    steps = [pack([tree for place in draw for tree in queue[place].trees], settings.max_tokens) for draw in draws]
-    is_full = [sum(len(queue[place].indices) for place in draw) == settings.batch_size for draw in draws]
-    best = max(range(DRAWS), key=lambda n: (is_full[n], rank_efficiency([steps[n]], RANK_MULTIPLE)))
-    return steps[best], set(draws[best])
+    questions, costs = [len(tree.samples) for tree in waiting], [tree.cost for tree in waiting]
+    draws = [_draw(questions, batch_size, random) for _ in range(DRAWS)]
+    is_full = [sum(questions[place] for place in draw) == batch_size for draw in draws]
+    return max(zip(is_full, draws), key=lambda pair: (pair[0], _evenness([costs[place] for place in pair[1]])))[1]
 
 
-def _draw(queue: list[_Group], room: int, random: np.random.Generator) -> list[int]:
-    """Places in the queue of groups that have at most `room` questions together.
-
-    The first group is always among them, so that none waits for long. Random ones of the next LOOK_AHEAD follow and,
-    if all of these fit, those after them.
-    """
-    drawn, near = [], min(len(queue), LOOK_AHEAD)
-    for place in [0, *(1 + random.permutation(near - 1)), *range(near, min(len(queue), room))]:
-        if place == near and len(drawn) < near:  # a near group did not fit: make_plan fills up with a part of one
-            break
-        if len(queue[place].indices) <= room:
+def _draw(questions: list[int], room: int, random: np.random.Generator) -> list[int]:
+    """Places of trees that have at most `room` questions together: random ones, with the first always among them, so
+    that none waits for long."""
+    drawn = []
+    for place in [0, *(1 + random.permutation(len(questions) - 1)).tolist()]:
+        if questions[place] <= room:
             drawn.append(place)
-            room -= len(queue[place].indices)
+            room -= questions[place]
+            if not room:
+                break
     return drawn
 
 
-def plan_evaluation(samples: list, max_tokens: int, max_trees: int = 0) -> list[MicroBatch]:
-    """Every sample once, in order, in as few micro-batches as the budgets allow.
+def _evenness(costs: list[float]) -> float:
+    """How busy trees of these costs keep the ranks of BALANCED_FOR, summed over these numbers."""
+    total, costs = sum(costs), sorted(costs, reverse=True)
+    evenness = 0.0
+    for ranks in BALANCED_FOR:
+        loads = [0.0] * ranks
+        for cost in costs:
+            heapq.heapreplace(loads, loads[0] + cost)
+        evenness += total / (ranks * max(loads))
+    return evenness
 
-    `max_trees` limits the trees of a micro-batch; 0: no limit.
+
+# ------------------------------------------------------------------------------------------- ranks and micro-batches
+
+
+def share_out(step: Step, ranks: int) -> list[MicroBatch]:
+    """Each rank's trees of a step, in shares of near-equal cost. Follows from the step and the number of ranks alone.
+
+    Trees are cut over ranks, each part with the whole prefix, where this saves more than the micro-batch that it may
+    add. The lowest limit that `_fill` finds shares for is searched by bisection.
     """
-    batches, tokens = [[]], 0
-    for group in group_samples(samples):
-        for tree in _within_budget(samples, group, max_tokens):
-            if batches[-1] and (tokens + tree.tokens > max_tokens or len(batches[-1]) == max_trees):
-                batches.append([])
-                tokens = 0
-            batches[-1].append(tree)
-            tokens += tree.tokens
-    return [tuple(batch) for batch in batches if batch]
+    shares = [tuple(step[i] for i in share) for share in balance([tree.cost for tree in step], ranks)]
+    for may_cut in (False, True):
+        low, high = cost_of(step) / ranks, busiest(shares) - may_cut * MICRO_BATCH_COST
+        while high - low > 0.005 * high:
+            limit = (low + high) / 2
+            if filled := _fill(step, ranks, limit, may_cut):
+                shares, high = filled, limit
+            else:
+                low = limit
+    return shares
 
 
-# ------------------------------------------------------------------------------------------- micro-batches and ranks
+def _fill(step: Step, ranks: int, limit: float, may_cut: bool) -> list[MicroBatch] | None:
+    """Shares that cost at most `limit` each; None where none are found.
+
+    Each tree, the costliest first, goes to the first rank that has room (multifit: Coffman, Garey and Johnson 1978).
+    One that fits nowhere is cut: the rank with most room takes as many branches as it can, then the next.
+    """
+    shares, rooms = [()] * ranks, [limit] * ranks
+    for tree in step:
+        rank = next((rank for rank in range(ranks) if tree.cost <= rooms[rank]), None)
+        pieces = [(rank, tree)] if rank is not None else _cut(tree, rooms) if may_cut else []
+        if not pieces:
+            return None
+        for rank, part in pieces:
+            shares[rank] += (part,)
+            rooms[rank] -= part.cost
+    return shares
 
 
-def pack(trees: list[Tree], max_tokens: int) -> Step:
-    """Micro-batches of near-equal cost within the token budget, a multiple of RANK_MULTIPLE where trees suffice."""
-    costs, tokens = [tree.cost for tree in trees], [tree.tokens for tree in trees]
+def _cut(tree: Tree, rooms: list[float]) -> list[tuple[int, Tree]]:
+    """(rank, part) of a tree's parts, whose cost is at most their rank's room; empty where the rooms don't suffice."""
+    pieces, placed = [], 0
+    for rank in sorted(range(len(rooms)), key=lambda rank: -rooms[rank]):
+        room, end = rooms[rank] - tree.prefix_cost, placed
+        while end < len(tree.samples) and tree.branch_costs[end] <= room:
+            room -= tree.branch_costs[end]
+            end += 1
+        if end > placed:
+            pieces.append((rank, tree.part(placed, end)))
+        placed = end
+    return pieces if placed == len(tree.samples) else []
+
+
+def pack(trees: Iterable[Tree], max_tokens: int) -> list[MicroBatch]:
+    """A rank's trees in as few micro-batches as the token budget allows, of near-equal cost, the costliest first."""
+    parts = [part for tree in trees for part in cut_to_fit(tree, max_tokens)]
+    costs, tokens = [part.cost for part in parts], [part.tokens for part in parts]
     count = -(-sum(tokens) // max_tokens)
-    while True:
-        count = min(len(trees), -(-count // RANK_MULTIPLE) * RANK_MULTIPLE)
-        bins = _balance(costs, count, tokens, max_tokens)
-        if bins is not None:
-            return sorted((tuple(trees[i] for i in indices) for indices in bins), key=cost_of, reverse=True)
+    while (bins := balance(costs, count, tokens, max_tokens)) is None:
         count += 1
+    return sorted((tuple(parts[i] for i in indices) for indices in bins), key=cost_of, reverse=True)
 
 
-def _balance(costs: list[float], count: int, sizes: list[int], room: int) -> list[list[int]] | None:
-    """Indices of items in `count` bins of near-equal cost, each with items of at most `room` in size.
+def balance(costs: list[float], count: int, sizes: list[int] | None = None, room: int = 0) -> list[list[int]] | None:
+    """Indices of items in `count` bins of near-equal cost, with `sizes` each of items of at most `room` in size.
 
     None if they don't fit; with a bin for every item, an item larger than `room` is let in. Longest processing time
     first (Graham 1969): the costliest item goes to the cheapest bin. Without sizes the costliest bin is at most a third
     over the optimum.
     """
+    sizes = sizes or [0] * len(costs)
     bins, filled, loads = [[] for _ in range(count)], [0] * count, [0.0] * count
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
         open_bins = [b for b in range(count) if filled[b] + sizes[index] <= room]
@@ -285,36 +387,27 @@ def _balance(costs: list[float], count: int, sizes: list[int], room: int) -> lis
     return bins
 
 
-def trees_of(step: Step) -> list[Tree]:
-    return [tree for batch in step for tree in batch]
-
-
 def cost_of(batch: Iterable[Tree]) -> float:
     return sum(tree.cost for tree in batch)
 
 
-def largest_micro_batch(plans: Iterable[list[Step]]) -> MicroBatch:
-    """The micro-batch of most tokens, which needs the most memory."""
-    batches = (batch for plan in plans for step in plan for batch in step)
-    return max(batches, key=lambda batch: sum(tree.tokens for tree in batch))
+def busiest(shares: Iterable[MicroBatch]) -> float:
+    """What the busiest rank's share costs: all others wait for it."""
+    return max(map(cost_of, shares))
 
 
-def share_out(batches: list[MicroBatch], ranks: int) -> list[list[int]]:
-    """Indices of each rank's micro-batches, which cost every rank about the same."""
-    return _balance(list(map(cost_of, batches)), ranks, [0] * len(batches), room=0)
+def rank_efficiency(plan: Iterable[Step], ranks: int) -> float:
+    """Share of GPU time that trains: what the plan's trees cost, each once, over what the busiest rank of each step
+    costs, times the number of ranks. Ranks that wait and repeated prefixes are waste."""
+    cost, paid = 0.0, 0.0
+    for step in plan:
+        cost, paid = cost + cost_of(step), paid + ranks * busiest(share_out(step, ranks))
+    return cost / paid
 
 
-def evaluation_share(batches: list[MicroBatch], rank: int, world_size: int) -> list[Assignment]:
-    """A rank's part of an evaluation: every micro-batch goes to exactly one rank."""
-    return [Assignment(batches[i], number=i) for i in share_out(batches, world_size)[rank]]
-
-
-def rank_efficiency(plan: list[Step], ranks: int) -> float:
-    """Share of GPU time that is not spent waiting for the slowest rank of a step: the ranks' mean cost over their
-    greatest, both summed over the plan."""
-    busy = sum(cost_of(batch) for step in plan for batch in step)
-    longest = sum(max(sum(cost_of(step[i]) for i in share) for share in share_out(step, ranks)) for step in plan)
-    return busy / (ranks * longest)
+def dropout_seed(seed: int, step: int) -> int:
+    """An int32 for each step of a run."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1).view(np.int32)[0])
 
 
 class StepSampler(DistributedSampler):
@@ -324,31 +417,45 @@ class StepSampler(DistributedSampler):
     """
 
     def __init__(
-        self, samples: list, settings: PlanSettings, rank: int, world_size: int, tree_flops: Callable = lambda tree: 0.0
+        self,
+        samples: list,
+        settings: PlanSettings,
+        max_tokens: int,
+        rank: int,
+        world_size: int,
+        tree_flops: Callable = lambda tree: 0.0,
     ):
         super().__init__(samples, num_replicas=world_size, rank=rank, seed=settings.seed)
-        self.settings, self.tree_flops = settings, tree_flops
+        self.settings, self.max_tokens, self.tree_flops = settings, max_tokens, tree_flops
         self.questions = sum(count for _, count in questions_by_file(samples, settings))  # per epoch
+        self.groups = group_numbers(samples)
         self.first_step = 0
 
-    def plan(self) -> list[Step]:
-        return make_plan(self.dataset, self.settings, self.epoch)
-
     def __iter__(self):
-        # Every rank makes the whole plan, in one to two seconds for 40,000 questions, so that none has to send it.
-        for number, step in enumerate(self.plan()[self.first_step :], start=self.first_step):
-            facts, share = self._facts(step, number), share_out(step, self.num_replicas)[self.rank]
-            for index in share:
-                yield Assignment(step[index], index, facts, last=index == share[-1])
-            if not share:  # fewer micro-batches than ranks: the all-reduce needs every rank, so run the cheapest again
-                yield Assignment(step[-1], len(step) - 1, facts, in_loss=False)
+        # Every rank plans every step, a few milliseconds before it runs, so that none has to send it.
+        steps = plan_steps(self.dataset, self.settings, self.epoch, self.groups)
+        for number, step in islice(enumerate(steps), self.first_step, None):
+            shares = share_out(step, self.num_replicas)
+            facts, share = self._facts(step, number, shares), shares[self.rank]
+            # A rank without work joins the all-reduce with the cheapest branch of the cheapest tree.
+            batches = pack(share or [step[-1].part(0, 1)], self.max_tokens)
+            for place, batch in enumerate(batches, start=1):
+                yield Assignment(batch, facts, in_loss=bool(share), last=place == len(batches))
 
-    def _facts(self, step: Step, number: int) -> StepFacts:
-        trees = trees_of(step)
-        samples = [self.dataset[i] for tree in trees for i in tree.samples]
-        weight = sum(float(sample.weights.sum()) for sample in samples)
-        tokens, flops = sum(tree.tokens for tree in trees), sum(map(self.tree_flops, trees))
-        return StepFacts(self.epoch * len(self) + number, len(samples), len(trees), weight, tokens, flops)
+    def _facts(self, step: Step, number: int, shares: list[MicroBatch]) -> StepFacts:
+        samples = [self.dataset[i] for tree in step for i in tree.samples]
+        number += self.epoch * len(self)
+        return StepFacts(
+            number,
+            questions=len(samples),
+            images=len(step),
+            answer_weight=sum(float(sample.weights.sum()) for sample in samples),
+            tokens=sum(tree.tokens for tree in step),
+            flops=sum(map(self.tree_flops, step)),
+            cost=cost_of(step),
+            paid=self.num_replicas * busiest(shares),
+            seed=dropout_seed(self.settings.seed, number),
+        )
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank (not micro-batches, whose number differs)."""

@@ -25,10 +25,10 @@ from data import Batch, build_batch, load_data
 from demo import endoscopy
 from dist_utils import Ranks, Stop
 from evaluation.answers import MAX_TREES, generate, score_all
-from evaluation.runner import Runner
+from evaluation.runner import Runner, plan_evaluation
 from inputs.images import image_settings
 from model import TreeModel, prepare_base
-from trees import Assignment, grow_tree, plan_evaluation
+from trees import Assignment, grow_tree
 
 
 def one_by_one(model, data, settings, chosen: list[int], max_new_tokens: int, device: torch.device) -> list[list[int]]:

@@ -197,7 +197,7 @@ def tree_step(
     """
     data, settings = make_data(preset, questions, folder)
     tree = grow_tree(data.samples, list(range(questions)))
-    assignment = Assignment((tree,), 0, StepFacts(0, questions, 1, 1))
+    assignment = Assignment((tree,), StepFacts(0, questions, 1, 1))
     batch = build_batch(data, assignment, settings, padding(device)).to(device)
 
     def vision():

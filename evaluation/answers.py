@@ -10,13 +10,12 @@ from transformers import DynamicCache
 
 from data import Batch, Sample, VQAData
 from evaluation.normalization import accepted, is_right
-from evaluation.runner import Runner
+from evaluation.runner import Runner, plan_evaluation
 from evaluation.scores import question_types
 from inputs.holdout import relative_names
 from inputs.prompts import end_of_turn
 from model import TreeModel
 from modeling.attention import visible
-from trees import plan_evaluation
 
 # Settings of generation_config.json by which `model.generate` gives other greedy answers, and which `generate` does not
 # know, with the value that changes nothing. An empty list and None change nothing either.

@@ -20,9 +20,30 @@ from common import InputError, is_same_file, writing
 from data import TreeDataset, VQAData, make_loader, next_batches, padding
 from dist_utils import Ranks, Stop, print0
 from model import TreeModel, autocast
-from trees import MicroBatch, evaluation_share
+from trees import Assignment, MicroBatch, balance, cost_of, cut_to_fit, group_samples, grow_tree
 
 CONTINUES = "answers can't be kept; the same command continues from those that are"  # an error's first words
+
+
+def plan_evaluation(samples: list, max_tokens: int, max_trees: int = 0) -> list[MicroBatch]:
+    """Every sample once, in order, in as few micro-batches as the budgets allow.
+
+    `max_trees` limits the trees of a micro-batch; 0: no limit.
+    """
+    batches, tokens = [[]], 0
+    for group in group_samples(samples):
+        for tree in cut_to_fit(grow_tree(samples, group), max_tokens):
+            if batches[-1] and (tokens + tree.tokens > max_tokens or len(batches[-1]) == max_trees):
+                batches.append([])
+                tokens = 0
+            batches[-1].append(tree)
+            tokens += tree.tokens
+    return [tuple(batch) for batch in batches if batch]
+
+
+def evaluation_share(batches: list[MicroBatch], rank: int, world_size: int) -> list[Assignment]:
+    """A rank's part of an evaluation: every micro-batch goes to exactly one rank."""
+    return [Assignment(batches[i]) for i in balance(list(map(cost_of, batches)), world_size)[rank]]
 
 
 @dataclass(frozen=True)

@@ -17,33 +17,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from common import InputError, quote
 from modeling.adapters import KEEPS_BASE, lora_config, peft_name
+from modeling.dropout import use_place_dropout
 from modeling.targets import DEFAULT_TARGETS, module_suffixes, target_pattern
 
 
 def use_lean_lora(model: PeftModel) -> PeftModel:
     """Give every LoRA layer the forward x W' + bias + s drop(x) A' B', with float32 A and B cast once to W's type."""
     for layer in _lean_layers(model):
-        layer.forward, layer.dropout_seed = types.MethodType(_lean_forward, layer), None
+        layer.forward = types.MethodType(_lean_forward, layer)
     return model
-
-
-def enable_hashed_dropout(model: PeftModel) -> None:
-    """From now on, drop LoRA inputs by a hash of `dropout_seed`, which each layer gets here.
-
-    A compiled backward pass may compute masks again. A seed is an input of the layer and thus the same there, while a
-    random generator would give another mask (torch 2.13: gradients 45% off at a memory budget of 0).
-    """
-    layers = _lean_layers(model)
-    # Four numbers per layer, of which one is used: compiled code copies inputs that are not aligned to 16 bytes.
-    model.dropout_seeds = torch.zeros(len(layers), 4, dtype=torch.int32, device=model.device)
-    for layer, seed in zip(layers, model.dropout_seeds[:, 0].unbind()):
-        layer.dropout_seed = seed
-
-
-def draw_dropout_seeds(model: PeftModel) -> None:
-    """Draw seeds for the next forward pass from torch's generator. Eager layers draw masks from it directly."""
-    if hasattr(model, "dropout_seeds"):
-        model.dropout_seeds.random_(-(2**31), 2**31 - 1)
 
 
 def _lean_layers(model: PeftModel) -> list[LoraLinear]:
@@ -59,9 +41,7 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     a = layer.lora_A["default"].weight.to(weight.dtype)  # (r, in)
     # The scale goes into B, of (out, r) numbers, not into the result, of (T, out).
     b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(weight.dtype)  # (out, r)
-    drop = layer.lora_dropout["default"]  # nn.Identity where there is none
-    hashed = layer.dropout_seed is not None and isinstance(drop, nn.Dropout) and drop.training and drop.p < 1
-    low = (hashed_dropout(rows, drop.p, layer.dropout_seed) if hashed else drop(rows)) @ a.T  # (T, r)
+    low = layer.lora_dropout["default"](rows) @ a.T  # (T, r)
     return lora_linear(rows, weight, bias, low, b).unflatten(0, x.shape[:-1])
 
 
@@ -98,20 +78,6 @@ def _(x, weight, bias, low, b, **_) -> int:
     return 2 * x[0] * (weight[0] * weight[1] + b[0] * b[1])
 
 
-def hashed_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """Dropout of x (..., T, D) whose mask is a hash of each element's position and of `seed`, an int32 tensor ().
-
-    Compiled, it takes 9 ms less than torch's dropout in a tree of 9 (426 ms on an H100), and the backward pass can make
-    the mask again where torch has to keep it. The hash is Wellons' lowbias32 (github.com/skeeto/hash-prospector).
-    """
-    rows, columns = (torch.arange(size, device=x.device, dtype=torch.int32) for size in x.shape[-2:])
-    h = (rows[:, None] * x.shape[-1] + columns) ^ seed  # int32: products wrap around, & makes >> logical
-    h = (h ^ (h >> 16 & 0xFFFF)) * 0x7FEB352D
-    h = (h ^ (h >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
-    h = h ^ (h >> 16 & 0xFFFF)
-    return torch.where(h < int((p - 0.5) * 2**32), 0, x * (1 / (1 - p)))
-
-
 # ------------------------------------------------------------------------------------------ adapters: make, save, load
 
 
@@ -138,6 +104,7 @@ def add_lora(
     visual = base.model.visual
     if trains(visual) and "cudnn" in visual.config._attn_implementation:  # our cuDNN operation has no backward
         visual.config._attn_implementation = "onelook_flash_vision"
+    use_place_dropout(model)
     return use_lean_lora(model)
 
 

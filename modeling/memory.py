@@ -5,8 +5,6 @@ import torch._dynamo.config
 import torch._functorch.config
 from peft import PeftModel
 
-from modeling.lora import enable_hashed_dropout
-
 # Activation memory budget -> share of `kept_bytes` that is kept. Measured on Qwen3-VL-8B with dropout, for 2,900 to
 # 8,126 tokens; without dropout it is less.
 MEMORY_BUDGETS = {1.0: 0.89, 0.5: 0.46, 0.2: 0.23, 0.0: 0.13}
@@ -54,7 +52,6 @@ def compile_layers(model: PeftModel, memory_budget: float, backend: str = "induc
     torch._functorch.config.is_non_builtin_to_include = True  # `lora_linear` costs as much as the product inside it
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets, which fails in FlexAttention
-    enable_hashed_dropout(model)
     base = model.get_base_model().model
     blocks = base.visual.blocks if "flash" in base.visual.config._attn_implementation else []
     for layer in [*base.language_model.layers, *blocks]:

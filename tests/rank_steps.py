@@ -15,8 +15,8 @@ def main(argv: list[str], stop: dist_utils.Stop) -> int:
     world, out, batch_size, per_image, dropout = argv
     ranks = dist_utils.start()
     data, dataset = tiny.load_world(Path(world))
-    settings = PlanSettings(int(batch_size), int(per_image), 600, seed=1)
-    sampler = StepSampler(data.samples, settings, ranks.rank, ranks.world_size)
+    settings = PlanSettings(int(batch_size), int(per_image), seed=1)
+    sampler = StepSampler(data.samples, settings, 600, ranks.rank, ranks.world_size)
     model = dist_utils.wrap(tiny.lora_model(Path(world), float(dropout)), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
@@ -24,7 +24,7 @@ def main(argv: list[str], stop: dist_utils.Stop) -> int:
     for epoch in range(2):
         sampler.set_epoch(epoch)
         for micro_batches, _ in by_step(make_loader(TreeDataset(data, dataset.settings), sampler, 0, ranks.device)):
-            loss, norm, *_ = train_step(model, optimizer, micro_batches, 1e-3, 1.0, ranks, torch.float32, 0, stop)
+            loss, norm, *_ = train_step(model, optimizer, micro_batches, 1e-3, 1.0, ranks, torch.float32, stop)
             result["losses"].append(loss)
             result["norms"].append(norm)
             own = [i for batch in micro_batches if batch.assignment.in_loss for i in batch.samples]

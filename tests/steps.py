@@ -7,16 +7,16 @@ import tiny
 import torch
 
 from dist_utils import Ranks, Stop
-from modeling.lora import enable_hashed_dropout
 from train import train_step
-from trees import Assignment, PlanSettings, StepSampler, group_samples, grow_tree
+from trees import Assignment, PlanSettings, StepSampler, dropout_seed, group_samples, grow_tree
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def whole(samples) -> list:
     """A tree for each image, or list of images, with all its questions."""
-    return [grow_tree(samples, group) for group in group_samples(samples)]
+    trees = [grow_tree(samples, group) for group in group_samples(samples)]
+    return [replace(tree, number=number) for number, tree in enumerate(trees)]
 
 
 def run_step(
@@ -26,23 +26,20 @@ def run_step(
     seed: int = 0,
     number: int = 0,
     max_grad_norm: float = 0.0,
-    hashed: bool = False,
     **lora,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of step `number` over micro-batches of trees, whose weights do not move.
 
-    hashed: dropout as in compiled layers; lora: arguments of `tiny.lora_model`.
+    lora: arguments of `tiny.lora_model`.
     """
     data, dataset = tiny.load_world(world)
     model = tiny.lora_model(world, dropout, **lora)
-    if hashed:
-        enable_hashed_dropout(model.model)
-    sampler = StepSampler(data.samples, PlanSettings(len(data.samples), 0, 9999, 0), 0, 1)
-    (facts,) = {assignment.step for assignment in sampler}
-    facts, last = replace(facts, number=number), len(trees_of_batches) - 1
-    batches = [dataset[Assignment(tuple(trees), n, facts, last=n == last)] for n, trees in enumerate(trees_of_batches)]
+    settings = PlanSettings(len(data.samples), 0, seed)
+    (facts,) = {assignment.step for assignment in StepSampler(data.samples, settings, 9999, 0, 1)}
+    facts, last = replace(facts, number=number, seed=dropout_seed(seed, number)), len(trees_of_batches) - 1
+    batches = [dataset[Assignment(tuple(trees), facts, last=n == last)] for n, trees in enumerate(trees_of_batches)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    loss, *_ = train_step(model, optimizer, batches, 0.0, max_grad_norm, ALONE, torch.float32, seed, Stop())
+    loss, *_ = train_step(model, optimizer, batches, 0.0, max_grad_norm, ALONE, torch.float32, Stop())
     return loss, {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -220,7 +220,7 @@ def test_a_turn_s_weight_is_that_of_its_tokens_and_0_trains_none(load, tokenizer
         assert sample.fields["answer"] == "white"
     assert "red<|im_end|>\n" in describe_sample(data.samples[1], tokenizer).replace("⟦white<|im_end|>⟧", "")
     assert describe_sample(data.samples[2], tokenizer).endswith("assistant\nwhite<|im_end|>")
-    describe_data(data, None, make_plan(data.samples, PlanSettings(9, 0, 9999, 0), 0), tokenizer)
+    describe_data(data, None, make_plan(data.samples, PlanSettings(9, 0, 0), 0), tokenizer)
     told = capsys.readouterr().out
     assert "rows whose `weight` is not 1: 2; the loss counts their answers by it" in told
     assert "rows whose last answer is not trained: 1, rows.jsonl:3" in told
@@ -238,11 +238,11 @@ def test_a_picture_that_is_damaged_after_the_check_is_named(load, world, setting
     data = load([flat(image="a.png")], images=tmp_path)
     content = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
-    (step,) = make_plan(data.samples, PlanSettings(1, 0, 10_000, 0), 0)
+    (step,) = make_plan(data.samples, PlanSettings(1, 0, 0), 0)
     with pytest.raises(
         RuntimeError, match=r"an image of rows.jsonl:1 .*a\.png: broken PNG file"
     ):  # Pillow's SyntaxError
-        TreeDataset(data, settings)[Assignment(step[0])]
+        TreeDataset(data, settings)[Assignment(step)]
 
 
 def test_files_of_the_same_name_are_distinguished_by_as_many_folders_as_needed(tokenizer, settings, tmp_path):
@@ -381,7 +381,7 @@ def test_four_ranks_wait_little_for_each_other_on_kvasir_vqa(kvasir, image_token
     samples = kvasir[1].samples
     if image_tokens:
         samples = [replace(sample, image_tokens=(image_tokens,), patches=(4 * image_tokens,)) for sample in samples]
-    plan = make_plan(samples, PlanSettings(batch_size, 0, 8192, seed=0), epoch=0)
+    plan = make_plan(samples, PlanSettings(batch_size, 0, seed=0), epoch=0)
     assert len(plan) == -(-8786 // batch_size)
     assert rank_efficiency(plan, 4) >= 0.94
-    assert rank_efficiency(make_plan(samples, PlanSettings(16, 4, 8192, seed=0), epoch=0), 4) >= 0.9
+    assert rank_efficiency(make_plan(samples, PlanSettings(16, 4, seed=0), epoch=0), 4) >= 0.9

@@ -58,7 +58,7 @@ def test_one_two_and_three_ranks_resume_each_other(world, undisturbed, tmp_path)
         run = Run(arguments(world, output), tmp_path / f"log{ranks}", ranks, fault)
         assert run.wait() == [STOPPED if step else 0] * ranks, run.text()
     for resumed, expected in zip(losses(output), losses(undisturbed), strict=True):
-        assert resumed[:2] == expected[:2] and resumed[2] == pytest.approx(expected[2], rel=1e-5)
+        assert resumed[:2] == expected[:2] and resumed[2] == pytest.approx(expected[2], rel=1e-4)
     assert tiny.relative_error(adapter(output), adapter(undisturbed)) < 1e-2
 
 

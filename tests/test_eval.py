@@ -25,11 +25,11 @@ from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
 from evaluation import answers, scores
 from evaluation.answers import generate, score_all, with_answer
-from evaluation.runner import Runner
+from evaluation.runner import Runner, plan_evaluation
 from inputs.images import image_settings
 from modeling.lora import merge_lora
 from training.checkpoints import checkpoints
-from trees import Assignment, plan_evaluation
+from trees import Assignment
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -57,13 +57,13 @@ def describe_unshared(samples: list[Sample]) -> str:
 
 def describe_plan(train: VQAData, plan: list[Step]) -> str:
     """An epoch's trees and steps, what sharing images saves, and how busy the steps keep several GPUs."""
-    trees = [tree for step in plan for batch in step for tree in batch]
+    trees = [tree for step in plan for tree in step]
     alone = sum(train.samples[i].tokens for tree in trees for i in tree.samples)
     shared = sum(tree.tokens for tree in trees)
     efficiency = ", ".join(f"{100 * rank_efficiency(plan, n):.0f}% at {n}" for n in GPU_COUNTS)
     return (
-        f"plan: {len(trees):,} trees in {len(plan):,} steps per epoch of {len(trees) / len(plan):.1f} images in "
-        f"{sum(map(len, plan)) / len(plan):.1f} micro-batches; trees need {shared:,} tokens per epoch, "
+        f"plan: {len(trees):,} trees in {len(plan):,} steps per epoch of {len(trees) / len(plan):.1f} images; "
+        f"trees need {shared:,} tokens per epoch, "
         f"single questions {alone:,} ({alone / shared:.1f}x); rank efficiency {efficiency}"
     )
 

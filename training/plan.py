@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 import trees
 from data import FLEX_BLOCK, VQAData, at_limit
 from dist_utils import print0
+from evaluation.runner import plan_evaluation
 from inputs.images import ImageSettings
 from modeling.lora import add_lora, lora_table
 from modeling.memory import MEMORY_BUDGETS, kept_bytes, memory_margin
@@ -61,16 +62,15 @@ def make_job(
     train: VQAData,
     val: VQAData | None,
     plan: list[Step],
-    largest: MicroBatch,
+    largest: int,
 ) -> Job:
-    """`plan` is the first epoch's; `largest` is the micro-batch with the most tokens in all epochs."""
+    """`plan` is the first epoch's; `largest` the most tokens that a micro-batch may have."""
     # Counted on the model itself, not by a formula: --lora-targets may name any layer.
     model = empty_model(config, args)
     lora = sum(count for _, count in lora_table(model).values())
     weights = sum(parameter.numel() for parameter in model.parameters()) - lora
-    val_batches = trees.plan_evaluation(val.samples, args.max_tokens) if val else []
-    tokens = sum(tree.tokens for tree in largest)
-    return Job(args, config, train, val, plan, val_batches, tokens, weights, lora)
+    val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
+    return Job(args, config, train, val, plan, val_batches, largest, weights, lora)
 
 
 def empty_model(config: PretrainedConfig, args: argparse.Namespace) -> PeftModel:
@@ -138,26 +138,26 @@ def largest_picture(data: VQAData, images: ImageSettings) -> int:
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
-def pace(job: Job, gpu: Gpu, slower: float) -> tuple[list[list[float]], list[float]]:
-    """Seconds of each micro-batch on one GPU: those of each step of the plan, and those of an evaluation."""
+def pace(job: Job, gpu: Gpu, slower: float, gpus: int) -> tuple[list[float], float]:
+    """Seconds of each step of the plan on so many GPUs, and of an evaluation: those of the busiest GPU."""
 
     def seconds(data: VQAData, batch: MicroBatch, trained: bool) -> float:
         return batch_seconds([tree_load(job.config, data.samples, tree) for tree in batch], gpu, trained)
 
-    steps = [[slower * seconds(job.train, batch, True) for batch in step] for step in job.plan]
-    return steps, [seconds(job.val, batch, False) for batch in job.val_batches]
+    def step_seconds(share: MicroBatch) -> float:
+        return slower * sum(seconds(job.train, batch, True) for batch in trees.pack(share, job.args.max_tokens))
+
+    steps = [max(map(step_seconds, trees.share_out(step, gpus))) for step in job.plan]
+    val_s = [seconds(job.val, batch, False) for batch in job.val_batches]
+    return steps, max(
+        sum(val_s[i] for i in share) for share in trees.balance(list(map(trees.cost_of, job.val_batches)), gpus)
+    )
 
 
-def timeline(job: Job, times: tuple, gpus: int, epochs: int) -> list[tuple[int, str, float]]:
-    """Evaluations and checkpoints as (steps done, their names, seconds from the start to their end).
-
-    A step takes as long as the rank that has the most to do. Checkpoints of new best evaluations can't be foreseen.
-    """
-
-    def longest(batches: list[MicroBatch], seconds: list[float]) -> float:
-        return max(sum(seconds[i] for i in share) for share in trees.share_out(batches, gpus))
-
-    step_s, evaluation_s = list(map(longest, job.plan, times[0])), longest(job.val_batches, times[1])
+def timeline(job: Job, times: tuple, epochs: int) -> list[tuple[int, str, float]]:
+    """Evaluations and checkpoints as (steps done, their names, seconds from the start to their end). `times`: of
+    `pace`. Checkpoints of new best evaluations can't be foreseen."""
+    step_s, evaluation_s = times
     steps = count_steps(job.args, len(step_s), epochs)
     now = START_S + COMPILE_S * job.args.compile
     events = [(0, "training starts", now)]
@@ -175,15 +175,15 @@ def timeline(job: Job, times: tuple, gpus: int, epochs: int) -> list[tuple[int, 
     return events
 
 
-def hours(job: Job, times: tuple, gpus: int, epochs: int = 0) -> float:
+def hours(job: Job, times: tuple, epochs: int = 0) -> float:
     """Hours of the whole run, or of one with so many epochs."""
-    return timeline(job, times, gpus, epochs or job.args.epochs)[-1][2] / 3600
+    return timeline(job, times, epochs or job.args.epochs)[-1][2] / 3600
 
 
 def estimate(job: Job, gpu: Gpu, gpus: int) -> tuple[float, float]:
     """Hours of the whole run, and the GiB that a GPU holds at its peak."""
     chosen = choose(budgets(job, gpu, job.largest))
-    return hours(job, pace(job, gpu, chosen.slower), gpus), chosen.peak / GIB
+    return hours(job, pace(job, gpu, chosen.slower, gpus)), chosen.peak / GIB
 
 
 def compare_with_plan(args: argparse.Namespace, prepared, gpu: Gpu | None, gpus: int, seconds: float) -> None:
@@ -191,7 +191,7 @@ def compare_with_plan(args: argparse.Namespace, prepared, gpu: Gpu | None, gpus:
     training.preparation.prepare gave."""
     if not gpu or uncounted(prepared.config, args):
         return
-    job = make_job(args, prepared.config, prepared.train, prepared.val, prepared.plan, prepared.largest)
+    job = make_job(args, prepared.config, prepared.train, prepared.val, prepared.plan, prepared.bounds.tokens)
     hours_planned, peak_planned = estimate(job, gpu, gpus)
     peak = torch.cuda.max_memory_allocated() / GIB
     print0(
@@ -208,7 +208,7 @@ def report(job: Job, images: ImageSettings) -> str:
     args, gpu = job.args, GPUS[job.args.gpu]
     options = budgets(job, gpu, job.largest)
     chosen = choose(options)
-    times = pace(job, gpu, chosen.slower)
+    times = {gpus: pace(job, gpu, chosen.slower, gpus) for gpus in GPU_COUNTS}
     rates = "measured" if gpu.measured else "derived from data sheets, not measured"
     # The same micro-batches on every card: --gpu changes times and budgets, never the plan.
     lines = [f"{args.model} in bfloat16 on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, options)]
@@ -216,9 +216,8 @@ def report(job: Job, images: ImageSettings) -> str:
         lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, images)}")
     lines += time_lines(job, times)
     for limit, smaller in with_smaller_pictures(job, images).items():
-        tokens = sum(tree.tokens for step in smaller.plan for batch in step for tree in batch)
-        smaller_times = pace(smaller, gpu, chosen.slower)
-        ends = [hours(smaller, smaller_times, gpus) for gpus in GPU_COUNTS]
+        tokens = sum(tree.tokens for step in smaller.plan for tree in step)
+        ends = [hours(smaller, pace(smaller, gpu, chosen.slower, gpus)) for gpus in GPU_COUNTS]
         lines.append(_columns(f"whole run with --max-pixels {limit}, {tokens:,} tokens per epoch", ends))
     if args.time_limit:
         lines.append(limit_line(job, times))
@@ -242,9 +241,9 @@ def memory_lines(job: Job, gpu: Gpu, options: list[Budget]) -> list[str]:
     return lines
 
 
-def time_lines(job: Job, times: tuple) -> list[str]:
+def time_lines(job: Job, times: dict[int, tuple]) -> list[str]:
     """A table with one column per number of GPUs: when evaluations and checkpoints are done, and the run is."""
-    runs = [timeline(job, times, gpus, job.args.epochs) for gpus in GPU_COUNTS]
+    runs = [timeline(job, times[gpus], job.args.epochs) for gpus in GPU_COUNTS]
     rows = [
         _columns(f"step {events[0][0]:,}: {events[0][1]}", [seconds / 3600 for _, _, seconds in events])
         for events in zip(*runs)
@@ -263,10 +262,10 @@ def _columns(label: str, values: list[float], form: str = ".2f") -> str:
     return f"  {label:<66}" + "".join(f"{value:>8{form}}" for value in values)
 
 
-def limit_line(job: Job, times: tuple) -> str:
+def limit_line(job: Job, times: dict[int, tuple]) -> str:
     """Whether the run fits --time-limit, and how many epochs would."""
     limit, epochs = job.args.time_limit, range(1, job.args.epochs + 1)
-    fitting = {gpus: max((e for e in epochs if hours(job, times, gpus, e) <= limit), default=0) for gpus in GPU_COUNTS}
+    fitting = {gpus: max((e for e in epochs if hours(job, times[gpus], e) <= limit), default=0) for gpus in GPU_COUNTS}
     enough = [gpus for gpus, count in fitting.items() if count == job.args.epochs]
     verdict = f"fits on {enough[0]} GPU(s) or more" if enough else f"does not fit on up to {GPU_COUNTS[-1]} GPUs"
     by_gpus = ", ".join(f"{count} on {gpus}" for gpus, count in fitting.items())
@@ -281,6 +280,6 @@ def with_smaller_pictures(job: Job, images: ImageSettings) -> dict[int, Job]:
             continue
         train, val = (data and at_limit(data, images, limit) for data in (job.train, job.val))
         plan = trees.make_plan(train.samples, PlanSettings.of(job.args), 0)
-        val_batches = trees.plan_evaluation(val.samples, job.args.max_tokens) if val else []
+        val_batches = plan_evaluation(val.samples, job.args.max_tokens) if val else []
         jobs[limit] = replace(job, train=train, val=val, plan=plan, val_batches=val_batches)
     return jobs

@@ -6,7 +6,6 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ import dist_utils
 from common import InputError, nearest_existing
 from data import VQAData, load_data
 from dist_utils import Ranks, print0
+from evaluation.runner import plan_evaluation
 from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
 from inputs.refused import refuse_without_images, stop_or_skip_bad
@@ -27,16 +27,15 @@ from training.checkpoints import find_checkpoint, size_and_sum, warn_of_other_ba
 from training.costs import tree_counter, uncounted
 from training.description import describe_data
 from training.plan import GIB, empty_model, make_job, report
-from training.settings import FREE_SETTINGS, count_epochs, count_steps
+from training.rehearsal import Bounds, micro_batch_bounds
+from training.settings import FREE_SETTINGS, count_steps
 from training.shared_memory import check_shared_memory
 from trees import (
     MicroBatch,
     PlanSettings,
     Step,
     StepSampler,
-    largest_micro_batch,
     make_plan,
-    plan_evaluation,
     questions_by_file,
 )
 
@@ -53,7 +52,7 @@ class Prepared:
     val_batches: list[MicroBatch]  # of an evaluation; empty where there are no validation rows
     sampler: StepSampler
     plan: list[Step]  # of the first epoch
-    largest: MicroBatch  # the micro-batch with the most tokens in all epochs
+    bounds: Bounds  # what no micro-batch exceeds
     steps: int  # of the whole run
     identity: dict  # what the result depends on
     checkpoint: Path | None  # to go on from
@@ -69,8 +68,11 @@ def prepare(
     images = image_settings(folder, args.min_pixels, args.max_pixels)
     train, val = dist_utils.from_rank0(lambda: load_rows(args, tokenizer, images, bad_rows))
     count_flops = tree_counter(config, train.samples, not uncounted(config, args), tower=not args.vision_cache)
-    sampler = StepSampler(train.samples, PlanSettings.of(args), ranks.rank, ranks.world_size, count_flops)
-    plan, largest = plan_epochs(args, train)
+    sampler = StepSampler(
+        train.samples, PlanSettings.of(args), args.max_tokens, ranks.rank, ranks.world_size, count_flops
+    )
+    plan = make_plan(train.samples, PlanSettings.of(args), 0)
+    bounds = micro_batch_bounds(train.samples, PlanSettings.of(args), args.max_tokens)
     describe_data(train, val, plan, tokenizer)
     identity = identify(args, images, train, val, folder)
     checkpoint = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
@@ -80,7 +82,8 @@ def prepare(
     dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, train, val))
     val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
     cache = cache_at(Path(args.vision_cache), config, dtype) if args.vision_cache else None
-    parts = [(train, chain(*plan)), (val, val_batches)]  # training's workers go on during an evaluation
+    # Training's workers go on during an evaluation.
+    parts = [(train, [bounds.most_patches, bounds.most_answers]), (val, val_batches)]
     dist_utils.from_rank0(lambda: check_shared_memory(parts, images, args.workers, cache))
     steps = count_steps(args, len(sampler), args.epochs)
     base_weights = dist_utils.from_rank0(lambda: weights_hash(folder))
@@ -93,7 +96,7 @@ def prepare(
         val_batches,
         sampler,
         plan,
-        largest,
+        bounds,
         steps,
         identity,
         checkpoint,
@@ -125,14 +128,6 @@ def load_rows(args: argparse.Namespace, tokenizer, images, output: Path | None) 
     return train, val
 
 
-def plan_epochs(args: argparse.Namespace, train: VQAData) -> tuple[list[Step], MicroBatch]:
-    """The steps of the first epoch, and the micro-batch with the most tokens in all epochs that are begun."""
-    settings = PlanSettings.of(args)
-    first = make_plan(train.samples, settings, 0)
-    later = (make_plan(train.samples, settings, epoch) for epoch in range(1, count_epochs(args, len(first))))
-    return first, largest_micro_batch(chain([first], later))
-
-
 def print_plan(args: argparse.Namespace) -> None:
     """What --plan prints. Reads no weights and writes nothing. Raises InputError for rows that can't be used."""
     if args.dtype == "float32":
@@ -144,10 +139,11 @@ def print_plan(args: argparse.Namespace) -> None:
     check_lora(args, config, is_new=True)
     images = image_settings(folder, args.min_pixels, args.max_pixels)
     train, val = load_rows(args, tokenizer, images, None)
-    plan, largest = plan_epochs(args, train)
+    plan = make_plan(train.samples, PlanSettings.of(args), 0)
+    bounds = micro_batch_bounds(train.samples, PlanSettings.of(args), args.max_tokens)
     check_cache(args, config, torch.bfloat16, images, train, val)
     describe_data(train, val, plan, tokenizer)
-    print0(report(make_job(args, config, train, val, plan, largest), images))
+    print0(report(make_job(args, config, train, val, plan, bounds.tokens), images))
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

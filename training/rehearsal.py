@@ -3,6 +3,8 @@
 import argparse
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +17,53 @@ from model import TreeModel, autocast
 from modeling.memory import MEMORY_BUDGETS, choose_memory_budget, compile_layers
 from training.checkpoints import mark_best, write_checkpoint
 from training.settings import to_toml
-from trees import Assignment, MicroBatch
+from trees import Assignment, MicroBatch, PlanSettings, Tree, cut_to_fit, group_samples, grow_tree
 
 
-def memory_budgets(args: argparse.Namespace, model: TreeModel, largest: MicroBatch, ranks: Ranks) -> list[float]:
-    """Memory budgets to try for the largest micro-batch, the fastest first; none where nothing is compiled.
+@dataclass(frozen=True)
+class Bounds:
+    """What no micro-batch of a run exceeds, on any number of GPUs: so many tokens, and real trees within them that have
+    the most patches and the most answer tokens."""
+
+    tokens: int
+    most_patches: MicroBatch
+    most_answers: MicroBatch
+
+
+def micro_batch_bounds(samples: list, settings: PlanSettings, max_tokens: int) -> Bounds:
+    # No step has more tokens than its questions would have one by one.
+    longest = sorted((sample.tokens for sample in samples), reverse=True)[: settings.batch_size]
+    tokens = min(max_tokens, sum(longest))
+    # Most patches per token have trees of one branch, most answer tokens those with all branches that they may have.
+    alone, whole, limit = [], [], settings.most_branches
+    for group in group_samples(samples):
+        shortest = sorted(group, key=lambda index: samples[index].tokens)
+        alone += [grow_tree(samples, [index]) for index in shortest[: -(-len(group) // limit)]]
+        chunks = [group[start : start + limit] for start in range(0, len(group), limit)]
+        whole += [part for chunk in chunks for part in cut_to_fit(grow_tree(samples, chunk), tokens)]
+
+    def patches(tree: Tree) -> int:
+        return sum(sum(samples[index].patches) for index in tree.samples)
+
+    def answers(tree: Tree) -> int:
+        return sum(int(samples[index].trained.sum()) for index in tree.samples)
+
+    most = [_fill(trees, count, tokens, settings.batch_size) for trees, count in ((alone, patches), (whole, answers))]
+    return Bounds(tokens, *most)
+
+
+def _fill(trees: list[Tree], count: Callable[[Tree], int], tokens: int, questions: int) -> MicroBatch:
+    """Trees of at most so many tokens and questions, first those with the highest `count` per token."""
+    chosen = []
+    for tree in sorted(trees, key=lambda tree: count(tree) / tree.tokens, reverse=True):
+        if tree.tokens <= tokens and len(tree.samples) <= questions:
+            chosen.append(tree)
+            tokens, questions = tokens - tree.tokens, questions - len(tree.samples)
+    return tuple(chosen)
+
+
+def memory_budgets(args: argparse.Namespace, model: TreeModel, tokens: int, ranks: Ranks) -> list[float]:
+    """Memory budgets to try for a micro-batch of `tokens` tokens, the fastest first; none where nothing is compiled.
 
     Call it before the optimizer exists: the estimate leaves room for what comes later. A collective.
     """
@@ -27,40 +71,44 @@ def memory_budgets(args: argparse.Namespace, model: TreeModel, largest: MicroBat
         return []
     if args.memory_budget != "auto":
         return [args.memory_budget]
-    tokens = sum(tree.tokens for tree in largest)
     highest = choose_memory_budget(model.base.config, tokens, ranks.device)
     highest = min(dist_utils.gather_to_all(highest))  # compiled alike on every rank
     return [budget for budget in MEMORY_BUDGETS if budget <= highest]
 
 
 def rehearse_step(
-    model, optimizer, dataset: TreeDataset, largest: MicroBatch, ranks: Ranks, dtype, budgets: list[float]
+    model, optimizer, dataset: TreeDataset, bounds: Bounds, ranks: Ranks, dtype, budgets: list[float]
 ) -> None:
-    """Run the largest micro-batch forward and backward, compiled for the first of `budgets` that fits on all ranks.
+    """Run micro-batches as large as any of the run forward and backward, compiled for the first of `budgets` that fits
+    on all ranks.
 
     Raises InputError when memory does not suffice, and RuntimeError when a trained weight gets no finite gradient.
     Weights and optimizer stay as they were.
     """
-    tokens, started = sum(tree.tokens for tree in largest), time.perf_counter()
-    batch = dataset[Assignment(largest)].to(ranks.device)
+    started = time.perf_counter()
+    micro_batches = [dataset[Assignment(trees)] for trees in dict.fromkeys((bounds.most_patches, bounds.most_answers))]
     for budget in budgets or [None]:
         if budget is not None:
             print0(f"compiling for a memory budget of {budget}: this takes one to three minutes")
             compile_layers(unwrap(model).model, budget)
         # The first pass compiles too. Ranks agree after it, so that none is left waiting in the next attempt.
-        if fits := all(dist_utils.gather_to_all(_fits_in_memory(model, batch, ranks, dtype))):
+        own_fits = all(_fits_in_memory(model, batch, ranks, dtype) for batch in micro_batches)
+        if fits := all(dist_utils.gather_to_all(own_fits)):
             break
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
     if not fits:
         raise InputError(
-            f"the largest micro-batch ({tokens:,} tokens) does not fit in memory: lower --max-tokens or --max-pixels"
+            f"a micro-batch of {bounds.tokens:,} tokens does not fit in memory: lower --max-tokens or --max-pixels"
         )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (parameter.grad is None or not parameter.grad.isfinite().all()):
-            raise RuntimeError(f"{name} gets no finite gradient from {dataset.data.samples[batch.samples[0]].where}")
+            first = dataset.data.samples[micro_batches[0].samples[0]].where
+            raise RuntimeError(f"{name} gets no finite gradient from {first}")
     optimizer.zero_grad(set_to_none=True)
-    text = f"rehearsed the largest micro-batch ({tokens:,} tokens) in {time.perf_counter() - started:.0f} s"
+    patches, answers = (max(len(getattr(batch, name)) for batch in micro_batches) for name in ("patches", "targets"))
+    text = f"rehearsed micro-batches of {bounds.tokens:,} tokens with {patches:,} patches and {answers:,} answer tokens"
+    text += f" in {time.perf_counter() - started:.0f} s"
     if ranks.device.type == "cuda":
         text += ", not compiled" if budget is None else f", memory budget {budget}"
         text += f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
@@ -72,7 +120,7 @@ def _fits_in_memory(model, batch, ranks: Ranks, dtype) -> bool:
     try:
         with no_sync(model, skip=True):
             with autocast(ranks.device, dtype):
-                token_losses, _ = model(batch)
+                token_losses, _ = model(batch.to(ranks.device))
             token_losses.mean().backward()
     except torch.OutOfMemoryError:
         return False

@@ -21,7 +21,7 @@ DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 # Settings that may differ in a resumed run: they don't change what it learns.
 FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model", "workers", "log_every", "eval_every"}
 FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
-FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb", "vision_cache"}
+FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb", "vision_cache", "max_tokens"}
 FREE_SETTINGS |= {"init_from"}  # the identity has a hash of its weights
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 from test_bench import bench
 
 from data import build_batch
-from modeling.lora import enable_hashed_dropout
 from modeling.memory import MEMORY_BUDGETS, compile_layers
 from trees import Assignment, group_samples, grow_tree
 
@@ -35,9 +34,7 @@ def step_of_the_8b_s_proportions(folder, budget: float | None) -> tuple[dict[str
     for name, weight in trained.items():
         if "lora_B" in name:  # else lora_A would get no gradient
             torch.nn.init.normal_(weight, std=0.05)
-    if budget is None:
-        enable_hashed_dropout(model.model)
-    else:
+    if budget is not None:
         compile_layers(model.model, budget, backend="aot_eager_decomp_partition")
     weights, kept = {weight.data_ptr() for weight in model.parameters()}, {}
 
@@ -47,7 +44,6 @@ def step_of_the_8b_s_proportions(folder, budget: float | None) -> tuple[dict[str
         return tensor
 
     _, step, _ = bench.tree_step(model, preset, 1, cpu, torch.float32, folder)
-    torch.manual_seed(1)  # of dropout
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
     return {name: weight.grad for name, weight in trained.items()}, sum(kept.values())

@@ -32,7 +32,7 @@ from training.gpus import Gpu
 from training.metrics import Metrics, read_metrics
 from training.progress import Progress
 from training.settings import parse_settings
-from trees import Assignment, PlanSettings, StepFacts, StepSampler
+from trees import Assignment, PlanSettings, StepFacts, StepSampler, make_plan
 
 FIELDS = {"event", "step", "loss", "grad_norm", "lr", "questions", "images", "questions_per_s", "tokens_per_s"}
 FIELDS |= {"tflops_per_gpu", "data_wait", "skipped", "epoch", "eta_s"}
@@ -42,7 +42,7 @@ FACTS = StepFacts(0, questions=8, images=2, answer_weight=10, tokens=500, flops=
 def sampler_of(world: Path, rank: int = 0, world_size: int = 1) -> StepSampler:
     samples = tiny.load_world(world)[0].samples
     flops = tree_counter(AutoConfig.from_pretrained(world / "model"), samples, known=True)
-    return StepSampler(samples, PlanSettings(8, 0, 700, seed=0), rank, world_size, flops)
+    return StepSampler(samples, PlanSettings(8, 0, seed=0), 700, rank, world_size, flops)
 
 
 def test_operations_can_leave_out_the_vision_tower(world):
@@ -151,8 +151,8 @@ def operations(model, batch) -> float:
 def test_speeds_of_a_step_are_those_worked_out_by_hand(world, make, world_size):
     data, dataset = tiny.load_world(world)
     model = load_base(world / "model", torch.float32, torch.device("cpu"))
-    step = sampler_of(world).plan()[1]
-    batches = [build_batch(data, Assignment(micro_batch), dataset.settings) for micro_batch in step]
+    step = make_plan(data.samples, PlanSettings(8, 0, seed=0), 0)[1]
+    batches = [build_batch(data, Assignment((tree,)), dataset.settings) for tree in step]
     facts = next(iter(w.step for w in sampler_of(world, world_size - 1, world_size) if w.step.number == 1))
     assert facts.tokens == sum(len(batch.ids) for batch in batches)
     flops = sum(operations(model, batch) for batch in batches)

@@ -29,8 +29,9 @@ from training import preparation as prepare
 from training.description import data_warnings
 from training.gpus import GPUS, Gpu
 from training.plan import GIB, budgets, choose, hours, make_job, pace, timeline
+from training.rehearsal import micro_batch_bounds
 from training.settings import parse_settings
-from trees import PlanSettings, grow_tree, largest_micro_batch, make_plan
+from trees import PlanSettings, grow_tree, make_plan
 
 MEASURED = json.loads((Path(bench.__file__).parent / "results" / "step-h100.json").read_text())
 TREES = {int(r["case"].removeprefix("tree-")): r for r in MEASURED["rows"] if r["case"].startswith("tree-")}
@@ -40,9 +41,10 @@ HERE = Gpu(("cpu",), 80, 1, measured=False)
 def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
     args = parse_settings(arguments(world, world / "none", **settings))
     data, _ = tiny.load_world(world)
-    plans = [make_plan(data.samples, PlanSettings.of(args), epoch) for epoch in range(args.epochs)]
+    plan_settings = PlanSettings.of(args)
+    bounds = micro_batch_bounds(data.samples, plan_settings, args.max_tokens)
     config = AutoConfig.from_pretrained(world / "model")
-    return make_job(args, config, data, data, plans[0], largest_micro_batch(plans)), data
+    return make_job(args, config, data, data, make_plan(data.samples, plan_settings, 0), bounds.tokens), data
 
 
 @cache
@@ -51,7 +53,7 @@ def job_of_the_8b() -> plan.Job:
     args = SimpleNamespace(compile=True, memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
     vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
-    return replace(make_job(args, config, VQAData("", [], {}), None, [], ()), largest=2704 + 9 * 195)
+    return make_job(args, config, VQAData("", [], {}), None, [], 2704 + 9 * 195)
 
 
 def job_of_8b(**settings) -> plan.Job:
