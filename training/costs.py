@@ -1,4 +1,5 @@
-"""What trees cost on a GPU: their floating-point operations, and the seconds these take at a GPU's rates."""
+"""What a step costs: the floating-point operations of trees, the seconds these take at a GPU's rates, and those of the
+all-reduce."""
 
 import argparse
 from collections.abc import Callable
@@ -20,6 +21,8 @@ MATMUL_SHARE, ATTENTION_SHARE, TOWER_ATTENTION_SHARE = 0.662, 0.333, 0.421
 MICRO_BATCH_S = 0.012  # gaps between kernels, forward and backward, in that profile; a faster GPU has them too
 IMAGE_S = 0.024  # small kernels of the vision tower, per image
 SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.17, 0.0: 1.27}  # memory budget -> step time against budget 1: a tree of 9, H100
+GPUS_PER_NODE = 8
+NETWORK = 100e9 / 8  # bytes per second between two nodes, in each direction: 100 Gbit/s
 NOT_COMPILED = (1.9, 1.37)  # share of `kept_bytes` (82.2 GiB at 7,308 tokens, H200); step time against budget 1
 
 
@@ -71,6 +74,16 @@ def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True
     at_full_rate += attention_part * attention / ATTENTION_SHARE + tower_attention / TOWER_ATTENTION_SHARE
     fixed = gap_part * MICRO_BATCH_S + IMAGE_S * sum(images for _, images in loads)
     return at_full_rate / (gpu.tflops * 1e12) + fixed
+
+
+def all_reduce_seconds(size: int, gpus: int, gpu: Gpu, network: float = NETWORK) -> float:
+    """Seconds of an all-reduce of `size` bytes: one ring through all GPUs, at the rate of its slowest link.
+
+    Each link carries 2 (n - 1) / n times the bytes (Patarasuk and Yuan 2009). Latency is left out, and so is what DDP
+    hides behind the backward pass.
+    """
+    slowest = gpu.link if gpus <= GPUS_PER_NODE else min(gpu.link, network)
+    return 2 * (gpus - 1) / gpus * size / slowest
 
 
 def tree_load(config: PretrainedConfig, samples: list, tree: Tree) -> tuple[Flops, int]:

@@ -12,7 +12,7 @@ from dist_utils import print0
 from evaluation.normalization import accepted, is_right
 from inputs.images import picture_warnings
 from modeling.lora import lora_table
-from training.plan import GPU_COUNTS
+from training.scaling import GPU_COUNTS, spread
 from trees import Step, group_samples, rank_efficiency
 
 MOST_FIELDS, LONGEST_NAME = 20, 60  # fields of a file that nothing reads: so many are named, and characters of a name
@@ -60,11 +60,11 @@ def describe_plan(train: VQAData, plan: list[Step]) -> str:
     trees = [tree for step in plan for tree in step]
     alone = sum(train.samples[i].tokens for tree in trees for i in tree.samples)
     shared = sum(tree.tokens for tree in trees)
-    efficiency = ", ".join(f"{100 * rank_efficiency(plan, n):.0f}% at {n}" for n in GPU_COUNTS)
+    efficiency = ", ".join(f"{rank_efficiency(spread(plan), gpus):.0%} at {gpus}" for gpus in GPU_COUNTS)
     return (
         f"plan: {len(trees):,} trees in {len(plan):,} steps per epoch of {len(trees) / len(plan):.1f} images; "
-        f"trees need {shared:,} tokens per epoch, "
-        f"single questions {alone:,} ({alone / shared:.1f}x); rank efficiency {efficiency}"
+        f"trees need {shared:,} tokens per epoch, single questions {alone:,} ({alone / shared:.1f}x); "
+        f"rank efficiency {efficiency}"
     )
 
 

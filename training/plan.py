@@ -1,13 +1,16 @@
 """What a run will do, take and need, from its rows, settings and config.json alone: `train.py --plan`.
 
-Time follows from the operations of every micro-batch at the rates of one GPU (costs.py), memory from the formula that
-also picks the memory budget of a run (modeling/memory.py). Waiting for images, communication between GPUs and the first
-check of all images are left out.
+Time follows from the operations of every micro-batch of the busiest rank at the rates of one GPU, and from the
+all-reduce at those of the links (costs.py); memory from the formula that also picks the memory budget of a run
+(modeling/memory.py). Waiting for images and the first check of all images are left out.
 """
 
 import argparse
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +24,22 @@ from evaluation.runner import plan_evaluation
 from inputs.images import ImageSettings
 from modeling.lora import add_lora, lora_table
 from modeling.memory import MEMORY_BUDGETS, kept_bytes, memory_margin
-from training.costs import NOT_COMPILED, SLOWER, batch_seconds, tree_load, uncounted
+from training.costs import (
+    GPUS_PER_NODE,
+    NETWORK,
+    NOT_COMPILED,
+    SLOWER,
+    all_reduce_seconds,
+    batch_seconds,
+    tree_load,
+    uncounted,
+)
 from training.gpus import GPUS, Gpu
+from training.scaling import GPU_COUNTS, batch_size_remedy, spread
 from training.settings import count_steps, is_due, lora_arguments
 from trees import MicroBatch, PlanSettings, Step
 
 GIB = 2**30
-GPU_COUNTS = (1, 2, 4, 8, 16)
 START_S = 80  # imports, rows, weights and a tried evaluation of the 8B: 30 to 134 s on three H100 machines
 COMPILE_S = 160  # first start of the 8B: 87 to 187 s on four machines with H100s and H200s
 SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
@@ -45,7 +57,8 @@ class Job:
     config: PretrainedConfig
     train: VQAData
     val: VQAData | None
-    plan: list[Step]  # of the first epoch; the others are assumed to cost the same
+    plan: list[Step]  # of the first epoch, some hundred of its steps at most: all others are assumed to cost the same
+    steps_per_epoch: int
     val_batches: list[MicroBatch]
     largest: int  # tokens of the largest micro-batch
     weights: int  # parameters of the base model
@@ -54,6 +67,10 @@ class Job:
     @property
     def checkpoint_bytes(self) -> int:
         return 3 * 4 * self.lora  # the adapter, and AdamW's two moments of it
+
+    @property
+    def gradient_bytes(self) -> int:
+        return 4 * self.lora  # float32, which all GPUs add up once a step
 
 
 def make_job(
@@ -70,7 +87,7 @@ def make_job(
     lora = sum(count for _, count in lora_table(model).values())
     weights = sum(parameter.numel() for parameter in model.parameters()) - lora
     val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
-    return Job(args, config, train, val, plan, val_batches, largest, weights, lora)
+    return Job(args, config, train, val, spread(plan), len(plan), val_batches, largest, weights, lora)
 
 
 def empty_model(config: PretrainedConfig, args: argparse.Namespace) -> PeftModel:
@@ -138,36 +155,49 @@ def largest_picture(data: VQAData, images: ImageSettings) -> int:
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
-def pace(job: Job, gpu: Gpu, slower: float, gpus: int) -> tuple[list[float], float]:
-    """Seconds of each step of the plan on so many GPUs, and of an evaluation: those of the busiest GPU."""
+class Pace(NamedTuple):
+    """Seconds that a number of GPUs take."""
 
-    def seconds(data: VQAData, batch: MicroBatch, trained: bool) -> float:
-        return batch_seconds([tree_load(job.config, data.samples, tree) for tree in batch], gpu, trained)
-
-    def step_seconds(share: MicroBatch) -> float:
-        return slower * sum(seconds(job.train, batch, True) for batch in trees.pack(share, job.args.max_tokens))
-
-    steps = [max(map(step_seconds, trees.share_out(step, gpus))) for step in job.plan]
-    val_s = [seconds(job.val, batch, False) for batch in job.val_batches]
-    return steps, max(
-        sum(val_s[i] for i in share) for share in trees.balance(list(map(trees.cost_of, job.val_batches)), gpus)
-    )
+    steps: list[float]  # for each step of Job.plan
+    evaluation: float
 
 
-def timeline(job: Job, times: tuple, epochs: int) -> list[tuple[int, str, float]]:
-    """Evaluations and checkpoints as (steps done, their names, seconds from the start to their end). `times`: of
-    `pace`. Checkpoints of new best evaluations can't be foreseen."""
-    step_s, evaluation_s = times
-    steps = count_steps(job.args, len(step_s), epochs)
+def pace(job: Job, gpu: Gpu, slower: float, gpu_counts: Iterable[int]) -> dict[int, Pace]:
+    """By number of GPUs. A step takes as long as the rank that has the most to do, and the all-reduce after it."""
+    load = cache(lambda tree: tree_load(job.config, job.train.samples, tree))  # most trees are whole on any number
+
+    def share_seconds(share: MicroBatch) -> float:
+        batches = trees.pack(share, job.args.max_tokens)
+        return sum(batch_seconds(list(map(load, batch)), gpu) for batch in batches)
+
+    loads = ([tree_load(job.config, job.val.samples, tree) for tree in batch] for batch in job.val_batches)
+    val_s = [batch_seconds(of_batch, gpu, trained=False) for of_batch in loads]
+    costs = list(map(trees.cost_of, job.val_batches))
+    paces = {}
+    for gpus in gpu_counts:
+        reduced = all_reduce_seconds(job.gradient_bytes, gpus, gpu)
+        steps = [slower * max(map(share_seconds, trees.share_out(step, gpus))) + reduced for step in job.plan]
+        evaluation = max(sum(val_s[i] for i in share) for share in trees.balance(costs, gpus))
+        paces[gpus] = Pace(steps, evaluation)
+    return paces
+
+
+def timeline(job: Job, times: Pace, epochs: int) -> list[tuple[int, str, float]]:
+    """Evaluations and checkpoints as (steps done, their names, seconds from the start to their end).
+
+    Checkpoints of new best evaluations can't be foreseen.
+    """
+    steps = count_steps(job.args, job.steps_per_epoch, epochs)
     now = START_S + COMPILE_S * job.args.compile
     events = [(0, "training starts", now)]
     # Every epoch draws other steps from the same trees: the first one's times stand for all of them.
     for step in range(1, steps + 1):
-        now += step_s[(step - 1) % len(step_s)]
+        place = (step - 1) % job.steps_per_epoch
+        now += times.steps[place * len(times.steps) // job.steps_per_epoch]
         follows = []
         if job.val_batches and is_due(job.args.eval_every, step, steps):
             follows.append("evaluation")
-            now += evaluation_s
+            now += times.evaluation
         if is_due(job.args.save_every, step, steps):
             follows.append("checkpoint")
             now += job.checkpoint_bytes / SAVE_BYTES_S
@@ -175,7 +205,7 @@ def timeline(job: Job, times: tuple, epochs: int) -> list[tuple[int, str, float]
     return events
 
 
-def hours(job: Job, times: tuple, epochs: int = 0) -> float:
+def hours(job: Job, times: Pace, epochs: int = 0) -> float:
     """Hours of the whole run, or of one with so many epochs."""
     return timeline(job, times, epochs or job.args.epochs)[-1][2] / 3600
 
@@ -183,7 +213,7 @@ def hours(job: Job, times: tuple, epochs: int = 0) -> float:
 def estimate(job: Job, gpu: Gpu, gpus: int) -> tuple[float, float]:
     """Hours of the whole run, and the GiB that a GPU holds at its peak."""
     chosen = choose(budgets(job, gpu, job.largest))
-    return hours(job, pace(job, gpu, chosen.slower, gpus)), chosen.peak / GIB
+    return hours(job, pace(job, gpu, chosen.slower, [gpus])[gpus]), chosen.peak / GIB
 
 
 def compare_with_plan(args: argparse.Namespace, prepared, gpu: Gpu | None, gpus: int, seconds: float) -> None:
@@ -208,17 +238,18 @@ def report(job: Job, images: ImageSettings) -> str:
     args, gpu = job.args, GPUS[job.args.gpu]
     options = budgets(job, gpu, job.largest)
     chosen = choose(options)
-    times = {gpus: pace(job, gpu, chosen.slower, gpus) for gpus in GPU_COUNTS}
+    times = pace(job, gpu, chosen.slower, GPU_COUNTS)
     rates = "measured" if gpu.measured else "derived from data sheets, not measured"
-    # The same micro-batches on every card: --gpu changes times and budgets, never the plan.
+    # The same steps on every card: --gpu changes times and budgets, never the plan.
     lines = [f"{args.model} in bfloat16 on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, options)]
     if not chosen.fits:
         lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, images)}")
     lines += time_lines(job, times)
     for limit, smaller in with_smaller_pictures(job, images).items():
-        tokens = sum(tree.tokens for step in smaller.plan for tree in step)
-        ends = [hours(smaller, pace(smaller, gpu, chosen.slower, gpus)) for gpus in GPU_COUNTS]
-        lines.append(_columns(f"whole run with --max-pixels {limit}, {tokens:,} tokens per epoch", ends))
+        tokens = count_tokens(smaller.plan) / count_tokens(job.plan)
+        ends = [hours(smaller, of_gpus) for of_gpus in pace(smaller, gpu, chosen.slower, GPU_COUNTS).values()]
+        lines.append(_columns(f"whole run with --max-pixels {limit}, {tokens:.0%} of the tokens", ends))
+    lines += scaling_lines(job, gpu)
     if args.time_limit:
         lines.append(limit_line(job, times))
     mib, count = job.checkpoint_bytes / 2**20, args.keep + 2
@@ -241,9 +272,9 @@ def memory_lines(job: Job, gpu: Gpu, options: list[Budget]) -> list[str]:
     return lines
 
 
-def time_lines(job: Job, times: dict[int, tuple]) -> list[str]:
+def time_lines(job: Job, times: dict[int, Pace]) -> list[str]:
     """A table with one column per number of GPUs: when evaluations and checkpoints are done, and the run is."""
-    runs = [timeline(job, times[gpus], job.args.epochs) for gpus in GPU_COUNTS]
+    runs = [timeline(job, of_gpus, job.args.epochs) for of_gpus in times.values()]
     rows = [
         _columns(f"step {events[0][0]:,}: {events[0][1]}", [seconds / 3600 for _, _, seconds in events])
         for events in zip(*runs)
@@ -251,35 +282,64 @@ def time_lines(job: Job, times: dict[int, tuple]) -> list[str]:
     if len(rows) > LISTED_EVENTS:
         rows[LISTED_EVENTS // 2 : -LISTED_EVENTS // 2] = [f"  ... {len(rows) - LISTED_EVENTS} more"]
     return [
-        _columns("hours from the start, by number of GPUs", GPU_COUNTS, "d"),
+        _columns("hours from the start, by number of GPUs", list(times), "d"),
         *rows,
-        _columns("GPU hours", [gpus * events[-1][2] / 3600 for gpus, events in zip(GPU_COUNTS, runs)]),
-        _columns("rank efficiency", [trees.rank_efficiency(job.plan, gpus) for gpus in GPU_COUNTS], ".0%"),
+        _columns("GPU hours", [gpus * events[-1][2] / 3600 for gpus, events in zip(times, runs)]),
+        _columns("rank efficiency", [trees.rank_efficiency(job.plan, gpus) for gpus in times], ".0%"),
     ]
+
+
+def scaling_lines(job: Job, gpu: Gpu) -> list[str]:
+    """What adding up gradients takes, and which --batch-size would keep more GPUs busy."""
+    most = GPU_COUNTS[-1]
+    node, counted, faster = (
+        f"{1000 * all_reduce_seconds(job.gradient_bytes, gpus, gpu, network):.1f} ms"
+        for gpus, network in ((GPUS_PER_NODE, NETWORK), (most, NETWORK), (most, 4 * NETWORK))
+    )
+    communication = (
+        f"all-reduce of {job.gradient_bytes / 1e6:,.0f} MB per step, counted: {node} on the {GPUS_PER_NODE} of a node, "
+        f"{counted} on {most} at {8e-9 * NETWORK:.0f} Gbit/s between nodes ({faster} at {4 * 8e-9 * NETWORK:.0f})"
+    )
+    busier = batch_size_remedy(job.train.samples, PlanSettings.of(job.args), GPU_COUNTS)
+    return [communication, busier] if busier else [communication]
 
 
 def _columns(label: str, values: list[float], form: str = ".2f") -> str:
     return f"  {label:<66}" + "".join(f"{value:>8{form}}" for value in values)
 
 
-def limit_line(job: Job, times: dict[int, tuple]) -> str:
+def limit_line(job: Job, times: dict[int, Pace]) -> str:
     """Whether the run fits --time-limit, and how many epochs would."""
     limit, epochs = job.args.time_limit, range(1, job.args.epochs + 1)
-    fitting = {gpus: max((e for e in epochs if hours(job, times[gpus], e) <= limit), default=0) for gpus in GPU_COUNTS}
+    fitting = {
+        gpus: max((e for e in epochs if hours(job, of_gpus, e) <= limit), default=0) for gpus, of_gpus in times.items()
+    }
     enough = [gpus for gpus, count in fitting.items() if count == job.args.epochs]
-    verdict = f"fits on {enough[0]} GPU(s) or more" if enough else f"does not fit on up to {GPU_COUNTS[-1]} GPUs"
+    verdict = f"fits on {enough[0]} GPU(s) or more" if enough else f"does not fit on up to {max(times)} GPUs"
     by_gpus = ", ".join(f"{count} on {gpus}" for gpus, count in fitting.items())
     return f"time limit {limit:g} h: {verdict}; epochs that fit, by number of GPUs: {by_gpus}"
 
 
 def with_smaller_pictures(job: Job, images: ImageSettings) -> dict[int, Job]:
-    """The run with pictures limited to a half and to a quarter of the largest one's pixels, by that limit."""
-    jobs = {}
+    """The run with pictures limited to a half and to a quarter of the largest one's pixels, by that limit.
+
+    Its steps hold the same questions: a run of its own would draw others, which cost about the same.
+    """
+    planned = sorted({index for step in job.plan for tree in step for index in tree.samples})
+    places = {index: place for place, index in enumerate(planned)}
+    shown, jobs = job.train.only([job.train.samples[index] for index in planned]), {}
     for limit in (largest_picture(job.train, images) // part for part in (2, 4)):
         if limit < max(1, images.min_pixels):  # refused without --min-pixels
             continue
-        train, val = (data and at_limit(data, images, limit) for data in (job.train, job.val))
-        plan = trees.make_plan(train.samples, PlanSettings.of(job.args), 0)
+        train, val = (data and at_limit(data, images, limit) for data in (shown, job.val))
+        plan = [
+            tuple(trees.grow_tree(train.samples, [places[index] for index in tree.samples]) for tree in step)
+            for step in job.plan
+        ]
         val_batches = plan_evaluation(val.samples, job.args.max_tokens) if val else []
         jobs[limit] = replace(job, train=train, val=val, plan=plan, val_batches=val_batches)
     return jobs
+
+
+def count_tokens(plan: list[Step]) -> int:
+    return sum(tree.tokens for step in plan for tree in step)

@@ -1,6 +1,8 @@
 """--plan predicts what the run does, matches measurements, and needs no weights, no pixels and no output folder."""
 
 import json
+import math
+import re
 import shutil
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -15,6 +17,7 @@ from pictures import VALID_IMAGES, cut_short, noise, turned
 from PIL import ImageFile
 from runs import arguments, lines
 from test_bench import bench
+from test_trees import make_samples
 from transformers import AutoConfig, AutoTokenizer
 
 import train
@@ -24,14 +27,15 @@ from inputs.images import check_images, image_settings
 from modeling import loading
 from modeling.memory import MEMORY_MARGIN, choose_memory_budget, kept_bytes
 from modeling.targets import DEFAULT_TARGETS
-from training import costs, plan
+from training import costs, plan, scaling
 from training import preparation as prepare
 from training.description import data_warnings
 from training.gpus import GPUS, Gpu
 from training.plan import GIB, budgets, choose, hours, make_job, pace, timeline
 from training.rehearsal import micro_batch_bounds
+from training.scaling import GPU_COUNTS, batch_size_remedy
 from training.settings import parse_settings
-from trees import PlanSettings, grow_tree, make_plan
+from trees import PlanSettings, grow_tree, make_plan, pack, rank_efficiency, share_out
 
 MEASURED = json.loads((Path(bench.__file__).parent / "results" / "step-h100.json").read_text())
 TREES = {int(r["case"].removeprefix("tree-")): r for r in MEASURED["rows"] if r["case"].startswith("tree-")}
@@ -53,7 +57,7 @@ def job_of_the_8b() -> plan.Job:
     args = SimpleNamespace(compile=True, memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
     vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
-    return make_job(args, config, VQAData("", [], {}), None, [], 2704 + 9 * 195)
+    return make_job(args, config, VQAData("", [], {}), None, [()], 2704 + 9 * 195)
 
 
 def job_of_8b(**settings) -> plan.Job:
@@ -176,7 +180,7 @@ def test_evaluations_checkpoints_sizes_and_warnings_are_those_of_the_run(world, 
     assert warnings == [line for line in told if line.startswith("warning:")] and "rows.jsonl:28" in "".join(warnings)
 
     job, _ = job_of(world, **settings)
-    events = timeline(job, pace(job, HERE, 1.0), 1, job.args.epochs)
+    events = timeline(job, pace(job, HERE, 1.0, [1])[1], job.args.epochs)
     assert [step for step, what, _ in events if "evaluation" in what] == [e["step"] for e in lines(output, "eval")]
     saved = [int(folder.name.split("-")[1]) for folder in sorted(output.glob("checkpoint-*"))]
     foreseen = [step for step, what, _ in events if "checkpoint" in what]
@@ -206,14 +210,49 @@ def test_an_unknown_gpu_is_not_compared(world, tmp_path, capsys):
 
 def test_a_run_takes_its_steps_evaluations_and_saves_one_after_the_other(world):
     job, _ = job_of(world, **{"max-steps": 0, "epochs": 2, "eval-every": 0, "save-every": 0})
-    steps, evaluation = pace(job, HERE, 1.0)
+    times = pace(job, replace(HERE, link=math.inf), 1.0, (1, 2, 4))
+    alone = 2 * sum(times[1].steps) + times[1].evaluation
     for gpus in (1, 2, 4):
-        events = timeline(job, (steps, evaluation), gpus, 2)
+        events = timeline(job, times[gpus], 2)
         assert [step for step, _, _ in events] == [0, 2 * len(job.plan)]
         training = events[1][2] - events[0][2] - job.checkpoint_bytes / plan.SAVE_BYTES_S
-        alone = 2 * sum(map(sum, steps)) + sum(evaluation)
         assert training == pytest.approx(alone) if gpus == 1 else alone / gpus <= training < alone
-    assert hours(job, (steps, evaluation), 1, 1) < hours(job, (steps, evaluation), 1)
+    assert hours(job, times[1], 1) < hours(job, times[1])
+
+
+def test_a_step_takes_as_long_as_the_busiest_rank_with_micro_batches_of_its_own(world):
+    job, data = job_of(world, **{"max-tokens": 400})
+    for gpus in (2, 3):
+        shares = share_out(job.plan[0], gpus)
+        packed = [pack(share, 400) for share in shares]
+        loads = [[[costs.tree_load(job.config, data.samples, tree) for tree in batch] for batch in b] for b in packed]
+        expected = max(sum(costs.batch_seconds(load, HERE) for load in of_rank) for of_rank in loads)
+        reduced = costs.all_reduce_seconds(4 * job.lora, gpus, HERE)
+        assert pace(job, HERE, 1.5, [gpus])[gpus].steps[0] == pytest.approx(1.5 * expected + reduced)
+
+
+def test_the_all_reduce_takes_what_its_slowest_link_takes():
+    """87.3 MB: 2 (n - 1) / n times as much over NVLink's 450 GB/s, PCIe's 32 GB/s, 100 and 400 Gbit/s."""
+    size = job_of_8b().gradient_bytes
+    assert size == 4 * 21_823_488
+    cases = [("h100", 1, 0), ("h100", 8, 0.3395), ("l40s", 8, 4.774), ("h100", 16, 13.094), ("l40s", 64, 13.749)]
+    for name, gpus, milliseconds in cases:
+        assert 1000 * costs.all_reduce_seconds(size, gpus, GPUS[name]) == pytest.approx(milliseconds, rel=1e-3)
+    assert 1000 * costs.all_reduce_seconds(size, 16, GPUS["h100"], 50e9) == pytest.approx(3.2735, rel=1e-3)
+
+
+def test_some_hundred_steps_stand_for_an_epoch(world, monkeypatch):
+    settings = {"batch-size": 3, "max-steps": 0, "epochs": 2, "eval-every": 4}
+    job, _ = job_of(world, **settings)
+    monkeypatch.setattr(scaling, "SAMPLED_STEPS", 4)
+    sampled, _ = job_of(world, **settings)
+    assert (len(job.plan), len(sampled.plan)) == (11, 4) and sampled.plan == job.plan[::3]
+    events, estimates = (timeline(j, pace(j, HERE, 1.0, [2])[2], 2) for j in (job, sampled))
+    assert [event[:2] for event in events] == [event[:2] for event in estimates]
+    whole, part = (pace(j, HERE, 1.0, [2])[2].steps for j in (job, sampled))
+    spread = [seconds for seconds, count in zip(part, (3, 3, 3, 2)) for _ in range(2 * count)]
+    shift = sum(spread) - 2 * sum(whole)
+    assert estimates[-1][2] == pytest.approx(events[-1][2] + shift)
 
 
 def test_smaller_pictures_are_not_below_what_the_model_allows(world):
@@ -227,7 +266,7 @@ def test_smaller_pictures_are_not_below_what_the_model_allows(world):
 
 def test_an_image_is_counted_once_a_tree_and_every_token_once(world):
     job, data = job_of(world)
-    for tree in (tree for step in job.plan for batch in step for tree in batch):
+    for tree in (tree for step in job.plan for tree in step):
         flops, images = costs.tree_load(job.config, data.samples, tree)
         chosen = [data.samples[i] for i in tree.samples]
         assert images == len(chosen[0].images)
@@ -322,15 +361,53 @@ def test_settings_that_would_fit_are_found(world, tokens):
 
 def test_a_time_limit_says_what_would_fit(world):
     job, _ = job_of(world, **{"max-steps": 0, "epochs": 3, "time-limit": 1})
-    times = pace(job, replace(HERE, tflops=1e-4), 1.0)
-    ends = {(gpus, epochs): hours(job, times, gpus, epochs) for gpus in (1, 2) for epochs in (1, 2, 3)}
+    times = pace(job, replace(HERE, tflops=1e-4), 1.0, GPU_COUNTS)
+    ends = {(gpus, epochs): hours(job, times[gpus], epochs) for gpus in (1, 2) for epochs in (1, 2, 3)}
     assert ends[2, 3] < ends[1, 3]
     job.args.time_limit = ends[2, 3]
     assert "fits on 2 GPU(s) or more" in plan.limit_line(job, times)
     job.args.time_limit = ends[1, 2]
     assert ": 2 on 1, " in plan.limit_line(job, times)
     job.args.time_limit = ends[1, 1] / 1000
-    assert "does not fit on up to 16 GPUs" in plan.limit_line(job, times)
+    assert "does not fit on up to 64 GPUs" in plan.limit_line(job, times)
+
+
+# -------------------------------------------------------------------------------------------------------- many GPUs
+
+
+def test_every_number_of_gpus_has_a_column_with_its_rank_efficiency(world, capsys):
+    train.main([*arguments(world, "", **{"batch-size": 1, "max-steps": 0, "eval-every": 0, "save-every": 0}), "--plan"])
+    told, (data, _) = capsys.readouterr().out, tiny.load_world(world)
+    settings = PlanSettings(1, 0, 0)
+    made = make_plan(data.samples, settings, 0)
+    shares = [f"{rank_efficiency(made, gpus):.0%}" for gpus in (1, 2, 4, 8, 16, 32, 64)]
+    header, *rows = re.search(r"  hours from the start(?:.*\n)+?  rank efficiency.*", told)[0].splitlines()
+    assert header.split()[-7:] == ["1", "2", "4", "8", "16", "32", "64"]
+    assert rows[-1].split()[-7:] == shares and len({len(row) for row in (header, *rows)}) == 1
+    assert f"rank efficiency {', '.join(f'{s} at {n}' for s, n in zip(shares, GPU_COUNTS))}\n" in told
+    busier = batch_size_remedy(data.samples, settings, GPU_COUNTS)
+    assert "at 64 GPUs --batch-size 2 would use" in busier and f"\n{busier}\n" in told
+    size = 4 * job_of(world)[0].lora
+    slow, fast = (1000 * costs.all_reduce_seconds(size, 64, GPUS["h100"], rate) for rate in (12.5e9, 50e9))
+    assert f" of a node, {slow:.1f} ms on 64 at 100 Gbit/s between nodes ({fast:.1f} ms at 400)\n" in told
+
+
+def test_the_batch_size_that_keeps_more_gpus_busy_is_named(monkeypatch):
+    """Equal trees of one branch: four of them keep four GPUs busy, and half of eight."""
+    samples, settings = make_samples(320, 1), PlanSettings(4, 0, seed=0)
+    learning = "what batch size does to learning: docs/grouping.md"
+    assert batch_size_remedy(samples, settings, [1, 2, 4]) == ""
+    told = batch_size_remedy(samples, settings, [4, 8])
+    assert told == f"at 8 GPUs --batch-size 8 would use 100% of them, 4 uses 50%; {learning}"
+    told = batch_size_remedy(samples, settings, [16, 64])
+    first = "at 16 GPUs --batch-size 16 would use 100% of them, 4 uses 25%"
+    assert told == f"{first}; at 64 GPUs --batch-size 32 would use 50% of them, 4 uses 6%; {learning}"
+    for questions in (128, 320):  # of a part of the rows the same is true
+        monkeypatch.setattr(scaling, "SAMPLED_QUESTIONS", questions)
+        assert batch_size_remedy(samples, settings, [16, 64]) == told
+    told = batch_size_remedy(make_samples(1280, 1), settings, [7])  # the first size that suffices: 128 would use 96%
+    assert told == f"at 7 GPUs --batch-size 32 would use 91% of them, 4 uses 57%; {learning}"
+    assert batch_size_remedy(samples[:39], settings, [8]) == ""  # no epoch of at least ten steps has more questions
 
 
 def test_every_planned_gpu_can_be_named_and_derived_rates_are_called_so(bare, capsys):
