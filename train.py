@@ -41,7 +41,9 @@ from training.costs import known_gpu
 from training.description import describe_lora
 from training.metrics import Metrics
 from training.progress import Progress
+from training.scaling import ENOUGH, batch_size_remedy
 from training.trackers import open_trackers
+from trees import PlanSettings
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
@@ -121,6 +123,8 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is
         print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
     if is_new and progress.step == prepared.steps and not code and ranks.is_main:
         plan.compare_with_plan(args, prepared, known_gpu(ranks.device), ranks.world_size, time.perf_counter() - started)
+    if not code and ranks.is_main and ranks.world_size > 1 and run.metrics.paid:
+        print0(efficiency_line(run))
     if not code:
         print0(next_steps(run))
     return code, run.metrics
@@ -419,6 +423,17 @@ def conclude(run: Run, progress: Progress) -> int:
         print0(f"done: {progress.step} steps{early}, {output}")
     run.metrics.status(state, progress)
     return code
+
+
+def efficiency_line(run: Run) -> str:
+    """How busy the ranks were in the steps of this start, of which there is one at least, and what would keep them
+    busier."""
+    ranks, efficiency = run.ranks.world_size, run.metrics.cost / run.metrics.paid
+    line = f"rank efficiency {efficiency:.0%} on {ranks} ranks"
+    if efficiency >= ENOUGH:
+        return line
+    remedy = batch_size_remedy(run.prepared.train.samples, PlanSettings.of(run.args), [ranks])
+    return f"{line}; {remedy}" if remedy else line
 
 
 def next_steps(run: Run) -> str:

@@ -18,7 +18,7 @@ from torch.utils.data import DistributedSampler
 # patches 4 x 1152 x 27 layers, a visible pair of tokens 3.5 x 4 x 4096 x 36 layers. Attention reaches 0.64 of the rate
 # of matrix products in the tower, 0.5 in the language model; small kernels take 24 ms per image and 12 ms per
 # micro-batch on an H100, where a token takes 42 us (training/costs.py). Only ratios matter. Changing a value changes
-# plans, and with them what a resumed run would do.
+# plans, and with them what a resumed run would do: raise PLAN_VERSION in training/compatibility.py.
 PATCH_COST = 0.041
 PATCH_PAIR_COST = 7.0e-6
 TOKEN_PAIR_COST = 1.5e-4

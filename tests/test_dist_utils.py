@@ -35,7 +35,7 @@ def steps_on(ranks: int, world, folder, *settings) -> dict:
 
 @pytest.mark.parametrize(("batch_size", "per_image", "dropout"), [(33, 0, 0.0), (3, 0, 0.1)])
 def test_ranks_do_not_change_losses_gradients_or_weights(world, tmp_path, batch_size, per_image, dropout):
-    """33: one step holds every kind of row; 3: most steps have fewer trees than there are ranks."""
+    """33: one step holds every kind of row; 3: trees are cut over ranks, and steps have fewer questions than ranks."""
     one, two, four = (steps_on(n, world, tmp_path, batch_size, per_image, dropout) for n in (1, 2, 4))
     for other in (two, four):
         assert other["samples"] == one["samples"]
@@ -48,12 +48,13 @@ def test_ranks_do_not_change_losses_gradients_or_weights(world, tmp_path, batch_
     for epoch in (one["samples"][:steps], one["samples"][steps:]):
         assert sorted(i for step in epoch for i in step) == list(range(samples))
     if batch_size == 3:
+        assert two["cut"][0] and four["cut"][0]  # the step whose gradients are compared
         assert any(0 in counts for counts in four["counts"])  # an idle rank took part in the all-reduce
 
 
-def test_one_two_and_three_ranks_resume_each_other(world, undisturbed, tmp_path):
+def test_eight_three_one_and_two_ranks_resume_each_other(world, undisturbed, tmp_path):
     output = tmp_path / "out"
-    for ranks, step in ((2, 1), (3, 3), (1, 4), (2, None)):
+    for ranks, step in ((8, 1), (3, 3), (1, 4), (2, None)):
         fault = partial(at_step, step, partial(faults.kill_me, signal.SIGTERM)) if step else None
         run = Run(arguments(world, output), tmp_path / f"log{ranks}", ranks, fault)
         assert run.wait() == [STOPPED if step else 0] * ranks, run.text()

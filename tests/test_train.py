@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
+import trees
 from common import InputError
 from dist_utils import STOPPED, Stop
 from model import TreeModel, load_base
 from modeling import loading
 from modeling.lora import add_lora
 from training import checkpoints
-from training import preparation as prepare
 from training.settings import parse_settings
 
 
@@ -105,7 +105,7 @@ def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_
     tracked = ["--tensorboard"] if find_spec("tensorboard") else []
     text = Run(arguments(world, output, **settings) + tracked, tmp_path / "log", ranks=2).succeed()
     assert len(list(output.glob("tensorboard/*"))) == len(tracked)  # by rank 0 alone
-    assert "⟦" in text and "rehearsed the largest micro-batch" in text and "q_proj" in text
+    assert "⟦" in text and "rehearsed micro-batches of " in text and "q_proj" in text
     alone = tmp_path / "alone"
     train.main(arguments(world, alone, **settings | {"max-steps": 10}))
     losses, expected = ([line["loss"] for line in lines(folder, "train")] for folder in (output, alone))
@@ -302,19 +302,21 @@ def test_resuming_before_the_newest_checkpoint_names_those_that_will_be_dropped(
     assert "checkpoint-000006 will be removed at the next save" in capsys.readouterr().out
 
 
-def test_no_epochs_are_planned_that_the_steps_do_not_reach(world, tmp_path, monkeypatch):
-    planned, real = [], prepare.make_plan
+def test_no_epoch_is_planned_before_its_first_step_but_the_first(world, tmp_path, monkeypatch):
+    planned, real = [], trees._shuffled_parts
 
-    def make_plan(samples, settings, epoch):
+    def shuffled_parts(samples, settings, epoch, *rest):  # a plan begins with it
         planned.append(epoch)
-        return real(samples, settings, epoch)
+        return real(samples, settings, epoch, *rest)
 
-    monkeypatch.setattr(prepare, "make_plan", make_plan)
+    monkeypatch.setattr(trees, "_shuffled_parts", shuffled_parts)
+    monkeypatch.setattr(train, "fit", lambda *args, fit=train.fit: planned.append("fit") or fit(*args))
     settings = {"max-steps": 6, "epochs": 1000, "eval-every": 0, "save-every": 0}  # 5 steps per epoch
     train.main(arguments(world, tmp_path / "out", **settings))
-    assert planned == [0, 1]
+    assert planned == [0, "fit", 0, 1]
+    planned.clear()
     train.main([*arguments(world, "", **settings), "--plan", "--dtype=auto"])
-    assert planned == [0, 1] * 2
+    assert set(planned) == {0}
 
 
 def test_resuming_on_other_rows_is_refused(world, finished, tmp_path):

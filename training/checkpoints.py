@@ -33,7 +33,7 @@ from dist_utils import print0, restarted, unwrap
 from modeling.adapters import read_settings
 from modeling.loading import weights_hash
 from modeling.lora import load_lora, lora_differences, save_adapter
-from training.compatibility import setting_differences, unknown_settings, with_defaults
+from training.compatibility import plan_difference, setting_differences, unknown_settings, with_defaults
 from training.model_card import model_card
 from training.progress import Progress, unfinished
 from training.settings import path_problem
@@ -254,14 +254,18 @@ def read_state(folder: Path) -> dict:
 def find_checkpoint(choice: str, output: Path, identity: dict) -> Path | None:
     """The checkpoint that --resume names; for "auto" the newest undamaged one. None when there is none yet.
 
-    Raises InputError when the named one or all are damaged, or belong to a run that would learn something else.
+    Raises InputError when the named one or all are damaged, or belong to a run that would learn something else, or to
+    one that another version planned.
     """
     folders = {"none": [], "auto": checkpoints(output)}.get(choice, [Path(choice)])
     for folder in reversed(folders):  # a damaged one costs the steps since the one before it
         if problem := damage(folder):
             print0(f"warning: {folder} is damaged and not used: {problem}")
             continue
-        if changed := setting_differences(read_manifest(folder)["identity"], identity):
+        before = read_manifest(folder)["identity"]
+        if problem := plan_difference(folder, before):
+            raise InputError(problem)
+        if changed := setting_differences(before, identity):
             raise InputError("\n  ".join([f"{folder} can't be resumed, the run has changed:", *changed]))
         return folder
     if folders:

@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import MISSING, asdict, fields
+from pathlib import Path
 
 from common import quote
 from inputs.images import ImageSettings
 from training.settings import build_parser
 
 ADDED = {"image_settings"}  # to the settings in state.pt, beside the flags
+# Raised with every change to which trees form a step, or to the place that a dropout mask is drawn from. 1, which no
+# checkpoint names: steps were packed before ranks shared them, and masks drawn for each micro-batch.
+PLAN_VERSION = 2
 
 
 def flag_defaults() -> dict:
@@ -35,6 +39,18 @@ def unknown_settings(settings: dict) -> list[str]:
     found = {name: value for name, value in settings.items() if name not in flag_defaults().keys() | ADDED}
     found |= {f"image {name}": value for name, value in settings["image_settings"].items() if name not in known}
     return [f"{name} = {quote(value)}" for name, value in found.items() if value]
+
+
+def plan_difference(folder: Path, before: dict) -> str:
+    """Why no run can go on from a checkpoint whose identity is `before`; empty where its version planned as this one
+    does."""
+    if before.get("plan version") == PLAN_VERSION:
+        return ""
+    return (
+        f"{folder} can't be resumed: another version began its run, which forms steps of other trees and draws other "
+        "dropout masks. Finish it with that version, or start a new run from its weights: another --output and "
+        f"--init-from {folder}. eval.py and merge.py take it as before"
+    )
 
 
 def setting_differences(before: dict, now: dict) -> list[str]:

@@ -23,8 +23,8 @@ from training.progress import Progress
 from trees import StepFacts
 
 # Sums over the steps since the last line. Losses, weight (of answer tokens) and the last gradient norm leave out
-# steps that were skipped.
-SUMS = {"losses": 0.0, "weight": 0.0, "grad_norm": 0.0, "questions": 0, "images": 0}
+# steps that were skipped. Cost and what was paid for it: see StepFacts.
+SUMS = {"losses": 0.0, "weight": 0.0, "grad_norm": 0.0, "questions": 0, "images": 0, "cost": 0.0, "paid": 0.0}
 RATES = {"questions": 0, "tokens": 0, "flops": 0.0, "waited": 0.0}  # summed up since the clock was last reset
 BAR_SECONDS = 1, 30  # between updates of the bar on a terminal, and in a log, which keeps every one
 BAR_COLUMNS = 100  # or those of a narrower terminal
@@ -83,6 +83,7 @@ class Metrics:
         self.output, self.steps, self.steps_per_epoch = output, steps, steps_per_epoch
         self.gpu, self.ranks, self.trackers = gpu, ranks, trackers
         self.first_step, self.last_line = progress.step, None
+        self.cost = self.paid = 0.0  # of the steps of this start
         progress.sums = SUMS | {"skipped": 0} | progress.sums
         if ranks.is_main:
             with writing(f"--output: can't write to {output}"):
@@ -129,15 +130,17 @@ class Metrics:
             sums["grad_norm"] = grad_norm
         else:
             sums["skipped"] += 1
-        sums["questions"] += facts.questions
-        sums["images"] += facts.images
+        for name in ("questions", "images", "cost", "paid"):
+            sums[name] += getattr(facts, name)
+        self.cost, self.paid = self.cost + facts.cost, self.paid + facts.paid
         now = {"questions": facts.questions, "tokens": facts.tokens, "flops": facts.flops, "waited": waited}
         self.rates = {name: value + now[name] for name, value in self.rates.items()}
         self.bar.update(1)
         if not is_logged or not sums["weight"]:
             return
         line = {"loss": sums["losses"] / sums["weight"], "grad_norm": sums["grad_norm"], "lr": lr} | self._speed()
-        line |= {"skipped": sums["skipped"], "epoch": progress.step / self.steps_per_epoch}
+        line |= {"rank_efficiency": sums["cost"] / sums["paid"], "skipped": sums["skipped"]}
+        line["epoch"] = progress.step / self.steps_per_epoch
         shown = f"loss {line['loss']:.3g}, lr {lr:.2g}, {line['questions_per_s']:.3g} questions/s"
         self.bar.set_postfix_str(shown, refresh=False)
         line |= {"event": "train", "step": progress.step, "questions": sums["questions"], "images": sums["images"]}

@@ -24,6 +24,7 @@ from modeling.loading import fingerprint, resolve_model, weights_hash
 from modeling.lora import lora_differences
 from modeling.targets import names_vision
 from training.checkpoints import find_checkpoint, size_and_sum, warn_of_other_base
+from training.compatibility import PLAN_VERSION
 from training.costs import tree_counter, uncounted
 from training.description import describe_data
 from training.plan import GIB, empty_model, make_job, report
@@ -193,4 +194,4 @@ def identify(args, images: ImageSettings, train: VQAData, val: VQAData | None, m
         facts["first weights"] = ""
     elif adapter.is_file():  # a run that is resumed can do without it
         facts["first weights"] = size_and_sum(adapter)["sha256"][:16]
-    return facts | {"base model": fingerprint(model_folder)}
+    return facts | {"base model": fingerprint(model_folder), "plan version": PLAN_VERSION}

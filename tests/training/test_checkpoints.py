@@ -13,9 +13,10 @@ from pathlib import Path
 import faults
 import pytest
 import sweep_full_disk
+import tiny
 import torch
 from faults import arguments, at_step, clean, copy_until, truncate
-from runs import Run, same
+from runs import Run, adapter, losses, same
 
 import train
 from common import InputError
@@ -265,6 +266,21 @@ def test_settings_that_do_not_change_the_result_may_change(world, undisturbed, t
     model = shutil.copytree(world / "model", tmp_path / "moved")
     assert train.main(arguments(world, output, workers=1, keep=2, save_every=3, model=model)) == 0
     assert same(output, undisturbed)
+
+
+def test_a_run_goes_on_with_other_micro_batches_and_the_same_losses(world, undisturbed, tmp_path, monkeypatch):
+    output, counts, real = copy_until(undisturbed, 2, tmp_path / "out"), [], train.train_step
+
+    def train_step(model, optimizer, micro_batches, *rest):
+        counts.append(len(micro_batches))
+        return real(model, optimizer, micro_batches, *rest)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    assert train.main(arguments(world, output, max_tokens=200)) == 0
+    assert len(counts) == 4 and max(counts) > 1  # at 700 tokens each of these steps is one micro-batch
+    for resumed, expected in zip(losses(output), losses(undisturbed), strict=True):
+        assert resumed[:2] == expected[:2] and resumed[2] == pytest.approx(expected[2], rel=1e-4)
+    assert tiny.relative_error(adapter(output), adapter(undisturbed)) < 1e-2
 
 
 def test_another_base_model_is_refused(world, undisturbed, tmp_path):

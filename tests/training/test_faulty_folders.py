@@ -22,6 +22,7 @@ from common import PARTIAL, InputError, lock_folder
 from inputs.refused import stop_or_skip_bad
 from inputs.rows import BadRow
 from training import checkpoints, settings
+from training.compatibility import PLAN_VERSION
 from training.metrics import read_metrics
 from training.progress import Progress
 
@@ -284,20 +285,44 @@ def new_flag(monkeypatch):
     monkeypatch.setattr("training.compatibility.build_parser", build_parser)
 
 
-def test_a_checkpoint_of_the_first_release_resumes_whatever_flags_were_added(world, undisturbed, tmp_path, new_flag):
+def test_a_checkpoint_resumes_whatever_flags_were_added_since(world, undisturbed, tmp_path, new_flag):
     output = copy_until(undisturbed, 4, tmp_path / "out")
-    as_of_first_release(output / "checkpoint-000004")
+    assert "invented" not in checkpoints.read_manifest(output / "checkpoint-000004")["identity"]
     with pytest.raises(InputError, match="the run has changed:\n  invented: was 0, is now 3$"):
         train.main(arguments(world, output, invented=3))
     assert train.main(arguments(world, output)) == 0
     assert same(output, undisturbed)
 
 
-def test_a_checkpoint_s_settings_have_the_defaults_of_flags_that_were_added(undisturbed, tmp_path, new_flag):
-    folder = copy_until(undisturbed, 2, tmp_path / "out") / "checkpoint-000002"
+@pytest.mark.parametrize("version", [None, 1, PLAN_VERSION + 1])  # None: as the first release wrote it
+def test_a_run_that_another_version_planned_is_refused_with_the_reason_once(world, undisturbed, tmp_path, version):
+    output = copy_until(undisturbed, 2, tmp_path / "out")
+    folder = output / "checkpoint-000002"
+    if version is None:
+        as_of_first_release(folder)
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["identity"]["plan version"] = version
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    for settings_now in ({}, {"lr": 0.03, "seed": 1, "lora_r": 4}):  # no list of differences comes with it
+        with pytest.raises(InputError) as refused:
+            train.main(arguments(world, output, **settings_now))
+        reason, *more = str(refused.value).split(": another version began its run, ")
+        assert reason == f"{folder} can't be resumed" and len(more) == 1 and "\n" not in more[0]
+        assert "steps of other trees" in more[0] and f"--init-from {folder}. eval.py and merge.py" in more[0]
+
+
+def test_a_checkpoint_of_the_first_release_starts_a_new_run_and_is_evaluated_and_merged(
+    world, undisturbed, tmp_path, capsys, new_flag
+):
+    folder = copy_until(undisturbed, 2, tmp_path / "old") / "checkpoint-000002"
     as_of_first_release(folder)
-    run = checkpoints.read_state(folder)["settings"]
-    assert run["invented"] == 0 and run["image_settings"]["window_size"] == 0 and run["lora_r"] == 16
+    assert train.main(arguments(world, tmp_path / "new", init_from=folder, max_steps=1, eval_every=0)) == 0
+    assert f"LoRA starts from the weights of {folder}" in capsys.readouterr().out
+    found, state = checkpoints.find_adapter(str(folder), "")  # as eval.py and merge.py do
+    run = state["settings"]
+    assert found == folder and run["invented"] == 0 and run["image_settings"]["window_size"] == 0
+    assert run["lora_r"] == 16 and run["max_tokens"] == 700
 
 
 def test_settings_that_only_a_newer_version_knows_are_named(world, undisturbed, tmp_path, capsys):

@@ -17,6 +17,7 @@ import tiny
 import torch
 from runs import arguments, lines
 from steps import whole
+from test_trees import make_samples
 from transformers import AutoConfig
 
 import train
@@ -32,10 +33,10 @@ from training.gpus import Gpu
 from training.metrics import Metrics, read_metrics
 from training.progress import Progress
 from training.settings import parse_settings
-from trees import Assignment, PlanSettings, StepFacts, StepSampler, make_plan
+from trees import Assignment, PlanSettings, StepFacts, StepSampler, cost_of, make_plan, rank_efficiency
 
 FIELDS = {"event", "step", "loss", "grad_norm", "lr", "questions", "images", "questions_per_s", "tokens_per_s"}
-FIELDS |= {"tflops_per_gpu", "data_wait", "skipped", "epoch", "eta_s"}
+FIELDS |= {"tflops_per_gpu", "data_wait", "rank_efficiency", "skipped", "epoch", "eta_s"}
 FACTS = StepFacts(0, questions=8, images=2, answer_weight=10, tokens=500, flops=3e12)
 
 
@@ -99,6 +100,7 @@ def test_a_run_s_lines_have_every_number_and_its_bar_the_main_ones(world, tmp_pa
     assert curves_line == f"curves: {tmp_path / 'out' / 'curves.svg'}"
     assert next_command.endswith(f"eval.py --ckpt {tmp_path / 'out'}")
     bar = printed.err.splitlines()[-1]
+    assert " on 1 ranks" not in printed.out and {line["rank_efficiency"] for line in written} == {1.0}
     assert re.search(r" 6/6 \[\d\d:\d\d<00:00, loss [\d.]+, lr [\d.e-]+, [\d.e+]+ questions/s\]$", bar)
     sampler = sampler_of(world)  # the speeds of a line share one duration
     steps = {}
@@ -167,7 +169,7 @@ def test_speeds_of_a_step_are_those_worked_out_by_hand(world, make, world_size):
 def test_operations_that_are_not_known_are_left_out(world, make):
     config = AutoConfig.from_pretrained(world / "model")
     samples = tiny.load_world(world)[0].samples
-    sampler = StepSampler(samples, PlanSettings(8, 0, 700, seed=0), 0, 1, tree_counter(config, samples, known=False))
+    sampler = StepSampler(samples, PlanSettings(8, 0, seed=0), 700, 0, 1, tree_counter(config, samples, known=False))
     facts = next(iter(sampler)).step
     assert facts.flops == 0 < facts.tokens
     line = take(make(gpu=Gpu((), 80, 1)), 1, facts=facts)
@@ -194,6 +196,52 @@ def test_set_up_evaluations_and_saves_take_from_the_time_left_and_not_from_the_s
     written = lines(tmp_path / "out", "train")
     assert all(line["questions_per_s"] > 1e3 / long for line in written)
     assert written[1]["eta_s"] < long < written[2]["eta_s"]  # the first evaluation follows step 2
+
+
+def test_rank_efficiency_is_what_a_line_s_steps_cost_over_what_ranks_paid_also_over_a_stop(make):
+    good, poor = (replace(FACTS, cost=cost, paid=paid) for cost, paid in ((6.0, 8.0), (3.0, 10.0)))
+    run_metrics = make(world_size=2)
+    take(run_metrics, 1, facts=good, last=False)
+    resumed = make({"step": 1, "sums": run_metrics.progress.sums}, world_size=2)
+    take(resumed, 2, loss=float("nan"), facts=poor, last=False)  # a skipped step is paid for too
+    assert take(resumed, 3, facts=replace(FACTS, cost=1.0, paid=7.0))["rank_efficiency"] == 0.4  # 10 of 25
+    assert take(resumed, 4, facts=good)["rank_efficiency"] == 0.75
+    assert (resumed.cost, resumed.paid) == (10, 25)  # without the step before the stop
+
+
+def test_a_step_costs_its_trees_once_and_ranks_pay_for_the_busiest_of_them(world, on_two_ranks):
+    samples, settings = tiny.load_world(world)[0].samples, PlanSettings(8, 0, seed=0)
+    by_rank = []
+    for rank in (0, 1):
+        work = list(StepSampler(samples, settings, 9999, rank, 2))
+        by_rank.append([sum(cost_of(w.trees) for w in work if w.step.number == step) for step in range(5)])
+        facts = {w.step.number: w.step for w in work}
+    plan = make_plan(samples, settings, 0)
+    for step, costs in enumerate(zip(*by_rank)):
+        assert facts[step].cost == pytest.approx(sum(tree.cost for tree in plan[step]))
+        assert facts[step].paid == pytest.approx(2 * max(costs))
+    assert facts[4].questions == 1 and facts[4].cost / facts[4].paid == 0.5  # one of the two ranks waits
+
+    written, steps = lines(on_two_ranks, "train"), [*plan, make_plan(samples, settings, 1)[0]]
+    assert [line["rank_efficiency"] for line in written] == pytest.approx([rank_efficiency([s], 2) for s in steps])
+    told = f"rank efficiency {rank_efficiency(steps, 2):.0%} on 2 ranks\n"
+    assert (on_two_ranks.parent / "log").read_text().count(told) == 1
+
+
+def test_a_run_whose_ranks_waited_names_the_batch_size_that_would_keep_them_busy():
+    """Equal trees of one branch: four of them keep half of eight ranks busy."""
+    prepared = SimpleNamespace(train=SimpleNamespace(samples=make_samples(160, 1)))
+
+    def told(cost: float, paid: float, batch_size: int) -> str:
+        args = parse_settings([f"--batch-size={batch_size}"])
+        ranks, counted = SimpleNamespace(world_size=8), SimpleNamespace(cost=cost, paid=paid)
+        return train.efficiency_line(SimpleNamespace(args=args, ranks=ranks, metrics=counted, prepared=prepared))
+
+    remedy = "at 8 GPUs --batch-size 8 would use 100% of them, 4 uses 50%"
+    learning = "what batch size does to learning: docs/grouping.md"
+    assert told(4.0, 8.0, 4) == f"rank efficiency 50% on 8 ranks; {remedy}; {learning}"
+    assert told(4.0, 8.0, 16) == "rank efficiency 50% on 8 ranks"  # no larger one would be better
+    assert told(9.0, 10.0, 4) == "rank efficiency 90% on 8 ranks"  # enough
 
 
 def test_skipped_steps_are_counted_over_lines_and_starts(make):
