@@ -46,7 +46,8 @@ def compile_layers(model: PeftModel, memory_budget: float, backend: str = "induc
     """
     torch._dynamo.reset()  # drops what was compiled for a budget that did not fit
     torch._functorch.config.activation_memory_budget = memory_budget
-    # By default the partitioner keeps LoRA's inputs after dropout: a quarter of what is kept, though cheap to redo.
+    # By default the partitioner keeps LoRA's inputs after dropout, and masks: cheap to redo, and over a third of all.
+    torch._functorch.config.ban_recompute_long_fusible_chains = False
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._functorch.config.ban_recompute_used_far_apart = False
     torch._functorch.config.is_non_builtin_to_include = True  # `lora_linear` costs as much as the product inside it
