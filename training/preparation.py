@@ -84,7 +84,7 @@ def prepare(
     val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
     cache = cache_at(Path(args.vision_cache), config, dtype) if args.vision_cache else None
     # Training's workers go on during an evaluation.
-    parts = [(train, [bounds.most_patches, bounds.most_answers]), (val, val_batches)]
+    parts = [(train, [bounds.largest]), (val, val_batches)]
     dist_utils.from_rank0(lambda: check_shared_memory(parts, images, args.workers, cache))
     steps = count_steps(args, len(sampler), args.epochs)
     base_weights = dist_utils.from_rank0(lambda: weights_hash(folder))

@@ -1,0 +1,188 @@
+"""The rehearsal: no micro-batch of a run is larger than its bounds, and a micro-batch that reaches them runs first."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from steps import ALONE
+
+import trees
+from common import InputError
+from data import Sample, TreeDataset
+from training.rehearsal import largest_batch, micro_batch_bounds, rehearse_step
+from trees import PlanSettings, StepSampler, tree_shape
+
+IMAGE, START, END = 1, 2, 3
+
+
+def make_sample(number: int, images: list[tuple], prompt: list[int], answer: int, later: tuple | None = None) -> Sample:
+    """A question about images (name, tokens) with `answer` answer tokens. `later`: an image shown after that answer,
+    and the number of tokens of a second answer."""
+    ids, weights = [START, *[IMAGE] * len(images), *prompt, *[END] * answer], None
+    weights = [0.0] * (len(ids) - answer) + [1.0] * answer
+    if later:
+        images = [*images, later[0]]
+        ids, weights = ids + [IMAGE, 9] + [END] * later[1], weights + [0.0] * 2 + [1.0] * later[1]
+    ids = np.array(ids, np.int32)
+    names, tokens = zip(*images) if images else ((), ())
+    image_at, patches = tuple(np.flatnonzero(ids == IMAGE).tolist()), tuple(4 * count for count in tokens)
+    last = len(ids) - (later[1] if later else answer)
+    return Sample(f"{number}", "", names, ids, np.array(weights), last, image_at, tokens, patches, {})
+
+
+def random_data(random: np.random.Generator) -> list[Sample]:
+    """Rows with one image, two or none, and with an image after a first answer; 1 to 17 questions about an image, many
+    of which begin alike; short and long prompts and answers, in one file or two."""
+    samples, longest = [], random.choice([8, 300])
+    for group in range(random.integers(1, 12)):
+        kind = random.choice(["one", "one", "one", "two", "none", "later"])
+        images = [(f"{group} {n}", int(random.integers(1, longest))) for n in range({"none": 0, "two": 2}.get(kind, 1))]
+        later = ((f"{group} later", int(random.integers(1, longest))), int(random.integers(1, 9)))
+        file = int(random.integers(2))
+        for _ in range(random.integers(1, 18)):
+            prompt = [5] * random.integers(1, 9) + random.integers(5, 9, random.choice([2, 40])).tolist()
+            answer = int(random.integers(1, random.choice([3, 60])))
+            sample = make_sample(len(samples), images, prompt, answer, later if kind == "later" else None)
+            samples.append(replace(sample, file=file))
+    return samples
+
+
+def size(samples: list[Sample], trees) -> tuple[int, int, int]:
+    """Tokens, patches and answer tokens of a micro-batch."""
+    patches = answers = 0
+    for tree in trees:
+        chosen = [samples[index] for index in tree.samples]
+        patches += sum(chosen[k].patches[image] for k, image in tree_shape(chosen, tree.prefix_ids).encoded)
+        answers += sum(int(sample.trained.sum()) for sample in chosen)
+    return sum(tree.tokens for tree in trees), patches, answers
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Plan and share out once for all ranks, from few draws: bounds hold for any."""
+    plan_steps, plans = trees.plan_steps, {}
+
+    def plan_once(samples, settings, epoch, groups):
+        if (settings, epoch) not in plans:
+            plans[settings, epoch] = list(plan_steps(samples, settings, epoch, groups))
+        return plans[settings, epoch]
+
+    monkeypatch.setattr("trees.DRAWS", 2)
+    monkeypatch.setattr("trees.share_out", lru_cache(trees.share_out))
+    monkeypatch.setattr("trees.plan_steps", plan_once)
+
+
+def sizes(samples, settings, max_tokens, ranks, epochs=2) -> np.ndarray:
+    """(micro-batches, 3) sizes of all micro-batches of all ranks."""
+    found = []
+    for rank in range(ranks):
+        sampler = StepSampler(samples, settings, max_tokens, rank, ranks)
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            found += [size(samples, assignment.trees) for assignment in sampler]
+    return np.array(found)
+
+
+def limits(bounds) -> np.ndarray:
+    return np.array([bounds.tokens, bounds.patches, bounds.answers])
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_no_micro_batch_of_any_rank_and_epoch_is_larger_than_the_bounds(quick, seed):
+    random = np.random.default_rng(seed)
+    samples, ranks = random_data(random), int(random.choice([1, 2, 3, 5, 8, 16]))
+    weights = tuple(random.choice([0.4, 1.0, 2.5], 2).tolist()) if random.random() < 0.5 else ()
+    settings = PlanSettings(int(random.choice([1, 4, 16, 64])), int(random.choice([0, 0, 1, 3])), seed, weights)
+    max_tokens = int(max(sample.tokens for sample in samples) * random.choice([1, 1.5, 4, 20]))
+    bounds = micro_batch_bounds(samples, settings, max_tokens)
+    assert np.all(sizes(samples, settings, max_tokens, ranks) <= limits(bounds)), bounds
+    tokens, patches, _ = size(samples, bounds.largest)
+    assert tokens <= bounds.tokens <= max_tokens and patches == bounds.patches
+
+
+def test_bounds_of_a_few_samples():
+    short = [make_sample(n, [], [n + 5, 7], 9) for n in range(20)]  # 12 tokens
+    plain = make_sample(0, [("a.png", 90)], [5] * 5, 4)  # 100 tokens
+    larger = make_sample(0, [("b.png", 92)], [5] * 3, 4)  # as many tokens with a larger image
+    for samples, batch_size, weights, expected in (
+        ([plain], 1, (), (100, 360, 4)),
+        ([plain], 3, (3.0,), (300, 1080, 12)),  # it comes three times per epoch
+        ([plain, larger], 1, (), (100, 368, 4)),
+        ([larger, plain], 1, (), (100, 368, 4)),
+        ([plain, *short], 1, (), (100, 360, 9)),  # a step has one question
+    ):
+        assert tuple(limits(micro_batch_bounds(samples, PlanSettings(batch_size, 0, 0, weights), 999))) == expected
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4])
+def test_bounds_of_equal_images_are_nearly_reached(quick, limit):
+    """9 questions of 195 tokens about images of 2,700. What never comes would take memory, and so time, for nothing."""
+    prompts = np.random.default_rng(0).integers(5, 999, (40 * 9, 188)).tolist()
+    samples = [make_sample(n, [(f"{n // 9}", 2700)], prompt, 5) for n, prompt in enumerate(prompts)]
+    settings = PlanSettings(96, limit, 0)
+    ratio = limits(micro_batch_bounds(samples, settings, 8192)) / sizes(samples, settings, 8192, 2).max(0)
+    assert np.all(ratio < (1.5, 1.01, 2.2))
+
+
+# ------------------------------------------------------------------------------------------------------- the rehearsal
+
+
+def rehearsal(world, **lora) -> tuple:
+    """Model, data set and bounds as train.py has them."""
+    data, dataset = tiny.load_world(world)
+    bounds = micro_batch_bounds(data.samples, PlanSettings(8, 0, 0), 700)
+    return tiny.lora_model(world, **lora), TreeDataset(data, dataset.settings, at_least=bounds.tokens), bounds
+
+
+def rehearse(model, dataset, bounds) -> None:
+    rehearse_step(model, torch.optim.SGD(model.parameters()), dataset, bounds, ALONE, torch.float32, [])
+
+
+def without_images(folder):
+    rows = [{"question": f"What is finding {n}?", "answer": "a growth " * n} for n in range(1, 9)]
+    return tiny.write_world(folder, rows)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_the_rehearsed_micro_batch_reaches_all_bounds(world, tmp_path, images):
+    _, dataset, bounds = rehearsal(world if images else without_images(tmp_path / "world"))
+    batch = largest_batch(dataset, bounds)
+    assert (len(batch.ids), len(batch.patches), len(batch.targets)) == tuple(limits(bounds))
+    assert len(batch.answer_at) == len(batch.weights) == len(batch.question) and bool(len(batch.patches)) is images
+
+
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("targets", ["q_proj,down_proj", "q_proj,vision,merger"])
+def test_a_rehearsal_gives_each_trained_weight_a_gradient_and_leaves_nothing(world, tmp_path, images, targets, capfd):
+    """Also where the vision tower is trained and no row has an image."""
+    run = rehearsal(world if images else without_images(tmp_path / "world"), targets=targets)
+    before = {name: weight.clone() for name, weight in run[0].state_dict().items()}
+    rehearse(*run)
+    assert all(torch.equal(weight, before[name]) for name, weight in run[0].state_dict().items())
+    assert all(weight.grad is None for weight in run[0].parameters())
+    tokens, patches, answers = limits(run[2])
+    line = (
+        f"rehearsed the largest micro-batch: {tokens:,} tokens, {patches:,} patches and {answers:,} answer tokens in "
+    )
+    assert line in capfd.readouterr().out
+
+
+def test_a_weight_without_a_gradient_stops_the_run(world):
+    model, *others = rehearsal(world)
+    model.model.spare = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"spare gets no finite gradient from rows.jsonl:\d+"):
+        rehearse(model, *others)
+
+
+def test_too_little_memory_is_told_with_the_settings_that_need_less(world, monkeypatch):
+    run = rehearsal(world)
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(run[0], "forward", out_of_memory)
+    with pytest.raises(InputError, match=", of .* tokens, .*, does not fit .*: lower --max-tokens, .* --max-pixels"):
+        rehearse(*run)
