@@ -128,7 +128,13 @@ def test_a_full_disk_ends_caching_and_nothing_else(world, tmp_path, monkeypatch,
 
 def test_a_run_learns_the_same_with_a_cache_and_the_next_one_needs_no_tower(world, tmp_path, monkeypatch, capfd):
     settings, runs, encode = {"batch-size": 16, "max-steps": 0, "epochs": 2}, ("plain", "filling", "filled"), []
-    monkeypatch.setattr(TreeModel, "encode_images", lambda *a, f=TreeModel.encode_images: encode.append(0) or f(*a))
+    encode_images = TreeModel.encode_images
+
+    def counted(model, batch):
+        encode.extend([0] * bool(len(batch.grid)))
+        return encode_images(model, batch)
+
+    monkeypatch.setattr(TreeModel, "encode_images", counted)
     for name in runs:
         encode.clear()
         cache = {"vision-cache": tmp_path / "cache"} if name != "plain" else {}

@@ -57,7 +57,8 @@ def test_numbering_trees_by_their_place_in_a_micro_batch_is_noticed(world, trees
 
 def test_any_number_of_ranks_has_the_gradients_of_one(world, monkeypatch):
     """Summed over the shares of 1 to 16 ranks, of which some cut trees and some are without work."""
-    monkeypatch.setattr("trees.IMAGE_COST", 0.0)  # such small images would not be encoded twice
+    for cost in ("IMAGE_COST", "MICRO_BATCH_COST"):  # such small trees would not be cut
+        monkeypatch.setattr(f"trees.{cost}", 0.0)
     data, _ = tiny.load_world(world)
     settings, results = PlanSettings(len(data.samples), 0, seed=3), {}
     for ranks, max_tokens in ((1, 9999), (2, 500), (4, 9999), (8, 700), (16, 9999)):
