@@ -153,16 +153,12 @@ def tree_shape(samples: list, prefix_ids: int) -> TreeShape:
 def group_numbers(samples: list) -> list[int]:
     """The number of each sample's group. Samples of a group can share a tree: they have the same images, all of them
     before the first answer that is trained, in the same rendering."""
-    numbers = {}
+    numbers, by_sample = {}, []
     for index, sample in enumerate(samples):
         end = sample.image_at[-1] + 1 if sample.images else 0
         can_share = sample.images and end < sample.before_answers
         key = (sample.images, sample.ids[:end].tobytes()) if can_share else index
-        numbers.setdefault(key, []).append(index)
-    by_sample = [0] * len(samples)
-    for number, indices in enumerate(numbers.values()):
-        for index in indices:
-            by_sample[index] = number
+        by_sample.append(numbers.setdefault(key, len(numbers)))
     return by_sample
 
 
@@ -280,8 +276,7 @@ def _best_draw(waiting: list[Tree], batch_size: int, random: np.random.Generator
 
 
 def _draw(questions: list[int], room: int, random: np.random.Generator) -> list[int]:
-    """Places of trees that have at most `room` questions together: random ones, with the first always among them, so
-    that none waits for long."""
+    """Places of trees of at most `room` questions together: the first, so that none waits for long, and random ones."""
     drawn = []
     for place in [0, *(1 + random.permutation(len(questions) - 1)).tolist()]:
         if questions[place] <= room:
@@ -428,8 +423,7 @@ class StepSampler(DistributedSampler):
         super().__init__(samples, num_replicas=world_size, rank=rank, seed=settings.seed)
         self.settings, self.max_tokens, self.tree_flops = settings, max_tokens, tree_flops
         self.questions = sum(count for _, count in questions_by_file(samples, settings))  # per epoch
-        self.groups = group_numbers(samples)
-        self.first_step = 0
+        self.groups, self.first_step = group_numbers(samples), 0
 
     def __iter__(self):
         # Every rank plans every step, a few milliseconds before it runs, so that none has to send it.
@@ -443,19 +437,13 @@ class StepSampler(DistributedSampler):
                 yield Assignment(batch, facts, in_loss=bool(share), last=place == len(batches))
 
     def _facts(self, step: Step, number: int, shares: list[MicroBatch]) -> StepFacts:
-        samples = [self.dataset[i] for tree in step for i in tree.samples]
         number += self.epoch * len(self)
-        return StepFacts(
-            number,
-            questions=len(samples),
-            images=len(step),
-            answer_weight=sum(float(sample.weights.sum()) for sample in samples),
-            tokens=sum(tree.tokens for tree in step),
-            flops=sum(map(self.tree_flops, step)),
-            cost=cost_of(step),
-            paid=self.num_replicas * busiest(shares),
-            seed=dropout_seed(self.settings.seed, number),
-        )
+        samples = [self.dataset[i] for tree in step for i in tree.samples]
+        weight = sum(float(sample.weights.sum()) for sample in samples)
+        tokens, flops = sum(tree.tokens for tree in step), sum(map(self.tree_flops, step))
+        cost, paid = cost_of(step), self.num_replicas * busiest(shares)
+        seed = dropout_seed(self.settings.seed, number)
+        return StepFacts(number, len(samples), len(step), weight, tokens, flops, cost, paid, seed)
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank (not micro-batches, whose number differs)."""

@@ -7,7 +7,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from data import scramble
+from inputs.positions import scramble
 
 # Layers of the same parent that get the same input share its masks, and the pass over it.
 SHARED_INPUTS = {name: "qkv" for name in ("q_proj", "k_proj", "v_proj")}
@@ -17,7 +17,7 @@ SHARED_INPUTS |= {name: "gate_up" for name in ("gate_proj", "up_proj")}
 class RowKeys:
     """What the masks of the rows that LoRA layers get now are drawn from."""
 
-    keys: torch.Tensor | None = None  # (rows,) int32: of tokens, patches or image tokens (see data.place_keys)
+    keys: torch.Tensor | None = None  # (rows,) int32: of tokens, patches or image tokens (see inputs.positions)
     of_image_tokens: torch.Tensor | None = None  # (I,) int32, for the mergers: each that of its first patch
 
 

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import model as model_file
-from data import build_batch, rotary_positions
+from data import build_batch
 from inputs.images import load_patches
+from inputs.positions import rotary_positions
 from modeling import attention as attention_file
 from trees import Assignment, PlanSettings, group_samples, grow_tree, make_plan, pack
 

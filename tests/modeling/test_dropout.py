@@ -8,7 +8,7 @@ import tiny
 import torch
 from steps import run_step, whole
 
-from data import place_keys
+from inputs.positions import place_keys
 from modeling.dropout import PlaceDropout, RowKeys
 from trees import PlanSettings, StepSampler, cut_to_fit, pack
 
