@@ -105,7 +105,7 @@ def test_two_ranks_end_like_one_and_eval_agrees_with_teacher_forcing(world, tmp_
     tracked = ["--tensorboard"] if find_spec("tensorboard") else []
     text = Run(arguments(world, output, **settings) + tracked, tmp_path / "log", ranks=2).succeed()
     assert len(list(output.glob("tensorboard/*"))) == len(tracked)  # by rank 0 alone
-    assert "⟦" in text and "rehearsed micro-batches of " in text and "q_proj" in text
+    assert "⟦" in text and "rehearsed the largest micro-batch: " in text and "q_proj" in text
     alone = tmp_path / "alone"
     train.main(arguments(world, alone, **settings | {"max-steps": 10}))
     losses, expected = ([line["loss"] for line in lines(folder, "train")] for folder in (output, alone))

@@ -389,6 +389,6 @@ def test_shared_memory_that_data_workers_would_fill_is_told_before_the_model_is_
     usage = SimpleNamespace(free=500_000)
     monkeypatch.setattr("training.shared_memory.shutil", SimpleNamespace(disk_usage=lambda _: usage))
     with pytest.raises(
-        InputError, match=r"has 0.5 MiB free, and the batches of --workers 4 may take \d: give --workers"
+        InputError, match=r"has 0.5 MiB free, and the batches of --workers 4 may take \d+: give --workers"
     ):
         train.main(arguments(world, tmp_path / "out", workers=4))
