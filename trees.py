@@ -431,7 +431,7 @@ class StepSampler(DistributedSampler):
         for number, step in islice(enumerate(steps), self.first_step, None):
             shares = share_out(step, self.num_replicas)
             facts, share = self._facts(step, number, shares), shares[self.rank]
-            # A rank without work joins the all-reduce with the cheapest branch of the cheapest tree.
+            # A rank without work joins the all-reduce with one branch of the cheapest tree.
             batches = pack(share or [step[-1].part(0, 1)], self.max_tokens)
             for place, batch in enumerate(batches, start=1):
                 yield Assignment(batch, facts, in_loss=bool(share), last=place == len(batches))
