@@ -306,5 +306,5 @@ def no_sync(module: torch.nn.Module, skip: bool):
 
 
 def seed_torch(*numbers: int) -> None:
-    """Seed torch from whole numbers such as (seed, step, micro-batch), never from a rank."""
+    """Seed torch from whole numbers, never from a rank."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

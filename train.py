@@ -172,7 +172,7 @@ def build_model(
 
 
 def rehearse(run: Run, progress: Progress, budgets: list[float]) -> None:
-    """Try the largest micro-batches, a save and an evaluation of a few samples: none fails for the first time later."""
+    """Try the largest micro-batch, a save and an evaluation of a few samples: none fails for the first time later."""
     prepared, ranks = run.prepared, run.ranks
     # Without the cache: the tower runs.
     dataset = TreeDataset(prepared.train, prepared.images, padding(ranks.device), at_least=prepared.bounds.tokens)
