@@ -3,6 +3,7 @@ folder whole or not at all, and locks."""
 
 import errno
 import fcntl
+import gc
 import os
 import re
 import shutil
@@ -112,6 +113,19 @@ def writing(place: str):
 def is_text(path: Path | str) -> bool:
     """Whether a path can be written into files and messages: names on a disk may hold bytes that are not UTF-8."""
     return not any(0xD800 <= ord(character) < 0xE000 for character in str(path))  # as which Python reads such bytes
+
+
+@contextmanager
+def collector_paused():
+    """Collect no garbage in this block, and leave what it makes out of all later collections. Rows become millions of
+    objects without cycles: a pass over them takes seconds, and in a forked data worker it copies their memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # --------------------------------------------------------------------------------------------------------------- locks

@@ -9,7 +9,8 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from itertools import islice
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import dist_utils
 from common import quote
-from inputs import prompts
-from inputs.images import ImageSettings, check_images, checked_grid, find_images, load_patches, vision_inputs
+from inputs.images import ImageSettings, check_images, checked_grid, find_image, load_patches, vision_inputs
 from inputs.positions import place_keys, rotary_positions
-from inputs.row_files import distinct_names, read_rows
+from inputs.row_files import distinct_names, iterate_rows
 from inputs.rows import BadRow, Row
-from inputs.unread import refuse_unread_images, unread_fields
+from inputs.texts import Text, TextEncoder
+from inputs.unread import image_finder, note_unread, refuse_unread_images
 from inputs.vision_cache import VisionCache
 from trees import Assignment, tree_shape
 
@@ -31,9 +32,12 @@ FLEX_BLOCK = 128  # tokens per FlexAttention block; a batch on a GPU is padded t
 STALLED_AFTER = 300  # seconds without a batch after which a data worker counts as stalled
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
-    """One question with its answer. `ids` has one image token per image; `_expand` repeats each as the image needs."""
+    """One question with its answer. `ids` has one image token per image; `_expand` repeats each as the image needs.
+
+    Samples share what is equal, arrays, tuples and `fields`: nothing may change these in place.
+    """
 
     id: str
     where: str  # file:line
@@ -76,7 +80,8 @@ class VQAData:
     grids: dict[str, tuple[int, int]]  # patches (down, across) of every image
     bad: list[BadRow] = field(default_factory=list)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # (height, width) of every image before resizing
-    unread: dict[int, dict[str, list[str]]] = field(default_factory=dict)  # file -> field that nothing reads -> places
+    # file -> field that nothing reads -> rows that have it, and the place of the first
+    unread: dict[int, dict[str, tuple[int, str]]] = field(default_factory=dict)
 
     def only(self, samples: list[Sample]) -> "VQAData":
         """These samples and their images."""
@@ -87,7 +92,7 @@ class VQAData:
     def of_files(self, first: int, end: int) -> "VQAData":
         """The samples and bad rows of files `first` to `end` - 1, as if no other file had been read."""
         samples, bad = (
-            [replace(row, file=row.file - first) for row in rows if first <= row.file < end]
+            [replace(row, file=row.file - first) if first else row for row in rows if first <= row.file < end]
             for rows in (self.samples, self.bad)
         )
         unread = {file - first: places for file, places in self.unread.items() if first <= file < end}
@@ -99,9 +104,10 @@ class VQAData:
         Checkpoints hold it: a run whose fingerprint differs is not resumed.
         """
         digest = hashlib.sha256()
+        named = {image: (os.path.relpath(image, folder), grid) for image, grid in self.grids.items()}
         for sample in self.samples:
             digest.update(sample.ids.tobytes() + sample.trained.tobytes())
-            images = [(os.path.relpath(image, folder), self.grids[image]) for image in sample.images]
+            images = [named[image] for image in sample.images]
             first, *others = dict.fromkeys(sample.weights[sample.trained].tolist())
             digest.update(repr([sample.file, first, *images]).encode())
             if others:  # not where a row has one weight, as all rows had when the first checkpoints were written
@@ -116,18 +122,13 @@ def load_data(
     files: list[str], images_dir: str, tokenizer, settings: ImageSettings, max_tokens: int, **options
 ) -> VQAData:
     """Read files of rows and encode them (see `encode_rows`). Raises InputError when a file can't be read."""
-    rows, bad = [], []
-    for number, (path, name) in enumerate(zip(files, distinct_names(files))):
-        usable, unusable = read_rows(Path(path), name)
-        for row in (*usable, *unusable):
-            row.file = number
-        rows += usable
-        bad += unusable
-    return encode_rows(rows, images_dir, tokenizer, settings, max_tokens, files=files, bad=bad, **options)
+    names = enumerate(zip(files, distinct_names(files)))
+    rows = chain.from_iterable(iterate_rows(Path(path), name, number) for number, (path, name) in names)
+    return encode_rows(rows, images_dir, tokenizer, settings, max_tokens, files=files, **options)
 
 
 def encode_rows(
-    rows: list[Row],
+    rows: Iterable[Row | BadRow],
     images_dir: str,
     tokenizer,
     settings: ImageSettings,
@@ -139,80 +140,77 @@ def encode_rows(
     allow_outside_images: bool = False,
     headers_only: bool = False,
     files: Iterable[str] = (),
-    bad: Iterable[BadRow] = (),
 ) -> VQAData:
-    """Check the images of rows and tokenize their texts. Rows that can't be used join `bad`, each with its reason.
+    """Check the images of rows and tokenize their texts. Rows that can't be used are in `bad`, each with its reason.
 
     `max_tokens` limits a single sample. `system` is the system prompt of rows that have none. `prompt` is a template
     whose {question} is replaced by each question. `image_first` moves images before the text of their turn.
     `headers_only` reads the sizes of images and decodes none. Raises InputError when `system` or `prompt` holds a
     special token, and for a chat template that can't be trained on.
     """
-    special, end = prompts.special_tokens(tokenizer), prompts.end_of_turn(tokenizer)
-    bad, grids, listings = list(bad), {}, {}
-    prompts.refuse_special_settings(system, prompt, special)
+    encoder = TextEncoder(tokenizer, settings.has_box_tokens, system, prompt, image_first)
+    find = cache(lambda name: find_image(name, Path(images_dir), allow_outside_images))  # rows share images
+    find_unread = image_finder(Path(images_dir))
+    bad, grids, unread, shared = [], {}, {}, {}
 
-    def locate(row: Row) -> None:
-        row.images = find_images(row.images, Path(images_dir), allow_outside_images)
-        refuse_unread_images(row, Path(images_dir), listings)
-
-    def render(row: Row) -> list[tuple[str, float]]:
-        grids.update((image, checked_grid(image, sizes[image], settings)) for image in row.images)
-        if image_first:
-            row.messages = prompts.images_first(row.messages)
-        messages = prompts.fill_template(row.messages, prompt)
-        options = row.fields.get("options", [])
-        prompts.refuse_special_tokens(messages, options, special, settings.has_box_tokens)
-        return prompts.render_segments(messages, tokenizer, system, end)
-
-    located = [row for row, _ in _accept(rows, locate, bad)]
-    sizes = check_images(sorted({image for row in located for image in row.images}), headers_only)
-    rendered = _accept(located, render, bad)
-    token_ids = _token_ids({text for _, segments in rendered for text, _ in segments}, tokenizer)
-    samples, image_token = [], tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    for row, segments in rendered:
-        sample = _sample(row, segments, token_ids, image_token, grids, settings.merge_size)
-        if sample.tokens <= max_tokens:
-            samples.append(sample)
-        else:
-            limit = f"over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
-            bad.append(row.refused(f"{sample.tokens:,} tokens, {limit}"))
-    bad.sort(key=BadRow.place)
-    return VQAData(list(map(str, files)), [], grids, bad, sizes, unread_fields(rows)).only(samples)
-
-
-def _accept(rows: list[Row], function: Callable, bad: list[BadRow]) -> list[tuple]:
-    """(row, function(row)) of each row. A row for which the function raises ValueError joins `bad` instead."""
-    accepted = []
-    for row in rows:
+    def locate(row: Row) -> Text | ValueError:
+        images = tuple(map(find, row.images))
+        row.images = shared.setdefault(images, images)
+        row.fields = shared.setdefault(repr(row.fields), row.fields)
+        refuse_unread_images(row, Path(images_dir), find_unread)
         try:
-            accepted.append((row, function(row)))
+            return encoder.render(row.messages, row.fields.get("options", []))
         except ValueError as reason:
-            bad.append(row.refused(reason))
-    return accepted
+            return reason.with_traceback(None)  # told unless something is wrong with an image of the row, too
+
+    def finish(row: Row, text: Text | ValueError) -> Sample:
+        grids.update((image, checked_grid(image, sizes[image], settings)) for image in row.images if image not in grids)
+        if isinstance(text, ValueError):
+            raise text
+        sample = _sample(row, text, lengths(row.images))
+        if sample.tokens > max_tokens:
+            limit = f"over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
+            raise ValueError(f"{sample.tokens:,} tokens, {limit}")
+        return sample
+
+    located = []
+    for row in rows:
+        if isinstance(row, BadRow):
+            bad.append(row)
+            continue
+        note_unread(row, unread)
+        if text := _accept(bad, row, locate):
+            row.messages = row.unread = None  # two thirds of a row's memory
+            located.append((row, text))
+    sizes = check_images(sorted({image for row, _ in located for image in row.images}), headers_only)
+    lengths = cache(lambda images: _image_lengths(images, grids, settings.merge_size))
+    encoder.tokenize()
+    samples = [sample for row, text in located if (sample := _accept(bad, row, finish, text))]
+    bad.sort(key=BadRow.place)
+    return VQAData(list(map(str, files)), [], grids, bad, sizes, unread).only(samples)
 
 
-def _token_ids(texts: set[str], tokenizer) -> dict[str, list[int]]:
-    """Token ids by text. Many rows ask the same question, so each distinct text is tokenized once."""
-    texts = list(texts)
-    return dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []))
+def _accept(bad: list[BadRow], row: Row, function: Callable, *args):
+    """function(row, *args), or None where it raises ValueError: then the row joins `bad`."""
+    try:
+        return function(row, *args)
+    except ValueError as reason:
+        bad.append(row.refused(reason))
 
 
-def _sample(row: Row, segments: list, token_ids: dict, image_token: int, grids: dict, merge_size: int) -> Sample:
-    ids = np.concatenate([token_ids[text] for text, _ in segments]).astype(np.int32)
-    lengths = [len(token_ids[text]) for text, _ in segments]
+def _sample(row: Row, text: Text, lengths: dict[str, tuple[int, ...]]) -> Sample:
     return Sample(
-        id=str(row.fields["id"]),
+        id=row.id,
         where=row.where,
-        images=tuple(row.images),
-        ids=ids,
-        weights=np.repeat([weight for _, weight in segments], lengths),
-        last_answer=len(ids) - lengths[-1],
-        image_at=tuple(np.flatnonzero(ids == image_token).tolist()),
-        **_image_lengths(row.images, grids, merge_size),
+        images=row.images,
+        ids=text.ids,
+        weights=text.weights,
+        last_answer=text.last_answer,
+        image_at=text.image_at,
+        **lengths,
         fields=row.fields,
         file=row.file,
-        text_first=prompts.is_text_first(row.messages),
+        text_first=text.text_first,
     )
 
 
@@ -226,7 +224,8 @@ def at_limit(data: VQAData, settings: ImageSettings, max_pixels: int) -> VQAData
     """The samples that `load_data` would return with images of at most `max_pixels` pixels. Reads no file."""
     limited = replace(settings, min_pixels=min(settings.min_pixels, max_pixels), max_pixels=max_pixels)
     grids = {image: limited.grid(*size) for image, size in data.sizes.items()}
-    samples = [replace(sample, **_image_lengths(sample.images, grids, settings.merge_size)) for sample in data.samples]
+    lengths = cache(lambda images: _image_lengths(images, grids, settings.merge_size))
+    samples = [replace(sample, **lengths(sample.images)) for sample in data.samples]
     return replace(data, samples=samples, grids=grids)
 
 

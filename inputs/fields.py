@@ -84,7 +84,7 @@ class Fields:
         return dict(self.unread.pop(name) for name in [*filter(pattern.fullmatch, self.unread)])
 
 
-@dataclass
+@dataclass(slots=True)
 class Unread:
     """What nothing reads in a row."""
 

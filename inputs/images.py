@@ -98,16 +98,12 @@ class NoImage(ValueError):
         return f"image {quote(self.args[0])} {_absence(*self.args)}"
 
 
-def find_images(names: list[str], folder: Path, allow_outside: bool) -> list[str]:
-    """Paths of the images that a row names, from `folder`. A name may leave out its extension (see IMAGE_EXTENSIONS).
+def find_image(name: str, folder: Path, allow_outside: bool) -> str:
+    """The path of an image that a row names, from `folder`. A name may leave out its extension (see IMAGE_EXTENSIONS).
 
     Raises ValueError for an image that is missing, or that lies outside the folder where that is not allowed, also by
     way of a link.
     """
-    return [_find_image(name, folder, allow_outside) for name in names]
-
-
-def _find_image(name: str, folder: Path, allow_outside: bool) -> str:
     candidates = [folder / f"{name}{extension}" for extension in IMAGE_EXTENSIONS]
     # os.path.isfile, unlike Path.is_file, never raises, whatever a row says.
     path = Path(os.path.abspath(next(filter(os.path.isfile, candidates), candidates[0])))

@@ -8,6 +8,7 @@ from inputs.fields import PLACEHOLDER
 
 # Qwen2-VL's and Qwen2.5-VL's tokens around the name of an object and around its place.
 BOX_TOKEN = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")
+KNOWN_PROMPTS = 100_000  # remembered at most: tens of megabytes
 
 
 def special_tokens(tokenizer) -> list[str]:
@@ -131,9 +132,12 @@ def _render(messages: list[dict], tokenizer, **options) -> str:
         raise ValueError(f"the chat template fails: {' '.join(str(error).split())}") from None
 
 
-def render_segments(messages: list[dict], tokenizer, system: str, end: str) -> list[tuple[str, float]]:
+def render_segments(
+    messages: list[dict], tokenizer, system: str, end: str, known: dict[str, str]
+) -> list[tuple[str, float]]:
     """The chat template's text as (text, weight) segments: prompts have weight 0, answers, each with its end-of-turn
-    token `end`, that of their message. `system` is the system prompt of conversations that have none.
+    token `end`, that of their message. `system` is the system prompt of conversations that have none. `known` remembers
+    prompts from call to call: rows share questions, and rendering one takes a good part of a row's time.
 
     Raises ValueError if the template does not render a conversation as its prompt followed by its answer.
     """
@@ -143,8 +147,12 @@ def render_segments(messages: list[dict], tokenizer, system: str, end: str) -> l
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(messages[:number], tokenizer, add_generation_prompt=True)
-        full = _render(messages[: number + 1], tokenizer)
+        key = repr(messages[:number])
+        if key not in known:
+            if len(known) >= KNOWN_PROMPTS:
+                known.clear()
+            known[key] = _render(messages[:number], tokenizer, add_generation_prompt=True)
+        prompt, full = known[key], _render(messages[: number + 1], tokenizer)
         # What the template puts after the end-of-turn token, a line break for Qwen, is not part of the answer.
         stop = full.rfind(end) + len(end)
         if not prompt.startswith(rendered) or not full.startswith(prompt) or stop <= len(prompt):

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from common import InputError, replacing, writing
-from inputs.images import find_images
+from inputs.images import find_image
 from inputs.rows import BadRow
 
 EXAMPLES = 3  # rows listed for each reason
@@ -98,6 +98,6 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _has(folder: Path, name: str) -> bool:
     try:
-        return bool(find_images([name], folder, allow_outside=False))
+        return bool(find_image(name, folder, allow_outside=False))
     except ValueError:
         return False

@@ -1,9 +1,11 @@
 """Files of rows, JSON arrays, JSON lines or tables, read whole: which rows can be used, and which can't."""
 
 import codecs
+import io
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,25 +18,31 @@ EXCERPT = 80  # characters shown of what can't be read
 REST_UNREAD = "the rest of the file was not read"
 
 
-def read_rows(path: Path, shown_as: str = "") -> tuple[list[Row], list[BadRow]]:
-    """Usable and bad rows of a file that is a JSON array, JSON lines or a table; `shown_as` replaces the file's name in
-    places. Raises InputError when the file can't be read, or is of another kind."""
-    name = shown_as or path.name
+def iterate_rows(path: Path, shown_as: str = "", file: int = 0) -> Iterator[Row | BadRow]:
+    """Yield the usable and bad rows of a file that is a JSON array, JSON lines or a table, in their order. `shown_as`
+    replaces the file's name in places, and `file` is its number. Raises InputError when the file can't be read, or is
+    of another kind."""
+    name, empty = shown_as or path.name, True
     raw = _read_bytes(path)
-    good, bad = [], []
     for place, value, error in table_values(path, raw) if is_table(path, raw) else _json_values(path, raw):
-        where = f"{name}:{place}"
+        where, empty = f"{name}:{place}", False
         try:
             if error:
                 raise ValueError(error)
             row = parse_row(where, value)
+            row.file, row.written = file, value
         except (ValueError, RecursionError) as reason:
-            bad.append(BadRow(where, str(reason), value))
-        else:
-            row.written = value
-            good.append(row)
-    if not good and not bad:
-        bad.append(BadRow(f"{name}:1", "no rows in the file"))
+            row = BadRow(where, str(reason), value, file)
+        yield row
+    if empty:
+        yield BadRow(f"{name}:1", "no rows in the file", file=file)
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[BadRow]]:
+    """All usable rows of a file, and all bad ones: see `iterate_rows`."""
+    good, bad = [], []
+    for row in iterate_rows(path):
+        (bad if isinstance(row, BadRow) else good).append(row)
     return good, bad
 
 
@@ -91,7 +99,8 @@ def _json_values(path: Path, raw: bytes):
         yield from _array_values(raw)
         return
     _refuse_other_objects(path, raw)
-    for number, line in enumerate(raw.split(b"\n"), start=1):
+    for number, line in enumerate(io.BytesIO(raw), start=1):  # raw.split would take its memory twice
+        line = line.removesuffix(b"\n")
         if line.strip():
             try:
                 yield str(number), STRICT.decode(line.decode()), None

@@ -16,21 +16,23 @@ from inputs.options import take_answer, take_answers, take_options
 
 ROLES = {role: role for role in ("system", "user", "assistant")} | {"human": "user", "gpt": "assistant"}
 PARTS_OF_QUESTIONS = ("instruction", "input", "prompt", "query")  # by other programs, and not read here
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 LEAST, MOST = 1e-6, 1e6  # weights other than 0
 IMAGE_EXTENSION = re.compile(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", re.I)
 # Pictures in a text that other programs would show: ![a polyp](a.png)
 MARKDOWN_PICTURE = re.compile(r"!\[[^\]\n]*\]\(\s*([^)\s]+)[^)\n]*\)")
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """One usable row."""
 
+    id: str  # its own, or its place
     where: str  # file:line, and the row's number where several rows share a line
     messages: list[dict]  # {"role", "content": [{"type": "text", "text"} or {"type": "image"}]}; an assistant's has
     # "weight" too, that of its tokens in the loss: its turn's times the row's, 0 where it is not trained
     images: list[str]  # as the row names them, in the order of the image parts of `messages`
-    fields: dict  # id, question, answer; question_type, options and answers where the row has them
+    fields: dict  # question, answer; question_type, options and answers where the row has them
     file: int = 0  # number of its file
     written: object = None  # the row as its file has it
     unread: Unread = field(default_factory=Unread)  # fields that nothing reads
@@ -39,7 +41,7 @@ class Row:
         return BadRow(self.where, str(reason), self.written, self.file, getattr(reason, "missing", ""))
 
 
-@dataclass
+@dataclass(slots=True)
 class BadRow:
     where: str
     reason: str
@@ -59,9 +61,9 @@ def parse_row(where: str, row) -> Row:
     """A row of any format, read from the place `where`. Raises ValueError that says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
-    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # raises for half a surrogate pair and for 1e999
+    ENCODER.encode(row).encode()  # raises for half a surrogate pair and for 1e999
     row, unread = Fields(row), Unread()
-    kept = {"id": row.take("id"), "question_type": row.take("question_type")}
+    own_id, kept = row.take("id"), {"question_type": row.take("question_type")}
     options, weight, system = take_options(row), _take_weight(row), _take_system(row)
     messages, accepted = _conversation(row, options, unread)
     messages = _with_system(messages, system)
@@ -71,11 +73,11 @@ def parse_row(where: str, row) -> Row:
     _refuse_placeholders(messages, options or {})
     unread.add(row, shows_picture=bool(images))
     unread.texts += [("text", name) for m in messages for name in MARKDOWN_PICTURE.findall(_text_of(m))]
-    unread.texts += [("id", name) for name in texts_in(kept["id"]) if "." in name]
+    unread.texts += [("id", name) for name in texts_in(own_id) if "." in name]
     kept |= {"options": list(options.values()) if options else None, "answers": accepted or None}
     kept = {name: value for name, value in kept.items() if value is not None}
-    fields = {"id": where, **kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
-    return Row(where, messages, images, fields, unread=unread)
+    fields = {**kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
+    return Row(where if own_id is None else str(own_id), where, messages, images, fields, unread=unread)
 
 
 def _conversation(row: Fields, options: dict | None, unread: Unread) -> tuple[list[dict], list[str]]:

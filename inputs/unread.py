@@ -1,6 +1,8 @@
 """What nothing reads of rows: images that would be lost with it, and its names for a warning."""
 
 import os
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from common import quote
@@ -10,28 +12,32 @@ from inputs.rows import Row
 LONGEST_PATH = 4096  # characters
 
 
-def unread_fields(rows: list[Row]) -> dict[int, dict[str, list[str]]]:
-    """File -> field that nothing reads -> the places of its rows."""
-    unread = {}
-    for row in rows:
-        for name in dict.fromkeys(row.unread.fields):
-            unread.setdefault(row.file, {}).setdefault(name, []).append(row.where)
-    return unread
+def note_unread(row: Row, unread: dict[int, dict[str, tuple[int, str]]]) -> None:
+    """Count in `unread` the fields of a row that nothing reads: file -> field -> number of rows, place of the first."""
+    for name in dict.fromkeys(row.unread.fields):
+        fields = unread.setdefault(row.file, {})
+        count, first = fields.get(name, (0, row.where))
+        fields[name] = count + 1, first
 
 
-def refuse_unread_images(row: Row, folder: Path, listings: dict[str, frozenset[str]]) -> None:
-    """Raise ValueError where a field that nothing reads names an image in `folder` that the row does not show.
-
-    The images of `row` are paths. `listings` remembers the files of folders from row to row: on a network's disk, a
-    look for each text of each row would take minutes.
-    """
+def refuse_unread_images(row: Row, folder: Path, find: Callable[[str], str | None]) -> None:
+    """Raise ValueError where a field that nothing reads names an image in `folder` that the row does not show. The
+    images of `row` are paths, and `find` is the `image_finder` of the folder."""
     for name, text in row.unread.texts:
-        image = _existing_image(text, folder, listings)
-        if image and not any(os.path.samefile(image, shown) for shown in row.images):
+        image = find(text)
+        if image and not any(image == shown or os.path.samefile(image, shown) for shown in row.images):
             remedy = "call the field `image`, or take it out"
             raise ValueError(
                 f"`{name}` names the file {quote(text)} in {folder}, which the row does not show: {remedy}"
             )
+
+
+def image_finder(folder: Path) -> Callable[[str], str | None]:
+    """A function that `_existing_image` is of this folder. It remembers the files of folders: on a network's disk, a
+    look for each text of each row would take minutes. It also remembers the latest texts, as rows of an image follow
+    each other."""
+    listings = {}
+    return lru_cache(1000)(lambda text: _existing_image(text, folder, listings))
 
 
 def _existing_image(text: str, folder: Path, listings: dict[str, frozenset[str]]) -> str | None:

@@ -1,5 +1,6 @@
 """What users gave is shown in messages, but short, and never obeyed by their terminal; files that others may read."""
 
+import gc
 import os
 import stat
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common import SHOWN, InputError, printable, quote, replacing, write_whole
+from common import SHOWN, InputError, collector_paused, printable, quote, replacing, write_whole
 from dist_utils import print0, run_and_exit
 
 NASTY = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u202ed\x00\x7f"
@@ -65,3 +66,17 @@ def test_files_are_read_by_whom_the_umask_lets_read_whatever_wrote_them(tmp_path
     paths = list(tmp_path.rglob("*"))
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {mode} and len(paths) == 6
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_dir()} == {0o777 & ~umask}
+
+
+def test_nothing_is_collected_while_rows_are_read_and_they_are_left_out_of_all_later_collections():
+    passes = []
+    gc.callbacks.append(lambda phase, info: passes.append(phase))
+    try:
+        with collector_paused():
+            passes.clear()
+            rows = [[number] for number in range(10_000)]
+            assert not passes
+        assert gc.isenabled() and not any(found is rows for found in gc.get_objects())
+    finally:
+        gc.callbacks.pop()
+        gc.unfreeze()

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def describe_data(train: VQAData, val: VQAData | None, plan: list[Step], tokeniz
             print0(f"{name}: {sizes}, {len(data.bad):,} rows left out")
     for warning in data_warnings(train, val):
         print0(f"warning: {warning}")
-    if weighted := sum(bool((sample.weights[sample.trained] != 1).any()) for sample in train.samples):
+    if weighted := count_weighted(train.samples):
         print0(f"rows whose `weight` is not 1: {weighted:,}; the loss counts their answers by it")
     groups = [len(group) for group in group_samples(train.samples)]
     print0(f"questions per image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
@@ -37,6 +38,13 @@ def describe_data(train: VQAData, val: VQAData | None, plan: list[Step], tokeniz
     print0("tokens per question (image included):\n" + length_histogram([sample.tokens for sample in train.samples]))
     print0(describe_plan(train, plan))
     print0(f"one sample, trained tokens in ⟦ ⟧:\n{describe_sample(train.samples[0], tokenizer)}")
+
+
+def count_weighted(samples: list[Sample]) -> int:
+    """How many samples have a weight that is neither 0 nor 1."""
+    arrays = {id(sample.weights): sample.weights for sample in samples}  # few, as samples share them
+    weighted = {key for key, weights in arrays.items() if not np.isin(weights, (0, 1)).all()}
+    return sum(id(sample.weights) in weighted for sample in samples)
 
 
 def describe_unshared(samples: list[Sample]) -> str:
@@ -85,8 +93,8 @@ def unread_warnings(data: VQAData) -> list[str]:
     warnings = []
     for file, places in data.unread.items():
         listed = [
-            f"{name[:LONGEST_NAME]} ({len(rows):,} row{'s' * (len(rows) > 1)}, first {rows[0]})"
-            for name, rows in places.items()
+            f"{name[:LONGEST_NAME]} ({count:,} row{'s' * (count > 1)}, first {first})"
+            for name, (count, first) in places.items()
         ]
         if len(listed) > MOST_FIELDS:
             listed[MOST_FIELDS:] = [f"and {len(listed) - MOST_FIELDS:,} more"]
@@ -95,23 +103,15 @@ def unread_warnings(data: VQAData) -> list[str]:
 
 
 def _row_warnings(data: VQAData) -> list[str]:
-    """Warnings of rows that repeat or contradict an earlier one, of very long answers, and of last answers that are not
+    """Warnings of rows that repeat or contradict an earlier one, of very long answers, of last answers that are not
     trained but evaluated all the same, and of texts that say nothing."""
-    answers_by_prompt, repeats, contradictions, long, missing, invisible = {}, [], [], [], [], []
-    untrained = [sample.where for sample in data.samples if not sample.weights[-1]]
+    (repeats, contradictions), long, untrained, missing, invisible = clashes(data.samples), [], [], [], []
     for sample in data.samples:
-        prompt = sample.ids[: sample.last_answer].tobytes()
-        answer, earlier = sample.fields["answer"], answers_by_prompt.setdefault((sample.images, prompt), {})
-        if answer in earlier:
-            repeats.append(f"{sample.where} repeats {earlier[answer].where}")
-        for other, row in earlier.items():
-            if not any(is_right(given, accepted(row.fields)) for given in accepted(sample.fields)):
-                contradictions.append(f"{sample.where} says {quote(answer)}, {row.where} {quote(other)}")
-                break
-        earlier.setdefault(answer, sample)
-        if (count := sample.trained.sum()) > LONG_ANSWER:
+        texts = sample.fields["question"], sample.fields["answer"]
+        if (count := np.count_nonzero(sample.weights)) > LONG_ANSWER:
             long.append(f"{sample.where} has {count:,}")
-        texts = sample.fields["question"], answer
+        if not sample.weights[-1]:
+            untrained.append(sample.where)
         if (nothing := [text for text in texts if is_missing(text)]) or all(map(is_none, texts)):
             missing.append(f"{sample.where} {quote((nothing or texts)[0].strip())}")
         if not all(map(is_visible, texts)):
@@ -127,6 +127,28 @@ def _row_warnings(data: VQAData) -> list[str]:
     return [f"{kind}: {len(rows):,}, {rows[0]}" for kind, rows in kinds.items() if rows]
 
 
+def clashes(samples: list[Sample]) -> tuple[list[str], list[str]]:
+    """Which rows repeat an earlier one in images, question and answer, and which contradict one of the same images and
+    question, in the order of rows."""
+    by_images, repeats, contradictions = {}, {}, {}
+    for index, sample in enumerate(samples):
+        by_images.setdefault(sample.images, []).append(index)
+    for indices in by_images.values():  # one after the other: a table of all rows would take half as much as the rows
+        answers_by_prompt = {}
+        for index in indices:
+            sample = samples[index]
+            prompt, answer = sample.ids[: sample.last_answer].tobytes(), sample.fields["answer"]
+            earlier = answers_by_prompt.setdefault(prompt, {})
+            if answer in earlier:
+                repeats[index] = f"{sample.where} repeats {earlier[answer].where}"
+            for other, row in earlier.items():
+                if not any(is_right(given, accepted(row.fields)) for given in accepted(sample.fields)):
+                    contradictions[index] = f"{sample.where} says {quote(answer)}, {row.where} {quote(other)}"
+                    break
+            earlier.setdefault(answer, sample)
+    return tuple([told[index] for index in sorted(told)] for told in (repeats, contradictions))
+
+
 def is_missing(text: str) -> bool:
     """Whether a text is what pandas, Python or JavaScript write for a missing value. "none" is an answer of its own."""
     return text.strip() == "None" or text.strip().casefold() in ("nan", "null", "nat", "<na>", "undefined")
@@ -136,6 +158,7 @@ def is_none(text: str) -> bool:
     return text.strip().casefold() == "none"
 
 
+@lru_cache(maxsize=1 << 16)  # questions and answers repeat
 def is_visible(text: str) -> bool:
     """Whether any character of a text shows: not only spaces, and marks such as a zero-width space or a byte order."""
     return any(unicodedata.category(c)[0] not in "CZ" and c not in BLANK for c in text)

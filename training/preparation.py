@@ -6,13 +6,14 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import dist_utils
-from common import InputError, nearest_existing
+from common import InputError, collector_paused, nearest_existing
 from data import VQAData, load_data
 from dist_utils import Ranks, print0
 from evaluation.runner import plan_evaluation
@@ -67,14 +68,15 @@ def prepare(
     folder = dist_utils.local_rank0_first(lambda: resolve_model(args.model))
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     images = image_settings(folder, args.min_pixels, args.max_pixels)
-    train, val = dist_utils.from_rank0(lambda: load_rows(args, tokenizer, images, bad_rows))
+    with collector_paused():
+        train, val = dist_utils.from_rank0(lambda: load_rows(args, tokenizer, images, bad_rows))
     count_flops = tree_counter(config, train.samples, not uncounted(config, args), tower=not args.vision_cache)
     sampler = StepSampler(
         train.samples, PlanSettings.of(args), args.max_tokens, ranks.rank, ranks.world_size, count_flops
     )
     plan = make_plan(train.samples, PlanSettings.of(args), 0)
     bounds = micro_batch_bounds(train.samples, PlanSettings.of(args), args.max_tokens)
-    describe_data(train, val, plan, tokenizer)
+    dist_utils.from_rank0(lambda: describe_data(train, val, plan, tokenizer))
     identity = identify(args, images, train, val, folder)
     checkpoint = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
     dist_utils.from_rank0(lambda: check_lora(args, config, is_new=not checkpoint))
@@ -117,7 +119,8 @@ def load_rows(args: argparse.Namespace, tokenizer, images, output: Path | None) 
     count = len(args.train)
     train, val = data.of_files(0, count), data.of_files(count, count + 1) if args.val else None
     if args.val_fraction:
-        names = [relative_names(sample.images, args.images) for sample in train.samples]
+        name = cache(lambda images: relative_names(images, args.images))  # samples share images
+        names = [name(sample.images) for sample in train.samples]
         trained, held_out = hold_out(names, args.val_fraction, args.seed)
         val = replace(train.only([train.samples[i] for i in held_out]), bad=[])
         print0(f"held out {len(val.samples):,} questions on {len(val.grids):,} of {len(train.grids):,} images")
@@ -139,7 +142,8 @@ def print_plan(args: argparse.Namespace) -> None:
         raise InputError(f"--plan knows what LoRA on Qwen3-VL's language model costs, not {unknown}")
     check_lora(args, config, is_new=True)
     images = image_settings(folder, args.min_pixels, args.max_pixels)
-    train, val = load_rows(args, tokenizer, images, None)
+    with collector_paused():
+        train, val = load_rows(args, tokenizer, images, None)
     plan = make_plan(train.samples, PlanSettings.of(args), 0)
     bounds = micro_batch_bounds(train.samples, PlanSettings.of(args), args.max_tokens)
     check_cache(args, config, torch.bfloat16, images, train, val)

@@ -62,8 +62,9 @@ def write_lines(rows):
 def test_id_question_type_and_options_are_kept_as_they_are(tmp_path):
     options = ["two", "Three", " 4"]
     for row in (flat(image="a.png"), *(FORMATS[name][0] for name in ("LLaVA", "messages", "parts"))):
-        kept = {"id": 17, "question_type": "count", "options": options}
-        (read_row,), _ = read(tmp_path, json.dumps(row | kept))
+        kept = {"question_type": "count", "options": options}
+        (read_row,), _ = read(tmp_path, json.dumps(row | kept | {"id": 17}))
+        assert read_row.id == "17"
         assert read_row.fields == {**kept, "question": "How many polyps?", "answer": "two"}
 
 
@@ -75,7 +76,7 @@ def test_options_that_are_no_choice_are_refused(tmp_path, options):
 
 def test_a_row_without_an_id_is_known_by_its_line(tmp_path):
     rows, _ = read(tmp_path, write_lines([flat(image="a.png"), flat(image="a.png", id=None)]))
-    assert [row.fields["id"] for row in rows] == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert [row.id for row in rows] == ["rows.jsonl:1", "rows.jsonl:2"]
 
 
 @pytest.mark.parametrize("ascii_only", [True, False])

@@ -449,3 +449,9 @@ def test_suspicious_rows_are_counted_and_the_first_is_named(world, tmp_path):
         f"rows of over 256 answer tokens: 1, train.jsonl:9 has {trained}",
     ]
     assert data_warnings(data[1], None) == []
+
+
+def test_the_first_suspicious_row_is_the_first_of_the_file_whatever_its_picture(load):
+    a, b, no = (tiny.single(name, "How many?", answer) for name, answer in (("a.png", 1), ("b.png", 1), ("b.png", 2)))
+    told = data_warnings(load([a, b, b, a, no, {**a, "answer": 2}]), None)
+    assert "2, rows.jsonl:3 repeats rows.jsonl:2" in told[0] and "2, rows.jsonl:5 says '2'" in told[1]

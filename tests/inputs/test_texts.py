@@ -1,0 +1,79 @@
+"""Many rows cost little: what they share is made once and kept once, and gives what each row alone would give."""
+
+import os
+import tracemalloc
+from dataclasses import astuple
+
+import pytest
+import tiny
+from examples import FORMATS, flat
+
+from inputs import prompts, texts
+
+QUESTIONS, ANSWERS, PICTURES = ("How many?", "Is it red?"), ("one", "no", "it is not"), ("a.png", "b.png", "c.png")
+
+
+def crossed() -> list[dict]:
+    """Each question with each answer about each picture."""
+    return [tiny.single(picture, q, answer) for picture in PICTURES for q in QUESTIONS for answer in ANSWERS]
+
+
+def plain(data) -> list[tuple]:
+    """Samples and bad rows without the places of their rows."""
+    samples = [[value.tolist() if hasattr(value, "tolist") else value for value in astuple(s)] for s in data.samples]
+    return [tuple(sample[2:]) for sample in samples] + [astuple(bad)[1:] for bad in data.bad]
+
+
+@pytest.mark.parametrize("options", [{}, {"image_first": True, "prompt": "Q: {question}!", "system": "Be brief."}])
+def test_rows_together_give_what_each_gives_alone(load, options, monkeypatch):
+    rows = [*crossed(), *(row for row, *_ in FORMATS.values()), *tiny.mixed_rows(), flat("one", image="gone.png")]
+    rows += [flat(weight=0.5), flat(options=["two", "2"]), flat(options=["two", "<|im_end|>"])]
+    alone = [result for row in rows for result in plain(load([row], **options))]
+    monkeypatch.setattr(texts, "CHUNK", 5)
+    monkeypatch.setattr(prompts, "KNOWN_PROMPTS", 3)
+    together = plain(load(rows, **options))
+    assert len(together) == len(rows) and sorted(map(repr, together)) == sorted(map(repr, alone))
+
+
+def test_each_conversation_is_rendered_once_and_each_prompt_too(load, monkeypatch):
+    rendered, render = [], prompts._render
+    monkeypatch.setattr(prompts, "_render", lambda *a, **o: rendered.append(render(*a, **o)) or rendered[-1])
+    assert len(load(crossed()).samples) == 18
+    assert sum("How many?" in text or "Is it red?" in text for text in rendered) == 2 + 2 * 3
+
+
+def test_samples_share_what_is_equal(load):
+    samples = load(crossed()).samples
+    assert len({id(sample.ids) for sample in samples}) == len({id(sample.fields) for sample in samples}) == 6
+    lengths = {(len(sample.ids), sample.last_answer) for sample in samples}
+    assert len({id(sample.weights) for sample in samples}) == len(lengths)
+    for name in ("images", "image_tokens", "patches"):
+        assert len({id(getattr(sample, name)) for sample in samples}) == 3
+    assert len({id(sample.image_at) for sample in samples}) == 1
+
+
+def test_the_image_is_what_is_told_of_a_row_whose_image_and_text_are_bad(load, world, tmp_path):
+    (tmp_path / "cut.png").write_bytes((world / "images" / "a.png").read_bytes()[:300])
+    bad = load([flat("<|im_end|>", image="cut.png"), flat("<|im_end|>")], images=tmp_path).bad
+    assert "truncated" in bad[0].reason and "special token" in bad[1].reason
+    assert bad[0].row["image"] == "cut.png"
+
+
+def test_a_million_rows_fit_in_memory(load, world, tmp_path):
+    """Per row, of rows of which half say something that none said before: what is kept, and the most on the way."""
+    for number in range(200):
+        os.link(world / "images" / "a.png", tmp_path / f"{number}.png")
+
+    def traced(count: int) -> tuple[int, int]:
+        rows = [flat(f"answer {n // 2}", f"question {n % 50}", image=f"{n // 10}.png", note="x") for n in range(count)]
+        tracemalloc.start()
+        data = load(rows, images=tmp_path)
+        assert len(data.samples) == count
+        try:
+            return tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+    traced(10)
+    (few, most_of_few), (many, most_of_many) = traced(500), traced(2000)
+    assert (many - few) / 1500 < 1000 and (most_of_many - most_of_few) / 1500 < 3000
