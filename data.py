@@ -167,11 +167,7 @@ def encode_rows(
         grids.update((image, checked_grid(image, sizes[image], settings)) for image in row.images if image not in grids)
         if isinstance(text, ValueError):
             raise text
-        sample = _sample(row, text, lengths(row.images))
-        if sample.tokens > max_tokens:
-            limit = f"over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
-            raise ValueError(f"{sample.tokens:,} tokens, {limit}")
-        return sample
+        return _sample(row, text, lengths(row.images), max_tokens)
 
     located = []
     for row in rows:
@@ -198,8 +194,8 @@ def _accept(bad: list[BadRow], row: Row, function: Callable, *args):
         bad.append(row.refused(reason))
 
 
-def _sample(row: Row, text: Text, lengths: dict[str, tuple[int, ...]]) -> Sample:
-    return Sample(
+def _sample(row: Row, text: Text, lengths: dict[str, tuple[int, ...]], max_tokens: int) -> Sample:
+    sample = Sample(
         id=row.id,
         where=row.where,
         images=row.images,
@@ -212,6 +208,10 @@ def _sample(row: Row, text: Text, lengths: dict[str, tuple[int, ...]]) -> Sample
         file=row.file,
         text_first=text.text_first,
     )
+    if sample.tokens > max_tokens:
+        limit = f"over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
+        raise ValueError(f"{sample.tokens:,} tokens, {limit}")
+    return sample
 
 
 def _image_lengths(images: Iterable[str], grids: dict, merge_size: int) -> dict[str, tuple[int, ...]]:
