@@ -300,18 +300,12 @@ def test_the_time_of_a_tree_is_the_measured_one(questions):
     assert 1000 * costs.batch_seconds([(flops, 1)], gpu) == pytest.approx(TREES[questions]["ms"], rel=0.01)
 
 
-@pytest.mark.parametrize("questions", TREES)
-def test_the_peak_memory_of_a_tree_is_the_measured_one(questions):
-    (choice,) = budgets(job_of_8b(memory_budget=1.0), GPUS["h100"], 2704 + 195 * questions)
-    assert choice.peak / GIB == pytest.approx(TREES[questions]["peak_gib"], rel=0.05)
-
-
 @pytest.mark.parametrize(
     ("budget", "tokens", "peak_gib"),
-    [(1.0, 8126, 49.7), (0.5, 4459, 26.2), (0.5, 6674, 31.3), (0.2, 4459, 21.6), (0.0, 7924, 21.5), (0.0, 4069, 18.7)],
+    [(1.0, 4459, 31.4), (1.0, 6019, 37.0), (1.0, 8192, 43.6), (0.0, 7924, 21.5), (0.0, 4069, 18.7)],
 )
 def test_the_peak_memory_of_a_run_is_the_one_seen(budget, tokens, peak_gib):
-    """Runs of train.py, of 4,459 tokens bench/step.py, on H100s, 8B, LoRA r 8, dropout 0.05."""
+    """Runs of train.py, of 4,459 and 6,019 tokens bench/step.py, on H200s and H100s, 8B, LoRA r 8, dropout 0.05."""
     (choice,) = budgets(job_of_8b(memory_budget=budget), GPUS["h100"], tokens)
     assert choice.peak / GIB == pytest.approx(peak_gib, rel=0.05)
 
