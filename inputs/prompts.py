@@ -35,8 +35,7 @@ def refuse_special_tokens(messages: list[dict], options: list[str], special: lis
     texts = [(f"{m['role']} text", "".join(part.get("text", " ") for part in m["content"])) for m in messages]
     for name, text in [*texts, *(("option", option) for option in options)]:
         for token in special:
-            is_box = BOX_TOKEN.fullmatch(token)
-            if token in text and not (is_box and box_tokens):
+            if token in text and not ((is_box := BOX_TOKEN.fullmatch(token)) and box_tokens):
                 remedy = ": this model writes boxes as JSON, from 0 to 1000" if is_box else ""
                 raise ValueError(f"the {name} holds the special token {token}{remedy}")
         _check_pairs(name, text)

@@ -30,7 +30,7 @@ def iterate_rows(path: Path, shown_as: str = "", file: int = 0) -> Iterator[Row 
             if error:
                 raise ValueError(error)
             row = parse_row(where, value)
-            row.file, row.written = file, value
+            row.file = file
         except (ValueError, RecursionError) as reason:
             row = BadRow(where, str(reason), value, file)
         yield row
