@@ -83,6 +83,13 @@ class VQAData:
     # file -> field that nothing reads -> rows that have it, and the place of the first
     unread: dict[int, dict[str, tuple[int, str]]] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict:
+        """Samples travel to the other ranks field by field: one by one, each would bring a dict of its fields."""
+        return vars(self) | {"samples": [[getattr(sample, f.name) for sample in self.samples] for f in fields(Sample)]}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state | {"samples": list(map(Sample, *state["samples"]))})
+
     def only(self, samples: list[Sample]) -> "VQAData":
         """These samples and their images."""
         used = sorted({image for sample in samples for image in sample.images})

@@ -1,6 +1,7 @@
 """Many rows cost little: what they share is made once and kept once, and gives what each row alone would give."""
 
 import os
+import pickle
 import tracemalloc
 from dataclasses import astuple
 
@@ -50,6 +51,24 @@ def test_samples_share_what_is_equal(load):
     for name in ("images", "image_tokens", "patches"):
         assert len({id(getattr(sample, name)) for sample in samples}) == 3
     assert len({id(sample.image_at) for sample in samples}) == 1
+
+
+def test_what_travels_to_other_ranks_is_the_same_there_and_takes_little_memory(load):
+    rows = [*crossed(), *tiny.mixed_rows(), flat("one", image="gone.png")]
+    here, few = load(rows), load([])
+    there = pickle.loads(pickle.dumps(here))
+    assert plain(there) == plain(here) and there.fingerprint("") == here.fingerprint("")
+    assert (there.files, there.grids, there.sizes, there.unread) == (here.files, here.grids, here.sizes, here.unread)
+    for name in ("ids", "weights", "images", "fields"):
+        numbers = [len({id(getattr(sample, name)) for sample in data.samples}) for data in (here, there)]
+        assert numbers[0] == numbers[1] < len(here.samples)
+    assert plain(pickle.loads(pickle.dumps(few))) == plain(few)
+    sent = pickle.dumps(load(crossed() * 100))
+    tracemalloc.start()
+    received = pickle.loads(sent)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(received.samples) == 1800 and most / 1800 < 500  # bytes per row on the way
 
 
 def test_the_image_is_what_is_told_of_a_row_whose_image_and_text_are_bad(load, world, tmp_path):
