@@ -46,8 +46,10 @@ from inputs.rows import parse_row
 from inputs.vision_cache import VisionCache
 from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.adapters import base_name
+from modeling.fp8 import check_products
 from modeling.loading import fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
+from modeling.precision import forward_precision
 from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base
 from training.description import unread_warnings
 from training.eval_settings import parse
@@ -130,8 +132,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if args.compare:
         return compare_files(*map(Path, args.compare))
     sources = find_sources(args)
+    args.merge = args.merge and sources.precision == "bf16"  # FP8 weights would round LoRA away
     ranks = dist_utils.start()
     dtype = pick_dtype(args.dtype, ranks.device)
+    if warning := dist_utils.from_rank0(lambda: check_products(sources.precision, dtype, ranks.device)):
+        print0(f"warning: {warning}")
     folder = dist_utils.local_rank0_first(lambda: resolve_model(sources.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     settings = sources.image_settings(folder, args.min_pixels, args.max_pixels)
@@ -141,10 +146,11 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     # Rows: rank 0 reads and checks them, every rank gets the same samples.
     data, options = dist_utils.from_rank0(lambda: load_rows(args, sources, tokenizer, settings))
     subject = sources.ckpt or f"base model {sources.model}"
+    subject = subject if sources.precision == "bf16" else f"{subject} with its base in {sources.precision}"
     print0(f"{len(data.samples):,} questions of {sources.rows}, {subject}, {ranks.world_size} rank(s)")
 
     # Model.
-    model = load_model(folder, sources.ckpt, settings, dtype, ranks.device)
+    model = load_model(folder, sources.ckpt, settings, dtype, ranks.device, sources.precision)
     penalty = repetition_penalty(model.base)
     if penalty != 1:
         print0(f"answers are generated with the repetition penalty {penalty:g} of the model's generation_config.json")
@@ -190,6 +196,7 @@ class Sources:
     images: str  # folder that image names start from
     output: Path
     prompts: dict  # system, prompt, image_first
+    precision: str  # of the base model's linear layers
 
     @property
     def rows(self) -> str:
@@ -218,7 +225,10 @@ def find_sources(args: argparse.Namespace) -> Sources:
     defaults = {"system": "", "prompt": "{question}", "image_first": False}
     prompts = {name: run.get(name, default) for name, default in defaults.items()}
     prompts |= {name: value for name in ("system", "prompt") if (value := getattr(args, name)) is not None}
-    return Sources(ckpt, run, held_out, model, files, images, output, prompts)
+    precision = args.base_precision
+    if precision == "auto":
+        precision = forward_precision(run.get("base_precision", "bf16"))
+    return Sources(ckpt, run, held_out, model, files, images, output, prompts, precision)
 
 
 def load_rows(
@@ -286,6 +296,7 @@ def identify(
         **{name: getattr(args, name) for name in ("max_new_tokens", "max_tokens", "merge")},
         "repetition_penalty": penalty,
         "dtype": str(dtype),
+        "base_precision": sources.precision,
         "versions": VERSIONS,
     }
     status = [os.stat(path) for path in [*sorted(Path(folder).glob("*.safetensors")), *data.grids]]
@@ -293,9 +304,11 @@ def identify(
     return facts, sha256(json.dumps([facts, stamps], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_model(folder: str, ckpt: Path | None, settings: ImageSettings, dtype, device: torch.device) -> TreeModel:
+def load_model(
+    folder: str, ckpt: Path | None, settings: ImageSettings, dtype, device: torch.device, precision: str = "bf16"
+) -> TreeModel:
     warn_of_other_base(ckpt, folder)
-    base = load_base(folder, dtype, device)
+    base = load_base(folder, dtype, device, precision)
     if unused := unused_settings(base):
         print0(f"warning: {folder}/generation_config.json sets {', '.join(unused)}: generated answers do not follow it")
     return TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
@@ -307,7 +320,7 @@ def load_model(folder: str, ckpt: Path | None, settings: ImageSettings, dtype, d
 def answer_question(args, sources: Sources, folder: str, tokenizer, settings, ranks: Ranks, dtype) -> int:
     """Print the answer to --question and its confidence. Writes no file, and returns the exit code."""
     data = question_data(args, sources, tokenizer, settings)
-    model = load_model(folder, sources.ckpt, settings, dtype, ranks.device)
+    model = load_model(folder, sources.ckpt, settings, dtype, ranks.device, sources.precision)
     if sources.ckpt and args.merge:
         merge_lora(model.model)
     dataset = TreeDataset(data, model.settings, padding(ranks.device), prompts_only=True)

@@ -24,14 +24,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 import dist_utils
 from common import PARTIAL, InputError, open_locked, remove, replacing, sign, writing
-from data import VQAData, build_batch, encode_rows, padding
+from data import Batch, VQAData, build_batch, encode_rows, padding
 from dist_utils import print0
 from evaluation.answers import stop_tokens
 from evaluation.runner import plan_evaluation
+from inputs.holdout import possible_names, split
 from inputs.images import ImageSettings, image_settings
 from inputs.row_files import read_rows
 from model import TreeModel, autocast, load_base
@@ -57,12 +59,12 @@ def main(argv: list[str], _stop=None) -> int:
     args = parse(argv)
     ckpt, state = find_adapter(args.ckpt, args.adapter)
     with reserving(Path(args.out)):
-        return merge(args, ckpt, state.get("settings", {}), Path(args.out))
+        return merge(args, ckpt, state.get("settings", {}), state.get("held_out", []), Path(args.out))
 
 
-def merge(args: argparse.Namespace, ckpt: Path, run: dict, out: Path) -> int:
-    """Write the merged model. `run` are the settings of the adapter's run. Returns the exit code 0; raises InputError
-    for what can't be merged."""
+def merge(args: argparse.Namespace, ckpt: Path, run: dict, held_out: list[str], out: Path) -> int:
+    """Write the merged model. `run` are the settings of the adapter's run, `held_out` names of images that it held out.
+    Returns the exit code 0; raises InputError for what can't be merged."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = args.model or run.get("model") or base_name(ckpt)
     folder = resolve_model(name)
@@ -71,13 +73,21 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, out: Path) -> int:
     dtype = torch.float32 if to_float32 else weights_dtype(folder)
     settings = ImageSettings(**run["image_settings"]) if run else image_settings(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows, data = rows_to_compare(args, run, tokenizer, settings)
+    rows, data = rows_to_compare(args, run, held_out, tokenizer, settings)
 
-    # Logits of the adapter and of the base model.
-    model = TreeModel(load_adapter(load_base(folder, dtype, device), ckpt), settings)
-    tuned = answer_logits(model, data, device, dtype)
+    batches = [
+        build_batch(data, Assignment(trees), settings, padding(device)).to(device)
+        for trees in plan_evaluation(data.samples, MAX_TOKENS)
+    ]
+
+    # Logits of the adapter on the weights that it was trained on, where those were rounded, and on the original ones.
+    trained, precision = None, run.get("base_precision", "bf16")
+    if precision == "fp8-weights":
+        trained = answer_logits(load_tuned(folder, ckpt, settings, dtype, device, precision), batches, device, dtype)
+    model = load_tuned(folder, ckpt, settings, dtype, device)
+    tuned = answer_logits(model, batches, device, dtype)
     with model.model.disable_adapter():
-        base = answer_logits(model, data, device, dtype)
+        base = answer_logits(model, batches, device, dtype)
     if torch.equal(tuned, base):
         raise InputError(f"{rows}: the adapter changes no logits on these rows, name others by --rows and --images")
 
@@ -90,7 +100,7 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, out: Path) -> int:
         (partial / "README.md").write_text(merged_card(name, folder, run), encoding="utf-8")
         write_weights(folder, model.model, merge_lora, partial, to_float32)
         del model
-        merged = answer_logits(TreeModel(load_base(str(partial), dtype, device), settings), data, device, dtype)
+        merged = answer_logits(TreeModel(load_base(str(partial), dtype, device), settings), batches, device, dtype)
         apart = ((merged - tuned).norm() / (tuned - base).norm()).item()
         share = f"{100 * apart:.2g}% as far apart as tuned and base are"
         verdict = f"logits of merged weights and of the adapter are {share}"
@@ -98,18 +108,30 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, out: Path) -> int:
             rounded = f"too little is left once rounded to {dtype}; keep it, or --dtype float32"
             raise InputError(f"not merged, {verdict}: {rounded}")
     print0(f"{verdict} ({len(data.samples)} rows); wrote {out}")
+    if trained is not None and (args.rows or run["val"] or held_out):  # else it was trained on these rows
+        targets = torch.cat([batch.targets.cpu() for batch in batches])
+        before, after = (F.cross_entropy(logits, targets).item() for logits in (trained, merged))
+        print0(f"loss on the same rows of {rows}: {before:.4f} on FP8 weights, as trained; {after:.4f} merged")
     return 0
 
 
-def rows_to_compare(args: argparse.Namespace, run: dict, tokenizer, settings: ImageSettings) -> tuple[str, VQAData]:
-    """The file of rows to compare logits on, and the first of them that can be used. Raises InputError if none can."""
+def load_tuned(folder: str, ckpt: Path, settings: ImageSettings, dtype, device, precision: str = "bf16") -> TreeModel:
+    return TreeModel(load_adapter(load_base(folder, dtype, device, precision), ckpt), settings)
+
+
+def rows_to_compare(
+    args: argparse.Namespace, run: dict, held_out: list[str], tokenizer, settings: ImageSettings
+) -> tuple[str, VQAData]:
+    """The file of rows to compare logits on, and the first of them that can be used: rows that were held out, where the
+    run names some. Raises InputError if none can be used."""
     rows = args.rows or run.get("val") or run["train"][0]
     images = args.images or run.get("images") or str(Path(rows).parent)
     options = {name: run[name] for name in ("system", "prompt", "image_first") if name in run}
-    limit = run.get("max_tokens", MAX_TOKENS)
-    data = encode_rows(
-        read_rows(Path(rows))[0][:ROWS], images, tokenizer, settings, limit, allow_outside_images=True, **options
-    )
+    limit, chosen = run.get("max_tokens", MAX_TOKENS), read_rows(Path(rows))[0]
+    if held_out and not args.rows:
+        names = [possible_names(row.images, images) for row in chosen]
+        chosen = [chosen[index] for index in split(names, held_out)[1]] or chosen
+    data = encode_rows(chosen[:ROWS], images, tokenizer, settings, limit, allow_outside_images=True, **options)
     if not data.samples:
         raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
     return rows, data
@@ -139,14 +161,11 @@ def reserving(out: Path):
 
 
 @torch.no_grad()
-def answer_logits(model: TreeModel, data: VQAData, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def answer_logits(model: TreeModel, batches: list[Batch], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Logits (answer tokens, vocabulary) of all samples, on the CPU."""
-    logits = []
-    for trees in plan_evaluation(data.samples, MAX_TOKENS):
-        batch = build_batch(data, Assignment(trees), model.settings, padding(device)).to(device)
-        with autocast(device, dtype):
-            logits.append(model.eval().answer_logits(batch).cpu())
-    return torch.cat(logits)
+    model.eval()
+    with autocast(device, dtype):
+        return torch.cat([model.answer_logits(batch).cpu() for batch in batches])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The base model is transformers' own, unedited. It is given three things: tree at
 
 import types
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
 
 from common import InputError
 from data import Batch
 from inputs.images import ImageSettings
 from modeling.attention import tree_mask
 from modeling.lora import trains
+from modeling.quantized import add_quantized_layers, without_layers
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -35,19 +36,40 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
-def load_base(folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the frozen base model straight onto `device`, from a folder of `resolve_model`. Raises InputError when its
-    weights are damaged, or some are missing: transformers would go on with random ones."""
-    disable_progress_bar()  # every rank would show one
+def load_base(folder: str, dtype: torch.dtype, device: torch.device, precision: str = "bf16") -> nn.Module:
+    """Load the frozen base model straight onto `device`, from a folder of `resolve_model`.
+
+    precision: of the decoder layers' linear layers, one of `modeling.linear.PRECISIONS`. All else is of `dtype`. Raises
+    InputError when weights are damaged, or some are missing: transformers would go on with random ones.
+    """
+    transformers_logging.disable_progress_bar()  # every rank would show one
+    config = AutoConfig.from_pretrained(folder)
     options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa", "output_loading_info": True}
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        if precision == "bf16":
+            model, info = AutoModelForImageTextToText.from_pretrained(folder, config=config, **options)
+        else:  # its layers are added one after the other
+            with without_warnings():  # of the layers, which it was not asked to load
+                without = without_layers(config)
+                rest, info = AutoModelForImageTextToText.from_pretrained(folder, config=without, **options)
+            model = add_quantized_layers(rest, folder, config, dtype, device, precision)
     except SafetensorError as error:
         raise InputError(f"model {folder} has damaged weights ({error}): copy or download them again") from None
     if missing := sorted(info["missing_keys"]):
         lacking = f"{missing[0]}, one of {len(missing):,} missing"
         raise InputError(f"model {folder} has no weights {lacking}: copy or download it again")
     return prepare_base(model)
+
+
+@contextmanager
+def without_warnings():
+    """A context in which transformers logs errors only."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def prepare_base(model: nn.Module) -> nn.Module:

@@ -41,9 +41,8 @@ from training.costs import known_gpu
 from training.description import describe_lora
 from training.metrics import Metrics
 from training.progress import Progress
-from training.scaling import ENOUGH, batch_size_remedy
+from training.scaling import ENOUGH, batch_size_remedy, plan_settings
 from training.trackers import open_trackers
-from trees import PlanSettings
 
 DEMO_FOLDER = Path("runs/demo-data")
 SKIPPED_IN_A_ROW = 10  # non-finite steps after which the run stops
@@ -104,7 +103,8 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is
     args.output = str(output)
     if dist_utils.restarted() and checkpoints.checkpoints(output):  # by torchrun --max-restarts
         args.resume = "auto"
-    print0(f"output {output} | {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}")
+    precision = "" if args.base_precision == "bf16" else f", base in {args.base_precision}"
+    print0(f"output {output} | {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}{precision}")
     step = max(map(checkpoints.step_of, checkpoints.checkpoints(output)), default=0)
     # A job whose time runs out before its first step is requeued by run.slurm too, once.
     stop.status = output / "status", f"stopped {step}\nbefore the first step of this start\n"
@@ -160,7 +160,8 @@ def build_model(
 ) -> tuple[TreeModel, VisionCache | None]:
     """The base model with LoRA, and the vision cache that it fills, if there is one."""
     seed_torch(args.seed)  # LoRA's A matrices are random
-    peft_model = add_lora(load_base(prepared.folder, dtype, device), args.model, **settings.lora_arguments(args))
+    base = load_base(prepared.folder, dtype, device, args.base_precision)
+    peft_model = add_lora(base, args.model, **settings.lora_arguments(args))
     if args.init_from and not prepared.checkpoint:
         load_lora(peft_model, Path(args.init_from))
         print0(f"LoRA starts from the weights of {args.init_from}")
@@ -432,7 +433,7 @@ def efficiency_line(run: Run) -> str:
     line = f"rank efficiency {efficiency:.0%} on {ranks} ranks"
     if efficiency >= ENOUGH:
         return line
-    remedy = batch_size_remedy(run.prepared.train.samples, PlanSettings.of(run.args), [ranks])
+    remedy = batch_size_remedy(run.prepared.train.samples, plan_settings(run.args), [ranks])
     return f"{line}; {remedy}" if remedy else line
 
 

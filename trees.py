@@ -42,6 +42,7 @@ class Tree:
     branch_costs: tuple[float, ...]
     number: int = 0  # place in its step
     first_branch: int = 1  # number of its first branch in the whole tree
+    whole: bool = False  # not to be cut over ranks
 
     @property
     def tokens(self) -> int:
@@ -102,11 +103,7 @@ class PlanSettings:
     questions_per_image: int  # at most so many branches per tree; 0: all
     seed: int
     weights: tuple[float, ...] = ()  # how often an epoch asks the questions of each file of rows; empty: once
-
-    @classmethod
-    def of(cls, args) -> "PlanSettings":
-        """From the settings of a run."""
-        return cls(args.batch_size, args.questions_per_image, args.seed, tuple(args.train_weights))
+    whole_trees: bool = False  # none is cut over ranks
 
     @property
     def most_branches(self) -> int:
@@ -248,7 +245,7 @@ def plan_steps(samples: list, settings: PlanSettings, epoch: int, groups: list[i
                 waiting.insert(0, grow_tree(samples, oldest[room:]))
             room -= len(oldest[:room])
         step.sort(key=lambda tree: -tree.cost)
-        yield tuple(replace(tree, number=number) for number, tree in enumerate(step))
+        yield tuple(replace(tree, number=number, whole=settings.whole_trees) for number, tree in enumerate(step))
 
 
 def _shuffled_parts(
@@ -306,7 +303,7 @@ def share_out(step: Step, ranks: int) -> list[MicroBatch]:
     """Each rank's trees of a step, in shares of near-equal cost. Follows from the step and the number of ranks alone.
 
     Trees are cut over ranks, each part with the whole prefix, where this saves more than the micro-batch that it may
-    add. The lowest limit that `_fill` finds shares for is searched by bisection.
+    add, unless they are to stay `whole`. The lowest limit that `_fill` finds shares for is searched by bisection.
     """
     shares = [tuple(step[i] for i in share) for share in balance([tree.cost for tree in step], ranks)]
     for may_cut in (False, True):
@@ -329,7 +326,7 @@ def _fill(step: Step, ranks: int, limit: float, may_cut: bool) -> list[MicroBatc
     shares, rooms = [()] * ranks, [limit] * ranks
     for tree in step:
         rank = next((rank for rank in range(ranks) if tree.cost <= rooms[rank]), None)
-        pieces = [(rank, tree)] if rank is not None else _cut(tree, rooms) if may_cut else []
+        pieces = [(rank, tree)] if rank is not None else _cut(tree, rooms) if may_cut and not tree.whole else []
         if not pieces:
             return None
         for rank, part in pieces:

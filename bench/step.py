@@ -9,6 +9,7 @@ per question. The recipe runs one question per sequence, padded to 2,900, with f
 """
 
 import argparse
+import gc
 import json
 import math
 import platform
@@ -29,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import Sample, VQAData, build_batch, padding
 from inputs.images import ImageSettings
 from model import TreeModel, autocast, pick_dtype, prepare_base
+from modeling.linear import quantize_linear
 from modeling.lora import add_lora
 from modeling.memory import compile_layers
+from modeling.precision import PRECISIONS
 from modeling.targets import DEFAULT_TARGETS, target_pattern
 from training.checkpoints import VERSIONS
 from training.costs import step_flops
@@ -83,22 +86,25 @@ PRESETS = {
 
 
 def random_model(
-    config: dict | Qwen3VLConfig, dtype: torch.dtype, device: torch.device
+    config: dict | Qwen3VLConfig, dtype: torch.dtype, device: torch.device, precision: str = "bf16"
 ) -> Qwen3VLForConditionalGeneration:
-    """A model with random weights, created on the device itself."""
+    """A model with random weights, created on the device itself, one layer after the other."""
     if isinstance(config, dict):
         config = Qwen3VLConfig(**config, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False)
     config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config).to(dtype)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.02)
-            else:
-                weight.fill_(0.0 if name.endswith("bias") else 1.0)
+    for name, module in list(model.named_modules()):
+        module.to_empty(device=device, recurse=False)
+        with torch.no_grad():
+            for own, weight in module.named_parameters(recurse=False):
+                if weight.dim() > 1:
+                    weight.normal_(0, 0.02)
+                else:
+                    weight.fill_(0.0 if own == "bias" else 1.0)
+        if precision != "bf16" and isinstance(module, torch.nn.Linear) and ".language_model.layers." in name:
+            quantize_linear(model, name, precision)
     for module in model.modules():  # rotary tables are buffers, which to_empty leaves undefined
         if hasattr(module, "original_inv_freq"):
             module.__init__(module.config)
@@ -173,8 +179,10 @@ def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder
     return model, step
 
 
-def tree_model(preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path, args) -> TreeModel:
-    base = prepare_base(random_model(preset.config, dtype, device))
+def tree_model(
+    preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path, args, precision: str = "bf16"
+) -> TreeModel:
+    base = prepare_base(random_model(preset.config, dtype, device, precision))
     model = TreeModel(add_lora(base, "random", 8, 16, 0.05), make_data(preset, 1, folder)[1])
     if device.type == "cuda" and args.compile:
         compile_layers(model.model, args.memory_budget)
@@ -296,44 +304,55 @@ def profile(step, vision, device: torch.device) -> str:
     return "\n".join([*lines, *(f"  {ms:8.2f} ms {count:5} x {key[:90]}" for key, (ms, count) in top)])
 
 
+def free_memory(device: torch.device) -> None:
+    """Give back what a model that is gone held: compiled layers are in circles."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ceiling: float):
-    """Yield one row of results per case."""
-    ours, cases = None, args.cases.split(",")
+    """Yield one row of results per case: those of every precision one after the other, the recipe in bf16 only."""
+    cases, config = args.cases.split(","), Qwen3VLConfig(**preset.config)
     patches = (preset.size[0] // 16) * (preset.size[1] // 16)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for case in cases:
+        runs = [("bf16", "recipe")] * ("recipe" in cases)
+        runs += [(precision, case) for precision in args.base_precision for case in cases if case != "recipe"]
+        model, running = None, None
+        for precision, case in runs:
             kind, questions = case.split("-")[0], int(case.partition("-")[2] or 1)
+            if running != (precision, kind == "recipe"):
+                running, model, step, vision = (precision, kind == "recipe"), None, None, None
+                free_memory(device)
             if kind == "recipe":
                 tokens = preset.padded
                 model, step = recipe_step(preset, device, dtype, folder)
             else:
-                model = ours = ours or tree_model(preset, device, dtype, folder, args)
-                tokens, step, vision = tree_step(ours, preset, questions, device, dtype, folder, kind == "cached")
-            row = {"case": case, **measure(step, model, device, preset.repeats)}
+                model = model or tree_model(preset, device, dtype, folder, args, precision)
+                tokens, step, vision = tree_step(model, preset, questions, device, dtype, folder, kind == "cached")
+            row = {"case": case, "precision": precision, **measure(step, model, device, preset.repeats)}
             branches = [preset.question_tokens] * questions
             answers = questions * preset.answer_tokens
             encoded = [] if kind == "cached" else [patches]
-            flops = sum(step_flops(Qwen3VLConfig(**preset.config), encoded, patches // 4 + 4, branches, answers))
+            flops = sum(step_flops(config, encoded, patches // 4 + 4, branches, answers))
             row |= {"ms_per_question": row["ms"] / questions, "tokens_per_s": 1000 * tokens / row["ms"]}
             row |= {"tflops": flops / row["ms"] / 1e9, "share": flops / row["ms"] / 1e9 / ceiling}
             if args.profile and case == cases[-1] != "recipe":
-                print(f"where the time of {case} goes:\n{profile(step, vision, device)}", flush=True)
+                print(f"where the time of {case}, {precision}, goes:\n{profile(step, vision, device)}", flush=True)
             yield row
-            if kind == "recipe":
-                del model, step
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
 
 
 def print_table(rows: list[dict]) -> None:
     recipe = next((row["ms_per_question"] for row in rows if row["case"] == "recipe"), None)
-    print("case      ms/question  x recipe  tokens/s  TFLOP/s  share    GiB  first s")
+    print("case      precision     ms/question  x recipe  tokens/s  TFLOP/s  share    GiB  first s")
     for row in rows:
         ratio = f"{recipe / row['ms_per_question']:.1f}" if recipe else "-"
         print(
-            f"{row['case']:<10}{row['ms_per_question']:>11.1f}{ratio:>10}{row['tokens_per_s']:>10,.0f}"
-            f"{row['tflops']:>9.0f}{row['share']:>7.0%}{row['peak_gib'] or 0:>7.1f}{row['first_s']:>9.1f}"
+            f"{row['case']:<10}{row['precision']:<12}{row['ms_per_question']:>13.1f}{ratio:>10}"
+            f"{row['tokens_per_s']:>10,.0f}{row['tflops']:>9.0f}{row['share']:>7.0%}"
+            f"{row['peak_gib'] or 0:>7.1f}{row['first_s']:>9.1f}"
         )
 
 
@@ -341,6 +360,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Step time on one GPU: the usual recipe against trees.")
     parser.add_argument("--preset", choices=PRESETS, default="8b")
     parser.add_argument("--cases", default="recipe,tree-1,cached-9,tree-9,tree-17")
+    parser.add_argument("--base-precision", nargs="+", choices=PRECISIONS, default=["bf16"],
+        help="run the trees at each of these")  # fmt: skip
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--memory-budget", type=float, default=1.0)
     parser.add_argument("--profile", action="store_true", help="print where the time of the last case goes")

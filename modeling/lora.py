@@ -7,17 +7,16 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import library, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch import nn
 
 from common import InputError, quote
 from modeling.adapters import KEEPS_BASE, lora_config, peft_name
 from modeling.dropout import use_place_dropout
+from modeling.linear import linear_with_lora
 from modeling.targets import DEFAULT_TARGETS, module_suffixes, target_pattern
 
 
@@ -34,48 +33,16 @@ def _lean_layers(model: PeftModel) -> list[LoraLinear]:
 
 
 def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
-    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+    base = layer.base_layer
     if layer.disable_adapters or layer.merged:  # evaluation of the base model, and after merge_lora
-        return F.linear(x, weight, bias)
-    rows = x.flatten(0, -2).to(weight.dtype)  # (T, in)
-    a = layer.lora_A["default"].weight.to(weight.dtype)  # (r, in)
+        return base(x)
+    dtype = base.weight.dtype if base.weight.is_floating_point() else x.dtype  # codes are bytes
+    rows = x.flatten(0, -2).to(dtype)  # (T, in)
+    a = layer.lora_A["default"].weight.to(dtype)  # (r, in)
     # The scale goes into B, of (out, r) numbers, not into the result, of (T, out).
-    b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(weight.dtype)  # (out, r)
+    b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(dtype)  # (out, r)
     low = layer.lora_dropout["default"](rows) @ a.T  # (T, r)
-    return lora_linear(rows, weight, bias, low, b).unflatten(0, x.shape[:-1])
-
-
-@library.custom_op("onelook::lora_linear", mutates_args=())
-def lora_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, low: torch.Tensor, b: torch.Tensor
-) -> torch.Tensor:
-    """x (T, in) W' + bias + low (T, r) B', as (T, out). In place: `addmm` alone would copy (T, out) first, and the
-    compiler can't split one operation."""
-    return F.linear(x, weight, bias).addmm_(low, b.T)
-
-
-@lora_linear.register_fake
-def _(x, weight, bias, low, b):
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-def _setup_context(ctx, inputs, output):
-    _, weight, _, low, b = inputs
-    ctx.save_for_backward(weight, low, b)
-
-
-def _backward(ctx, gradient):
-    weight, low, b = ctx.saved_tensors
-    x_gradient = gradient @ weight if ctx.needs_input_grad[0] else None
-    return x_gradient, None, None, gradient @ b, gradient.T @ low  # W and the bias are frozen
-
-
-lora_linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.onelook.lora_linear)  # by which the compiler picks what to compute again
-def _(x, weight, bias, low, b, **_) -> int:
-    return 2 * x[0] * (weight[0] * weight[1] + b[0] * b[1])
+    return linear_with_lora(base, rows, low, b).unflatten(0, x.shape[:-1])
 
 
 # ------------------------------------------------------------------------------------------ adapters: make, save, load
@@ -195,6 +162,7 @@ def merge_lora(model: nn.Module) -> None:
         if isinstance(layer, LoraLinear) and layer.lora_variant:
             layer.merge()
         elif isinstance(layer, LoraLinear):
+            assert layer.base_layer.weight.is_floating_point(), "LoRA can't be added to codes"
             weight, delta = layer.base_layer.weight, layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             # A sum in bfloat16 would round the change away where it is far smaller than the weight.
             weight.copy_(weight.float() + layer.scaling["default"] * delta)

@@ -39,6 +39,12 @@ def test_the_benchmark_prints_a_table_and_writes_json(table):
     assert "matrix products" in printed and "vision tower" in printed
 
 
+def test_the_benchmark_runs_trees_at_several_precisions_and_the_recipe_once(table):
+    words = ["--preset", "tiny", "--cases", "recipe,tree-1", "--base-precision", "bf16", "fp8", "fp8-weights"]
+    rows = [(row["case"], row["precision"]) for row in table("step.py", *words)[0]["rows"]]
+    assert rows == [("recipe", "bf16"), ("tree-1", "bf16"), ("tree-1", "fp8"), ("tree-1", "fp8-weights")]
+
+
 def test_the_evaluation_benchmark_gets_the_same_answers_both_ways(world, table):
     words = ["--model", world / "model", "--rows", world / "rows.jsonl", "--images", world / "images"]
     result, _ = table("evaluate.py", *words, "--workers", 0, "--alone", 4)

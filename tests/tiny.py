@@ -132,10 +132,11 @@ def load_world(folder: Path) -> tuple[VQAData, TreeDataset]:
     return data, TreeDataset(data, settings)
 
 
-def lora_model(folder: Path, dropout: float = 0.0, **more) -> TreeModel:
+def lora_model(folder: Path, dropout: float = 0.0, precision: str = "bf16", **more) -> TreeModel:
     """The product's model with LoRA matrices that are not zero."""
     torch.manual_seed(0)
-    model = add_lora(load_base(folder / "model", torch.float32, torch.device("cpu")), "tiny", 4, 8, dropout, **more)
+    base = load_base(folder / "model", torch.float32, torch.device("cpu"), precision)
+    model = add_lora(base, "tiny", 4, 8, dropout, **more)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

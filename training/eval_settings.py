@@ -33,9 +33,13 @@ def build_parser() -> Parser:
     add("--options", action=switch, default=False, help="also score the options of rows that name some, by likelihood")
     add("--closed-set", type=count, default=0, help="also score the answers that the training rows give to a question, "
         "where these are at most so many; 0: off")  # fmt: skip
-    add("--merge", action=switch, default=True, help="add LoRA to the weights first, which is faster")
+    add("--merge", action=switch, default=True, help="add LoRA to the weights first, which is faster; not where they "
+        "are in FP8")  # fmt: skip
     add("--max-tokens", type=positive, default=16384, help="most tokens per batch; bounds memory")
     add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--base-precision", type=choice("auto", "bf16", "fp8", "fp8-weights"), default="auto",
+        help="numbers of the language model's linear layers, as in train.py; auto: those of the forward pass in "
+        "training, bf16 for a base model")  # fmt: skip
     add("--workers", type=count, default=4, help="processes per rank that decode images; 0: none but the rank's own")
     add = parser.add_argument_group("results").add_argument
     add("--output", default="", help="folder of the results; empty: RUN/eval/checkpoint-STEP, or runs/eval-base")

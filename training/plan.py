@@ -35,9 +35,9 @@ from training.costs import (
     uncounted,
 )
 from training.gpus import GPUS, Gpu
-from training.scaling import GPU_COUNTS, batch_size_remedy, spread
+from training.scaling import GPU_COUNTS, batch_size_remedy, plan_settings, spread
 from training.settings import count_steps, is_due, lora_arguments
-from trees import MicroBatch, PlanSettings, Step
+from trees import MicroBatch, Step
 
 GIB = 2**30
 START_S = 80  # imports, rows, weights and a tried evaluation of the 8B: 30 to 134 s on three H100 machines
@@ -300,7 +300,7 @@ def scaling_lines(job: Job, gpu: Gpu) -> list[str]:
         f"all-reduce of {job.gradient_bytes / 1e6:,.0f} MB per step, counted: {node} on the {GPUS_PER_NODE} of a node, "
         f"{counted} on {most} at {8e-9 * NETWORK:.0f} Gbit/s between nodes ({faster} at {4 * 8e-9 * NETWORK:.0f})"
     )
-    busier = batch_size_remedy(job.train.samples, PlanSettings.of(job.args), GPU_COUNTS)
+    busier = batch_size_remedy(job.train.samples, plan_settings(job.args), GPU_COUNTS)
     return [communication, busier] if busier else [communication]
 
 

@@ -21,6 +21,7 @@ from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
 from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.vision_cache import SPARE, cache_at
+from modeling.fp8 import check_products
 from modeling.loading import fingerprint, resolve_model, weights_hash
 from modeling.lora import lora_differences
 from modeling.targets import names_vision
@@ -30,16 +31,10 @@ from training.costs import tree_counter, uncounted
 from training.description import describe_data
 from training.plan import GIB, empty_model, make_job, report
 from training.rehearsal import Bounds, micro_batch_bounds
+from training.scaling import plan_settings
 from training.settings import FREE_SETTINGS, count_steps
 from training.shared_memory import check_shared_memory
-from trees import (
-    MicroBatch,
-    PlanSettings,
-    Step,
-    StepSampler,
-    make_plan,
-    questions_by_file,
-)
+from trees import MicroBatch, Step, StepSampler, make_plan, questions_by_file
 
 
 @dataclass(frozen=True)
@@ -65,6 +60,8 @@ def prepare(
     args: argparse.Namespace, ranks: Ranks, dtype: torch.dtype, output: Path, bad_rows: Path | None
 ) -> Prepared:
     """Read and check rows, settings and the model's configuration, and tell what they are. Raises InputError."""
+    if warning := dist_utils.from_rank0(lambda: check_products(args.base_precision, dtype, ranks.device)):
+        print0(f"warning: {warning}")
     folder = dist_utils.local_rank0_first(lambda: resolve_model(args.model))
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     images = image_settings(folder, args.min_pixels, args.max_pixels)
@@ -72,10 +69,10 @@ def prepare(
         train, val = dist_utils.from_rank0(lambda: load_rows(args, tokenizer, images, bad_rows))
     count_flops = tree_counter(config, train.samples, not uncounted(config, args), tower=not args.vision_cache)
     sampler = StepSampler(
-        train.samples, PlanSettings.of(args), args.max_tokens, ranks.rank, ranks.world_size, count_flops
+        train.samples, plan_settings(args), args.max_tokens, ranks.rank, ranks.world_size, count_flops
     )
-    plan = make_plan(train.samples, PlanSettings.of(args), 0)
-    bounds = micro_batch_bounds(train.samples, PlanSettings.of(args), args.max_tokens)
+    plan = make_plan(train.samples, plan_settings(args), 0)
+    bounds = micro_batch_bounds(train.samples, plan_settings(args), args.max_tokens)
     dist_utils.from_rank0(lambda: describe_data(train, val, plan, tokenizer))
     identity = identify(args, images, train, val, folder)
     checkpoint = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
@@ -126,7 +123,7 @@ def load_rows(args: argparse.Namespace, tokenizer, images, output: Path | None) 
         print0(f"held out {len(val.samples):,} questions on {len(val.grids):,} of {len(train.grids):,} images")
         train = train.only([train.samples[i] for i in trained])
     if len(args.train) > 1 or args.train_weights:
-        for indices, asked in questions_by_file(train.samples, PlanSettings.of(args)):
+        for indices, asked in questions_by_file(train.samples, plan_settings(args)):
             path = args.train[train.samples[indices[0]].file]
             print0(f"{path}: {len(indices):,} questions, {asked:,} per epoch")
     return train, val
@@ -144,8 +141,8 @@ def print_plan(args: argparse.Namespace) -> None:
     images = image_settings(folder, args.min_pixels, args.max_pixels)
     with collector_paused():
         train, val = load_rows(args, tokenizer, images, None)
-    plan = make_plan(train.samples, PlanSettings.of(args), 0)
-    bounds = micro_batch_bounds(train.samples, PlanSettings.of(args), args.max_tokens)
+    plan = make_plan(train.samples, plan_settings(args), 0)
+    bounds = micro_batch_bounds(train.samples, plan_settings(args), args.max_tokens)
     check_cache(args, config, torch.bfloat16, images, train, val)
     describe_data(train, val, plan, tokenizer)
     print0(report(make_job(args, config, train, val, plan, bounds.tokens), images))

@@ -1,11 +1,13 @@
 """How a run's steps keep several GPUs busy, and which --batch-size would keep them busier."""
 
+import argparse
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 
+from modeling.precision import ROUNDED_GRADIENTS
 from trees import PlanSettings, Step, group_samples, make_plan, rank_efficiency
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -13,6 +15,14 @@ SAMPLED_STEPS = 256  # of an epoch: their times and efficiencies stand for all o
 SAMPLED_QUESTIONS = 50_000  # of the rows: other batch sizes are planned for so many
 FEWEST_STEPS = 10  # of an epoch with a larger batch size
 ENOUGH = 0.9  # rank efficiency below which a larger batch size is looked for
+
+
+def plan_settings(args: argparse.Namespace) -> PlanSettings:
+    """What the plan depends on, from the settings of a run."""
+    whole_trees = args.base_precision in ROUNDED_GRADIENTS
+    return PlanSettings(
+        args.batch_size, args.questions_per_image, args.seed, tuple(args.train_weights), whole_trees=whole_trees
+    )
 
 
 def spread(plan: list[Step]) -> list[Step]:

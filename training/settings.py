@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common import InputError, is_rank0, is_text, printable, quote
+from modeling.precision import PRECISIONS
 from modeling.targets import DEFAULT_TARGETS
 from training.gpus import GPUS
 
@@ -147,6 +148,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", default=DEFAULT_MODEL, help="hub name or folder: Qwen3-VL, Qwen2.5-VL or Qwen2-VL")
     add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto",
         help="precision of the frozen weights and of autocast; auto: bfloat16 on CUDA, float32 elsewhere")  # fmt: skip
+    add("--base-precision", type=choice(*PRECISIONS), default="bf16",
+        help="numbers of the frozen language model's linear layers; bf16: as --dtype says; fp8-backward and fp8: "
+        "FP8 products, on Hopper GPUs; fp8-weights: kept in FP8, which halves their memory")  # fmt: skip
     add("--compile", action=switch, default=True, help="compile layers on CUDA: faster, and less memory")
     add("--memory-budget", type=_budget, default="auto", help="share of activations kept, 0 to 1; auto: what fits")
     add("--lora-r", type=positive, default=16, help="rank of the LoRA matrices")
@@ -355,6 +359,9 @@ def _check_combinations(settings: argparse.Namespace) -> list[str]:
             any(Path(resume).glob("checkpoint-*/state.pt"))
         ),
         "--resume auto: say where with --output": settings.resume == "auto" and not settings.output,
+        f"--base-precision {settings.base_precision}: --dora needs the weights in bf16": (
+            settings.dora and settings.base_precision != "bf16"
+        ),
         "--val-fraction: --val names rows to evaluate on already": settings.val and settings.val_fraction,
         "--patience: there is nothing to evaluate on, give --val or --val-fraction": (
             settings.patience and not (settings.val or settings.val_fraction)

@@ -13,6 +13,7 @@ from test_bench import bench
 from data import build_batch
 from model import TreeModel, autocast, prepare_base
 from modeling.attention import tree_attention, tree_mask, visible
+from modeling.fp8 import product_error
 from modeling.lora import add_lora
 from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS, target_pattern
@@ -153,3 +154,8 @@ def test_compiled_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(
     of_ours, of_peft = (tiny.relative_error(gradients, exact) for gradients in (ours, peft))
     print(f"worst relative error against float32: ours {of_ours:.4f}, eager PEFT {of_peft:.4f}")
     assert of_ours < 1.1 * of_peft
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8")
+def test_fp8_products_are_those_of_rounded_numbers():
+    assert product_error(torch.device("cuda")) < 0.006  # rounding to bfloat16, and Hopper's fast accumulation

@@ -45,7 +45,7 @@ HERE = Gpu(("cpu",), 80, 1, measured=False)
 def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
     args = parse_settings(arguments(world, world / "none", **settings))
     data, _ = tiny.load_world(world)
-    plan_settings = PlanSettings.of(args)
+    plan_settings = scaling.plan_settings(args)
     bounds = micro_batch_bounds(data.samples, plan_settings, args.max_tokens)
     config = AutoConfig.from_pretrained(world / "model")
     return make_job(args, config, data, data, make_plan(data.samples, plan_settings, 0), bounds.tokens), data

@@ -1,0 +1,68 @@
+"""Loading a model whose decoder layers are quantized one after the other as they are read: at no time is there a layer
+more in the model's own type than the one at hand."""
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+from common import InputError
+from modeling.linear import quantize_layer
+from modeling.loading import model_name, weight_files
+
+
+def without_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the same model without decoder layers: transformers loads the rest of it."""
+    config = copy.deepcopy(config)
+    config.text_config.num_hidden_layers = 0
+    if getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = []
+    return config
+
+
+def add_quantized_layers(
+    rest: nn.Module, folder: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, precision: str
+) -> nn.Module:
+    """The whole model, from one that was loaded without decoder layers. Raises InputError for weights that are missing
+    or have other sizes than config.json says, and SafetensorError for damaged files."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.model.visual, model.lm_head, model.generation_config = rest.model.visual, rest.lm_head, rest.generation_config
+    language_model = model.model.language_model
+    for name, module in rest.model.language_model.named_children():
+        if name != "layers":
+            setattr(language_model, name, module)
+    places = _places(folder)
+    for number, layer in enumerate(language_model.layers):
+        _fill(layer, f"model.language_model.layers.{number}.", places, dtype, device)
+        quantize_layer(layer.requires_grad_(False), precision)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what quantizing took would count as used when a memory budget is chosen
+    return model.eval()
+
+
+def _places(folder: str) -> dict[str, tuple[Path, str]]:
+    """The file of each weight, and its name there, by its name in transformers 5."""
+    places = {}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            places |= {model_name(name): (path, name) for name in file.keys()}
+    return places
+
+
+def _fill(layer: nn.Module, prefix: str, places: dict, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a decoder layer on `meta` the weights of its files."""
+    for name, parameter in list(layer.named_parameters()):
+        if prefix + name not in places:
+            folder = next(iter(places.values()))[0].parent
+            raise InputError(f"model {folder} has no weights {prefix}{name}: copy or download it again")
+        path, own = places[prefix + name]
+        with safe_open(path, "pt", device=str(device)) as file:
+            weight = file.get_tensor(own).to(dtype)
+        if weight.shape != parameter.shape:
+            raise InputError(f"model {path.parent}: {own} is {list(weight.shape)}, not {list(parameter.shape)}")
+        owner, _, kind = name.rpartition(".")
+        setattr(layer.get_submodule(owner), kind, nn.Parameter(weight, requires_grad=False))
