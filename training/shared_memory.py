@@ -18,9 +18,9 @@ from trees import MicroBatch, tree_shape
 
 FOLDER = Path("/dev/shm")
 PREFETCHED = 2  # batches that each data worker keeps ready, as torch has it
-PER_BATCH = 25 * 4096  # bytes of a batch however small: each of its tensors takes whole pages
+PER_BATCH = 27 * 4096  # bytes of a batch however small: each of its tensors takes whole pages
 PER_TOKEN = 100  # bytes of a batch for each of its tokens: ids, positions, targets
-PER_PATCH = 80  # bytes for each of its patches in addition to the pixels: what the vision tower derives from the grid
+PER_PATCH = 84  # bytes for each of its patches in addition to the pixels: what the vision tower derives from the grid
 
 
 def check_shared_memory(
