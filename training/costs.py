@@ -23,6 +23,9 @@ IMAGE_S = 0.024  # small kernels of the vision tower, per image
 SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.17, 0.0: 1.27}  # memory budget -> step time against budget 1: a tree of 9, H100
 GPUS_PER_NODE = 8
 NETWORK = 100e9 / 8  # bytes per second between two nodes, in each direction: 100 Gbit/s
+# --base-precision -> time of the language model's matrix products against bf16: trees of 17 on an H200, and trees of 9
+# too where layers are dequantized (bench/results/step-precision-h200.json)
+PRECISION_TIME = {"bf16": 1.0, "fp8-backward": 0.84, "fp8": 0.67, "fp8-weights": 1.2}
 NOT_COMPILED = (1.9, 1.37)  # share of `kept_bytes` (82.2 GiB at 7,308 tokens, H200); step time against budget 1
 
 
@@ -66,11 +69,11 @@ def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branch
     return Flops(language, 3.5 * 4 * q * layers * pairs, tower * sum(patches), tower_attention)
 
 
-def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True) -> float:
+def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True, precision: str = "bf16") -> float:
     """Seconds of a micro-batch, from each tree's operations and number of images. Not `trained`: forward only."""
     language, attention, tower, tower_attention = (sum(kind) for kind in zip(*(flops for flops, _ in loads)))
     part, attention_part, gap_part = (1, 1, 1) if trained else (1 / 2, 1 / 3.5, 1 / 3)
-    at_full_rate = (part * language + tower) / MATMUL_SHARE
+    at_full_rate = (part * PRECISION_TIME[precision] * language + tower) / MATMUL_SHARE
     at_full_rate += attention_part * attention / ATTENTION_SHARE + tower_attention / TOWER_ATTENTION_SHARE
     fixed = gap_part * MICRO_BATCH_S + IMAGE_S * sum(images for _, images in loads)
     return at_full_rate / (gpu.tflops * 1e12) + fixed

@@ -22,8 +22,10 @@ from data import FLEX_BLOCK, VQAData, at_limit
 from dist_utils import print0
 from evaluation.runner import plan_evaluation
 from inputs.images import ImageSettings
+from modeling.linear import weight_bytes
 from modeling.lora import add_lora, lora_table
 from modeling.memory import MEMORY_BUDGETS, kept_bytes, memory_margin
+from modeling.precision import forward_precision
 from training.costs import (
     GPUS_PER_NODE,
     NETWORK,
@@ -61,7 +63,7 @@ class Job:
     steps_per_epoch: int
     val_batches: list[MicroBatch]
     largest: int  # tokens of the largest micro-batch
-    weights: int  # parameters of the base model
+    weight_bytes: int  # of the base model
     lora: int  # parameters that are trained
 
     @property
@@ -85,7 +87,7 @@ def make_job(
     # Counted on the model itself, not by a formula: --lora-targets may name any layer.
     model = empty_model(config, args)
     lora = sum(count for _, count in lora_table(model).values())
-    weights = sum(parameter.numel() for parameter in model.parameters()) - lora
+    weights = weight_bytes(model.get_base_model(), args.base_precision)
     val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
     return Job(args, config, train, val, spread(plan), len(plan), val_batches, largest, weights, lora)
 
@@ -112,8 +114,8 @@ class Budget:
 def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
     """The memory budgets that a run may choose from for micro-batches of `tokens` tokens, the fastest first."""
     kept = kept_bytes(job.config, tokens)
-    room = gpu.memory_gib * GIB - 2 * job.weights - 4 * job.lora - memory_margin(gpu.memory_gib * GIB)
-    fixed = 2 * job.weights + 4 * 4 * job.lora  # bfloat16 weights; float32 LoRA, its gradient, AdamW's two moments
+    room = gpu.memory_gib * GIB - job.weight_bytes - 4 * job.lora - memory_margin(gpu.memory_gib * GIB)
+    fixed = job.weight_bytes + 4 * 4 * job.lora  # float32 LoRA, its gradient, AdamW's two moments
     costs = [(None, *NOT_COMPILED)]
     if job.args.compile:
         measured = sorted(SLOWER)
@@ -165,13 +167,15 @@ class Pace(NamedTuple):
 def pace(job: Job, gpu: Gpu, slower: float, gpu_counts: Iterable[int]) -> dict[int, Pace]:
     """By number of GPUs. A step takes as long as the rank that has the most to do, and the all-reduce after it."""
     load = cache(lambda tree: tree_load(job.config, job.train.samples, tree))  # most trees are whole on any number
+    precision = job.args.base_precision
 
     def share_seconds(share: MicroBatch) -> float:
         batches = trees.pack(share, job.args.max_tokens)
-        return sum(batch_seconds(list(map(load, batch)), gpu) for batch in batches)
+        return sum(batch_seconds(list(map(load, batch)), gpu, precision=precision) for batch in batches)
 
     loads = ([tree_load(job.config, job.val.samples, tree) for tree in batch] for batch in job.val_batches)
-    val_s = [batch_seconds(of_batch, gpu, trained=False) for of_batch in loads]
+    of_evaluation = forward_precision(precision)
+    val_s = [batch_seconds(of_batch, gpu, trained=False, precision=of_evaluation) for of_batch in loads]
     costs = list(map(trees.cost_of, job.val_batches))
     paces = {}
     for gpus in gpu_counts:
@@ -241,7 +245,8 @@ def report(job: Job, images: ImageSettings) -> str:
     times = pace(job, gpu, chosen.slower, GPU_COUNTS)
     rates = "measured" if gpu.measured else "derived from data sheets, not measured"
     # The same steps on every card: --gpu changes times and budgets, never the plan.
-    lines = [f"{args.model} in bfloat16 on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, options)]
+    precision = f" with --base-precision {args.base_precision}" * (args.base_precision != "bf16")
+    lines = [f"{args.model} in bfloat16{precision} on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, options)]
     if not chosen.fits:
         lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, images)}")
     lines += time_lines(job, times)
@@ -261,7 +266,7 @@ def report(job: Job, images: ImageSettings) -> str:
 
 def memory_lines(job: Job, gpu: Gpu, options: list[Budget]) -> list[str]:
     lines = [
-        f"memory: {2 * job.weights / GIB:.1f} GiB weights, {16 * job.lora / GIB:.2f} GiB LoRA with gradient and "
+        f"memory: {job.weight_bytes / GIB:.1f} GiB weights, {16 * job.lora / GIB:.2f} GiB LoRA with gradient and "
         f"optimizer, activations of {job.largest:,} tokens; "
         f"{memory_margin(gpu.memory_gib * GIB) / GIB:.1f} of {gpu.memory_gib} GiB stay free"
     ]

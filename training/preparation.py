@@ -24,11 +24,13 @@ from inputs.vision_cache import SPARE, cache_at
 from modeling.fp8 import check_products
 from modeling.loading import fingerprint, resolve_model, weights_hash
 from modeling.lora import lora_differences
+from modeling.precision import ROUNDED_GRADIENTS
 from modeling.targets import names_vision
 from training.checkpoints import find_checkpoint, size_and_sum, warn_of_other_base
 from training.compatibility import PLAN_VERSION
 from training.costs import tree_counter, uncounted
 from training.description import describe_data
+from training.gpus import GPUS
 from training.plan import GIB, empty_model, make_job, report
 from training.rehearsal import Bounds, micro_batch_bounds
 from training.scaling import plan_settings
@@ -135,6 +137,10 @@ def print_plan(args: argparse.Namespace) -> None:
         raise InputError("--plan knows what bfloat16 costs: leave --dtype at auto")
     folder = resolve_model(args.model, weights=False)
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    if args.base_precision in ROUNDED_GRADIENTS and not GPUS[args.gpu].has_fp8:
+        raise InputError(
+            f"--base-precision {args.base_precision}: no FP8 products on {args.gpu}, where fp8-weights runs"
+        )
     if unknown := uncounted(config, args):
         raise InputError(f"--plan knows what LoRA on Qwen3-VL's language model costs, not {unknown}")
     check_lora(args, config, is_new=True)

@@ -38,6 +38,8 @@ from training.settings import parse_settings
 from trees import PlanSettings, grow_tree, make_plan, pack, rank_efficiency, share_out
 
 MEASURED = json.loads((Path(bench.__file__).parent / "results" / "step-h100.json").read_text())
+PRECISIONS = json.loads((Path(bench.__file__).parent / "results" / "step-precision-h200.json").read_text())["rows"]
+PRECISIONS = [row for row in PRECISIONS if row["case"].startswith("tree-")]
 TREES = {int(r["case"].removeprefix("tree-")): r for r in MEASURED["rows"] if r["case"].startswith("tree-")}
 HERE = Gpu(("cpu",), 80, 1, measured=False)
 
@@ -56,6 +58,7 @@ def job_of_the_8b() -> plan.Job:
     """The 8B with micro-batches of the benchmark's tree of 9; no data. Its layers are built once, without weights."""
     args = SimpleNamespace(compile=True, memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
     vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
+    vars(args).update(base_precision="bf16")
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
     return make_job(args, config, VQAData("", [], {}), None, [()], 2704 + 9 * 195)
 
@@ -310,11 +313,33 @@ def test_the_peak_memory_of_a_run_is_the_one_seen(budget, tokens, peak_gib):
     assert choice.peak / GIB == pytest.approx(peak_gib, rel=0.05)
 
 
+@pytest.mark.parametrize("row", PRECISIONS, ids=lambda row: f"{row['case']} {row['precision']}")
+def test_memory_and_time_of_each_base_precision_are_the_measured_ones(row):
+    """Time against that of bf16 for a tree of 17; a busy CPU paced those of 9."""
+    questions, precision = int(row["case"].partition("-")[2]), row["precision"]
+    config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
+    args = SimpleNamespace(**(vars(job_of_the_8b().args) | {"base_precision": precision, "memory_budget": 1.0}))
+    job = make_job(args, config, VQAData("", [], {}), None, [()], 2704 + 195 * questions)
+    (choice,) = budgets(job, GPUS["h200"], job.largest)
+    assert choice.peak / GIB == pytest.approx(row["peak_gib"], rel=0.05)
+    if questions == 17:
+        load = costs.step_flops(config, [10800], 2704, [195] * questions, 32 * questions), 1
+        plain, own = (costs.batch_seconds([load], GPUS["h200"], precision=name) for name in ("bf16", precision))
+        (measured,) = (r["ms_per_question"] for r in PRECISIONS if (r["case"], r["precision"]) == ("tree-17", "bf16"))
+        assert own / plain == pytest.approx(row["ms_per_question"] / measured, rel=0.02)
+
+
+def test_a_plan_for_a_gpu_without_fp8_products_is_refused(world):
+    settings = {"gpu": "a100-40", "base-precision": "fp8", "dtype": "auto"}
+    with pytest.raises(InputError, match="--base-precision fp8: no FP8 products on a100-40, where fp8-weights runs"):
+        train.main([*arguments(world, "", **settings), "--plan"])
+
+
 @pytest.mark.parametrize("gib", [23.5, 26, 32, 40, 48, 80])
 def test_the_memory_budget_is_the_one_that_the_run_chooses(gib, monkeypatch):
     job = job_of_8b()
     total = int(gib * GIB)
-    taken = 2 * job.weights + 4 * job.lora
+    taken = job.weight_bytes + 4 * job.lora
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken)
@@ -339,7 +364,7 @@ def test_settings_that_would_fit_are_found(world, tokens):
     """The 8B's memory for the tiny world's rows, the longest of which has 147 tokens."""
     data, dataset = tiny.load_world(world)
     job = replace(job_of_8b(), largest=700, train=data)
-    needed = 2 * job.weights + 4 * job.lora + 0.13 * kept_bytes(job.config, tokens + 1)
+    needed = job.weight_bytes + 4 * job.lora + 0.13 * kept_bytes(job.config, tokens + 1)
     gpu = Gpu((), (needed + MEMORY_MARGIN[0]) / (1 - MEMORY_MARGIN[1]) / GIB, 1)
     remedy = dict(zip(*[iter(plan.remedy(job, gpu, dataset.settings).split()[:-2])] * 2))
     assert remedy["--max-tokens"] == str(tokens)
