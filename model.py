@@ -39,8 +39,8 @@ def autocast(device: torch.device, dtype: torch.dtype):
 def load_base(folder: str, dtype: torch.dtype, device: torch.device, precision: str = "bf16") -> nn.Module:
     """Load the frozen base model straight onto `device`, from a folder of `resolve_model`.
 
-    precision: of the decoder layers' linear layers, one of `modeling.precision.PRECISIONS`. All else is of `dtype`. Raises
-    InputError when weights are damaged, or some are missing: transformers would go on with random ones.
+    precision: of the decoder layers' linear layers, one of `modeling.precision.PRECISIONS`. All else is of `dtype`.
+    Raises InputError when weights are damaged, or some are missing: transformers would go on with random ones.
     """
     transformers_logging.disable_progress_bar()  # every rank would show one
     config = AutoConfig.from_pretrained(folder)
