@@ -48,7 +48,7 @@ class Sample:
     image_at: tuple[int, ...]  # index of each image token in ids
     image_tokens: tuple[int, ...]  # language-model tokens of each image
     patches: tuple[int, ...]  # vision patches of each image
-    fields: dict  # question, answer, question_type, options
+    fields: dict  # of the row, see `Row.fields`
     file: int = 0  # number of its file of rows
     text_first: bool = False  # an image comes after text of its turn
 
@@ -126,11 +126,11 @@ class VQAData:
 
 
 def load_data(
-    files: list[str], images_dir: str, tokenizer, settings: ImageSettings, max_tokens: int, **options
+    files: list[str], images_dir: str, tokenizer, settings: ImageSettings, max_tokens: int, by=(), **options
 ) -> VQAData:
-    """Read files of rows and encode them (see `encode_rows`). Raises InputError when a file can't be read."""
+    """Read files of rows (`by`: see `parse_row`), and `encode_rows`. Raises InputError when a file can't be read."""
     names = enumerate(zip(files, distinct_names(files)))
-    rows = chain.from_iterable(iterate_rows(Path(path), name, number) for number, (path, name) in names)
+    rows = chain.from_iterable(iterate_rows(Path(path), name, number, by) for number, (path, name) in names)
     return encode_rows(rows, images_dir, tokenizer, settings, max_tokens, files=files, **options)
 
 

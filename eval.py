@@ -34,10 +34,12 @@ import dist_utils
 from common import InputError, lock_folder, nearest_existing, removed_if_refused, sign, write_whole, writing
 from data import TreeDataset, VQAData, encode_rows, load_data, padding
 from dist_utils import Ranks, Stop, print0
-from evaluation import scores
+from evaluation import overlap, scores
 from evaluation.answers import MAX_TREES, answer_batch, predict, repetition_penalty, score_samples, unused_settings
 from evaluation.report import write_report
 from evaluation.runner import Runner, plan_evaluation
+from evaluation.tables import accuracy_table, breakdown_table, describe_comparison
+from inputs.fields import is_filled
 from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, image_settings, picture_warnings
 from inputs.refused import refuse_without_images, stop_or_skip_bad
@@ -54,7 +56,7 @@ from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base
 from training.description import unread_warnings
 from training.eval_settings import parse
 from training.metrics import read_metrics
-from training.settings import DEFAULT_MODEL
+from training.settings import DEFAULT_MODEL, nearest
 from training.shared_memory import check_shared_memory
 from trees import Assignment, MicroBatch
 
@@ -91,33 +93,6 @@ def evaluate(
         "questions": len(correct),
         "by_type": {kind: [sum(c) / len(c), len(c)] for kind, c in sorted(by_type.items())},
     }
-
-
-def accuracy_table(results: dict[str, dict]) -> str:
-    """Exact match in percent by question type and over all types, with one column for each of several results about the
-    same rows. Results of `scores.summarize` have intervals, those of `evaluate` have none."""
-    columns, lines = [_accuracy_cells(result) for result in results.values()], []
-    width = 24 if any("(" in cell for column in columns for _, _, cell in column) else 10
-    for cells in zip(*columns):  # a row of every column
-        kind, questions, _ = cells[0]
-        lines.append(f"{kind:<16}{questions:>10,}" + "".join(f"{cell:>{width}}" for _, _, cell in cells))
-    head = f"{'exact match %':<16}{'questions':>10}" + "".join(f"{name:>{width}}" for name in results)
-    return "\n".join([head, *lines])
-
-
-def _accuracy_cells(result: dict) -> list[tuple[str, int, str]]:
-    """(question type, questions, exact match in percent) of every type and of all of them, and scores of benchmarks."""
-    if "all" not in result:  # of `evaluate`
-        rows = [*result["by_type"].items(), ("all", (result["exact_match"], result["questions"]))]
-        return [(kind, questions, f"{100 * share:.1f}") for kind, (share, questions) in rows]
-    rows = [*result["by_type"].items(), ("all", result["all"])]
-    means = [(kind, score["exact_match"]) for kind, score in rows]
-    benchmarks = {"VQA accuracy %": "vqa_accuracy", "ANLS %": "anls"}  # of rows with several accepted answers
-    means += [(title, result["all"][name]) for title, name in benchmarks.items() if name in result["all"]]
-    return [
-        (kind, mean["questions"], f"{100 * mean['mean']:.1f} ({100 * mean['low']:.1f} to {100 * mean['high']:.1f})")
-        for kind, mean in means
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
@@ -235,7 +210,7 @@ def load_rows(
     args: argparse.Namespace, sources: Sources, tokenizer, settings: ImageSettings
 ) -> tuple[VQAData, list[list[str]]]:
     """The samples to answer, and for each of them the options to score."""
-    limits = {"max_tokens": args.max_tokens, "allow_outside_images": args.allow_outside_images}
+    limits = {"max_tokens": args.max_tokens, "allow_outside_images": args.allow_outside_images, "by": args.by}
     data = load_data(sources.files, sources.images, tokenizer, settings, **limits, **sources.prompts)
     stays, usable = nearest_existing(sources.output), {sample.file for sample in data.samples}
     make_output(sources.output)
@@ -249,12 +224,23 @@ def load_rows(
             data = data.only([data.samples[i] for i in split(names, sources.held_out)[1]])
         if not data.samples:
             raise InputError(f"{sources.rows}: none of the held-out rows can be used")
+        refuse_unknown_fields(args.by, data, sources)
         check_shared_memory([(data, plan_evaluation(data.samples, args.max_tokens, MAX_TREES))], settings, args.workers)
     for warning in picture_warnings(data.sizes) + unread_warnings(data):
         print0(f"warning: {warning}")
     closed = closed_options(sources, args.closed_set) if args.closed_set else {}
     own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
     return data, [texts or closed.get(sample.fields["question"], []) for texts, sample in zip(own, data.samples)]
+
+
+def refuse_unknown_fields(by: list[str], data: VQAData, sources: Sources) -> None:
+    """Raise InputError for a field of --by that no sample has, with the name that may be meant."""
+    for name in by:
+        if not any(name in sample.fields.get("by", {}) for sample in data.samples):
+            rows = (row for file in sources.files for row in read_rows(Path(file))[0])
+            filled = (field for row in rows for field, value in json.loads(row.written).items() if is_filled(value))
+            known = nearest(name, dict.fromkeys(filled))
+            raise InputError(f"--by {name}: no row of {sources.rows} has this field{known}")
 
 
 def closed_options(sources: Sources, at_most: int) -> dict[str, list[str]]:
@@ -359,6 +345,11 @@ def write_results(
     summaries = {kind: scores.summarize(answers, args.numeric_tolerance) for kind, answers in predictions.items()}
     summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": summaries}
     print0(accuracy_table(summaries))
+    for field in dict.fromkeys(args.by):
+        for kind, score in summaries.items():
+            print0(f"\n{breakdown_table(field, kind, score)}")
+    if lacking := overlap.missing():
+        print0(lacking)
     if len(predictions) == 2:
         summary["comparison"] = scores.compare(predictions["base"], predictions["tuned"])
         print0(describe_comparison(summary["comparison"], "base", "tuned"))
@@ -392,15 +383,6 @@ def compare_files(a: Path, b: Path) -> int:
     for name, path in (("only_a", a), ("only_b", b)):
         print0(f"right in {path} only:", *(f"\n  {row}" for row in comparison[name]))
     return 0
-
-
-def describe_comparison(comparison: dict, a: str, b: str) -> str:
-    low, mean, high = (100 * comparison["difference"][end] for end in ("low", "mean", "high"))
-    lost, won = len(comparison["only_a"]), len(comparison["only_b"])
-    return (
-        f"{b} − {a}: {mean:+.1f} points of exact match (95% interval over images {low:+.1f} to {high:+.1f}); "
-        f"{won:,} questions won, {lost:,} lost, McNemar p = {comparison['p']:.2g}"
-    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from common import is_gone, nearest_existing, quote, removed_if_refused
 from data import Batch, TreeDataset, make_loader, next_batches, padding
 from demo import endoscopy
 from dist_utils import STOPPED, Ranks, Stop, no_sync, print0, seed_torch, unwrap
-from eval import accuracy_table, evaluate
+from eval import evaluate
+from evaluation.tables import accuracy_table
 from inputs.holdout import relative_names
 from inputs.vision_cache import FeatureWriter, VisionCache, open_cache
 from model import TreeModel, autocast, load_base, pick_dtype

@@ -44,7 +44,7 @@ def predict(
             "images": relative_names(sample.images, images_dir),
             "question": sample.fields["question"],
             "answer": sample.fields["answer"],
-            **({"answers": sample.fields["answers"]} if "answers" in sample.fields else {}),
+            **{name: sample.fields[name] for name in ("answers", "by") if name in sample.fields},
             "right": is_right(answer["prediction"], accepted(sample.fields)),
             "question_type": kind,
             **answer,

@@ -45,6 +45,14 @@ def _vqa_words(text: str) -> str:
     return " ".join(bare if (bare := word.replace("'", "")) in CONTRACTIONS else word for word in words)
 
 
+def strict_match(prediction: str, answers: list[str]) -> float:
+    """1 where the prediction is an answer's text, in either case and whatever white space surrounds it.
+
+    What evaluation/compute_metrics.py of github.com/simula/Kvasir-VQA-x1 (a7aef04) calls exact match.
+    """
+    return float(prediction.strip().lower() in [answer.strip().lower() for answer in answers])
+
+
 def anls(prediction: str, answers: list[str]) -> float:
     """Normalized Levenshtein similarity to the nearest answer, 0 where it is below ANLS_THRESHOLD. Its mean is ANLS.
 

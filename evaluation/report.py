@@ -16,15 +16,18 @@ from evaluation.normalization import accepted
 from evaluation.page import MAX_LETTERS, document, grid, legend, percent, points, table, text
 from evaluation.scores import row_key
 from evaluation.statistics import calibration_bins, calibration_error
+from evaluation.tables import paper_cells
 from inputs.images import open_picture
 
 MAX_CARDS = 300  # questions in the gallery
 THUMBNAIL_SIDE = 256  # pixels of the longer side
 MAX_THUMBNAIL_BYTES = 8_000_000  # of all thumbnails as data URIs; the gallery stops before it exceeds this
 MAX_WORST, MAX_CONFUSIONS, MAX_FLIPS = 15, 12, 50  # questions, tables and rows shown
+MAX_VALUES = 100  # of a field that --by names
 MARKS = "●■"  # of the first model and of the one that it is compared with
 SCORES = {
     "exact_match": "exact match",
+    "strict_match": "strict match: the same text but for case",
     "token_f1": "token F1",
     "numeric": "numbers and sizes, within tolerance",
     "set_f1": "set F1, answers in several parts",
@@ -32,6 +35,7 @@ SCORES = {
     "anls": "ANLS, rows with `answers`",
     "vqa_accuracy": "VQA accuracy, rows with several `answers`",
     "relaxed_accuracy": "relaxed accuracy, as for charts",
+    "rouge_l": "ROUGE-L",
 }
 
 
@@ -47,6 +51,7 @@ def write_report(
     name = Path(summary["facts"].get("checkpoint") or summary["facts"].get("model", "")).name
     sections = {
         "Question types": by_type(scores, summary.get("comparison")),
+        "By field": by_fields(scores, summary.get("comparison")),
         "All scores": all_scores(scores),
         "Worst questions": worst_questions(scores, summary.get("comparison")),
         "Confusion": confusions(scores),
@@ -97,6 +102,25 @@ def by_type(scores: dict[str, dict], comparison: dict | None) -> str:
     return score_table("Exact match", scores, comparison, "by_type", list(next(iter(scores.values()))["by_type"]))
 
 
+def by_fields(scores: dict[str, dict], comparison: dict | None) -> str:
+    """A table for each field that --by names: exact match for each value of the field, and the scores that papers
+    report, those of two models in one cell."""
+    parts, kinds = "", " / ".join(map(text, scores))
+    for field, values in next(iter(scores.values()))["by"].items():
+        rows = []
+        for value in list(values)[:MAX_VALUES]:
+            groups = [score["by"][field][value] for score in scores.values()]
+            means = [group["exact_match"] for group in groups]
+            row = [text(value), f"{means[0]['questions']:,}", *map(percent, means)]
+            row += [points(comparison["by"][field][value])] if comparison else []
+            rows.append(row + list(map(" / ".join, zip(*(paper_cells(group).values() for group in groups)))))
+        head = [text(field), "questions", *(f"exact match, {text(kind)}" for kind in scores)]
+        head += ["difference, points"] * bool(comparison) + [f"{name}, {kinds}" for name in paper_cells(groups[0])]
+        shown = f"The first {MAX_VALUES} of {len(values):,} values" if len(values) > MAX_VALUES else "Scores"
+        parts += f"<p>{shown} by {text(field)}</p>" + table(head, rows)
+    return parts
+
+
 def worst_questions(scores: dict[str, dict], comparison: dict | None) -> str:
     """Rarely asked questions are left out, unless all are rare: their means say little."""
     means = {name: score["exact_match"] for name, score in next(iter(scores.values()))["by_question"].items()}
@@ -122,6 +146,8 @@ def named_scores(score: dict) -> dict[str, tuple[int, str]]:
     if difference := forced.get("in_parts"):
         name = "generated − teacher-forced in points, answers in several parts"
         cells[name] = difference["questions"], points(difference)
+    if bleu := score.get("bleu"):
+        cells["BLEU, 0 to 100"] = forced["exact_match"]["questions"], f"{bleu['score']:.1f}"
     cells["loss per answer token"] = cell(forced, "loss", forced["exact_match"]["questions"])
     if options := score.get("options"):
         cells["likeliest option is right"] = mean_cell(options["top1"])

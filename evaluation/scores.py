@@ -4,18 +4,20 @@
 questions about the same image are not independent.
 """
 
+import json
 import re
 from collections import Counter
-from importlib.util import find_spec
 
 import numpy as np
 
-from evaluation.benchmarks import anls, relaxed_accuracy, vqa_accuracy
+from evaluation import overlap
+from evaluation.benchmarks import anls, relaxed_accuracy, strict_match, vqa_accuracy
 from evaluation.normalization import accepted, is_right, normalize, parts, quantities_match
 from evaluation.statistics import auroc, calibration_error, difference_with_interval, mcnemar, mean_with_interval
 
 MAX_CLASSES = 10  # different true answers up to which a question gets a confusion table
 OTHER = "(other)"  # never a normalized answer, which loses its parentheses
+NO_VALUE = "(none)"  # of a field that other rows have
 
 # ---------------------------------------------------------------------------------------------------------- one answer
 
@@ -51,13 +53,15 @@ def in_parts(answer: str) -> bool:
 
 
 def score_benchmarks(prediction: dict) -> dict:
-    """The scores that public benchmarks report: relaxed accuracy of every answer; ANLS where the row has `answers`, and
-    VQA accuracy where it has several."""
+    """The scores of public benchmarks: strict match and relaxed accuracy of every answer; ANLS where the row has
+    `answers`, and VQA accuracy where it has several."""
     answers = prediction.get("answers", [])
     scores = {"anls": anls(prediction["prediction"], answers)} if answers else {}
     if len(answers) > 1:
         scores["vqa_accuracy"] = vqa_accuracy(prediction["prediction"], answers)
-    return scores | {"relaxed_accuracy": relaxed_accuracy(prediction["prediction"], accepted(prediction))}
+    for name, rule in {"strict_match": strict_match, "relaxed_accuracy": relaxed_accuracy}.items():
+        scores[name] = rule(prediction["prediction"], accepted(prediction))
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------------ question types
@@ -173,20 +177,13 @@ def image_group(prediction: dict) -> str:
     return "|".join(prediction["images"]) or prediction["where"]
 
 
-def bleu(predictions: list[dict]) -> dict:
-    """Corpus BLEU by sacrebleu, and its signature. Raises ModuleNotFoundError where sacrebleu is not installed."""
-    from sacrebleu.metrics import BLEU
-
-    metric, answers = BLEU(), [p["answer"] for p in predictions]
-    score = metric.corpus_score([p["prediction"] for p in predictions], [answers]).score
-    return {"score": score, "signature": str(metric.get_signature())}
-
-
 def summarize(predictions: list[dict], tolerance: float) -> dict:
-    """Every score with its interval, over all answers, by question type and by question; also the confusion table of
-    each question with 2 to MAX_CLASSES true answers. `predictions` are lines of predictions.jsonl."""
+    """Every score with its interval, over all answers, by question type, by question and by the fields that --by names;
+    also the confusion table of each question with 2 to MAX_CLASSES true answers. `predictions` are lines of
+    predictions.jsonl."""
     scored = [score_answer(p["prediction"], accepted(p), tolerance) for p in predictions]
-    both = [scores | score_benchmarks(p) for scores, p in zip(scored, predictions)]
+    overlaps = overlap.row_scores(predictions)
+    both = [scores | score_benchmarks(p) | words for scores, p, words in zip(scored, predictions, overlaps)]
     images = [image_group(p) for p in predictions]
 
     def means(scored: list[dict], chosen: list[int]) -> dict:
@@ -205,8 +202,13 @@ def summarize(predictions: list[dict], tolerance: float) -> dict:
         if 1 < len(table) <= MAX_CLASSES:
             summary["closed"][question] = {"balanced_accuracy": balanced_accuracy(table), "confusion": table}
     summary["teacher_forced"] = score_teacher_forcing(predictions, [s["exact_match"] for s in scored], images)
-    if find_spec("sacrebleu"):
-        summary["bleu"] = bleu(predictions)
+    summary |= overlap.corpus_scores(predictions)
+    summary["by"] = {
+        field: {
+            value: means(both, rows) | overlap.corpus_scores([predictions[i] for i in rows]) for value, rows in groups
+        }
+        for field, groups in group_by_fields(predictions).items()
+    }
     if chosen := [i for i, p in enumerate(predictions) if "options" in p]:
         summary["options"] = score_options([predictions[i] for i in chosen], [images[i] for i in chosen])
     return summary
@@ -232,10 +234,33 @@ def _group_by(predictions: list[dict], field: str) -> dict[str, list[int]]:
     return dict(sorted(groups.items()))
 
 
+def group_by_fields(predictions: list[dict]) -> dict[str, list[tuple[str, list[int]]]]:
+    """Field that --by names -> its values as texts, each with the indices of the predictions that have it. Whole
+    numbers stand first, in their order. A prediction whose value is a list is in the group of each of its elements, and
+    one without a value in that of NO_VALUE, which stands last."""
+    result = {}
+    for field in dict.fromkeys(field for prediction in predictions for field in prediction.get("by", {})):
+        groups = {}
+        for index, prediction in enumerate(predictions):
+            value = prediction.get("by", {}).get(field, NO_VALUE)
+            for text in dict.fromkeys(map(_as_text, value if isinstance(value, list) else [value])):
+                groups.setdefault(text, []).append(index)
+        result[field] = sorted(groups.items(), key=lambda group: _value_order(group[0]))
+    return result
+
+
+def _as_text(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _value_order(value: str) -> tuple:
+    return value == NO_VALUE, not value.isdecimal(), int(value) if value.isdecimal() else 0, value
+
+
 def compare(a: list[dict], b: list[dict]) -> dict:
-    """Exact match of b minus that of a on the same rows with its interval, over all rows, by question type and by
-    question; McNemar's p; and the rows that only one of them got right. Raises ValueError when the two don't answer the
-    same rows.
+    """Exact match of b minus that of a on the same rows with its interval, over all rows, by question type, by question
+    and by the fields that --by names; McNemar's p; and the rows that only one of them got right. Raises ValueError when
+    the two don't answer the same rows.
 
     Both are judged by today's rule and by the answers that either of them lists, whatever rule wrote the files."""
     a, b = ({row_key(prediction): prediction for prediction in predictions} for predictions in (a, b))
@@ -254,6 +279,11 @@ def compare(a: list[dict], b: list[dict]) -> dict:
     for name, field in {"by_type": "question_type", "by_question": "question"}.items():
         groups = _group_by([{field: ""} | a[row] for row in rows], field)
         result[name] = {value: mean([rows[i] for i in chosen]) for value, chosen in groups.items()}
+    by_fields = group_by_fields([a[row] | b[row] for row in rows])
+    result["by"] = {
+        field: {value: mean([rows[i] for i in chosen]) for value, chosen in groups}
+        for field, groups in by_fields.items()
+    }
     return result
 
 

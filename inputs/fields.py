@@ -75,6 +75,10 @@ class Fields:
         """The names of the fields that have not been read, as written."""
         return [name for name, _ in self.unread.values()]
 
+    def value(self, name: str):
+        """The value of a field that has not been read, and that stays so; None where it is not filled."""
+        return self.unread.get(plain(name), (name, None))[1]
+
     def take(self, name: str):
         """The value of a field; None where it is not filled."""
         return self.unread.pop(plain(name), (name, None))[1]

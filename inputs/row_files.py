@@ -5,7 +5,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,10 +18,10 @@ EXCERPT = 80  # characters shown of what can't be read
 REST_UNREAD = "the rest of the file was not read"
 
 
-def iterate_rows(path: Path, shown_as: str = "", file: int = 0) -> Iterator[Row | BadRow]:
+def iterate_rows(path: Path, shown_as: str = "", file: int = 0, by: Iterable[str] = ()) -> Iterator[Row | BadRow]:
     """Yield the usable and bad rows of a file that is a JSON array, JSON lines or a table, in their order. `shown_as`
-    replaces the file's name in places, and `file` is its number. Raises InputError when the file can't be read, or is
-    of another kind."""
+    replaces the file's name in places, `file` is its number, and `by` names fields to keep (see `parse_row`). Raises
+    InputError when the file can't be read, or is of another kind."""
     name, empty = shown_as or path.name, True
     raw = _read_bytes(path)
     for place, value, error in table_values(path, raw) if is_table(path, raw) else _json_values(path, raw):
@@ -29,7 +29,7 @@ def iterate_rows(path: Path, shown_as: str = "", file: int = 0) -> Iterator[Row 
         try:
             if error:
                 raise ValueError(error)
-            row = parse_row(where, value)
+            row = parse_row(where, value, by)
             row.file = file
         except (ValueError, RecursionError) as reason:
             row = BadRow(where, str(reason), value, file)

@@ -8,6 +8,7 @@ import html
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common import quote
@@ -32,7 +33,7 @@ class Row:
     messages: list[dict]  # {"role", "content": [{"type": "text", "text"} or {"type": "image"}]}; an assistant's has
     # "weight" too, that of its tokens in the loss: its turn's times the row's, 0 where it is not trained
     images: list[str]  # as the row names them, in the order of the image parts of `messages`
-    fields: dict  # question, answer; question_type, options and answers where the row has them
+    fields: dict  # question, answer; question_type, options, answers and by (see `parse_row`) where the row has them
     written: bytes  # the row as its file has it, as JSON: a third of the memory of its objects
     file: int = 0  # number of its file
     unread: Unread = field(default_factory=Unread)  # fields that nothing reads
@@ -57,12 +58,14 @@ class BadRow:
 # ------------------------------------------------------------------------------------------------------------- formats
 
 
-def parse_row(where: str, row) -> Row:
-    """A row of any format, read from the place `where`. Raises ValueError that says what is wrong with it."""
+def parse_row(where: str, row, by: Iterable[str] = ()) -> Row:
+    """A row of any format, read from the place `where`. Its own fields that `by` names are kept as they are, in the
+    field `by`. Raises ValueError that says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, not {type(row).__name__}")
     written = ENCODER.encode(row).encode()  # raises for half a surrogate pair and for 1e999
     row, unread = Fields(row), Unread()
+    own = {name: value for name in by if (value := row.value(name)) is not None}
     own_id, kept = row.take("id"), {"question_type": row.take("question_type")}
     options, weight, system = take_options(row), _take_weight(row), _take_system(row)
     messages, accepted = _conversation(row, options, unread)
@@ -72,9 +75,10 @@ def parse_row(where: str, row) -> Row:
     _weigh(messages, weight)
     _refuse_placeholders(messages, options or {})
     unread.add(row, shows_picture=bool(images))
+    unread.fields = [name for name in unread.fields if plain(name) not in map(plain, own)]
     unread.texts += [("text", name) for m in messages for name in MARKDOWN_PICTURE.findall(_text_of(m))]
     unread.texts += [("id", name) for name in texts_in(own_id) if "." in name]
-    kept |= {"options": list(options.values()) if options else None, "answers": accepted or None}
+    kept |= {"options": list(options.values()) if options else None, "answers": accepted or None, "by": own or None}
     kept = {name: value for name, value in kept.items() if value is not None}
     fields = {**kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
     row_id = where if own_id is None else str(own_id)

@@ -5,7 +5,7 @@ import argparse
 from inputs.picture_checks import check_files
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, path_problems, refuse, template
 
-NOT_WITH_QUESTION = ("data", "images", "with_base", "options", "closed_set", "output", "compare")
+NOT_WITH_QUESTION = ("data", "images", "with_base", "options", "closed_set", "by", "output", "compare")
 
 
 def build_parser() -> Parser:
@@ -44,6 +44,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("results").add_argument
     add("--output", default="", help="folder of the results; empty: RUN/eval/checkpoint-STEP, or runs/eval-base")
     add("--numeric-tolerance", type=number(float, 0), default=0.05, help="relative error up to which a number is right")
+    add("--by", action="append", default=[], metavar="FIELD", help="field of the rows, such as complexity: also "
+        "score the rows of each of its values; may be repeated")  # fmt: skip
     add("--compare", nargs=2, metavar="FILE", help="only compare two predictions files")
     return parser
 

@@ -311,7 +311,7 @@ def test_a_large_evaluation_stays_under_ten_megabytes(tmp_path):
 
 def hostile() -> dict[str, list[dict]]:
     changes = {"question": HOSTILE, "question_type": HOSTILE, "where": HOSTILE, "images": ["'\"><img src=x>.png"]}
-    changes |= {"options": {HOSTILE: 0.9, "b": 0.1}, "option": HOSTILE}
+    changes |= {"options": {HOSTILE: 0.9, "b": 0.1}, "option": HOSTILE, "by": {HOSTILE: HOSTILE}}
     answers = [answered(i, HOSTILE, answer=HOSTILE if i % 2 else "yes", **changes) for i in range(8)]
     return {
         HOSTILE: answers,
