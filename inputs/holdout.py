@@ -11,12 +11,14 @@ from common import InputError
 from inputs.images import IMAGE_EXTENSIONS
 
 
-def hold_out(rows: list[tuple[str, ...]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(
+    rows: list[tuple[str, ...]], fraction: float, seed: int, flag: str = "--val-fraction", instead: str = "--val"
+) -> tuple[list[int], list[int]]:
     """Indices of the rows to train on, and of those to hold out with `fraction` of all images.
 
     Images that a row shows together stay together, so fewer may be held out than `fraction` asks for. The choice
     depends on their names and the seed, and not on the order of rows. Rows without an image are trained. Raises
-    InputError if no image, or every image, would be held out.
+    InputError if no image, or every image, would be held out: `flag` gave the fraction, and `instead` is another way.
     """
     linked = _linked_images(rows)
     held, total = set(), sum(map(len, linked))
@@ -27,8 +29,8 @@ def hold_out(rows: list[tuple[str, ...]], fraction: float, seed: int) -> tuple[l
     if not held or len(held) == total:
         largest = max(map(len, linked), default=0)
         together = f"; {largest:,} of them stay together, since rows show several" if largest > 1 else ""
-        share = f"--val-fraction {fraction} of {total:,} images holds out {'all' if held else 'none'}{together}"
-        raise InputError(f"{share}: choose another, or --val")
+        share = f"{flag} {fraction:.3g} of {total:,} images holds out {'all' if held else 'none'}{together}"
+        raise InputError(f"{share}: choose another, or {instead}")
     return split(rows, held)
 
 

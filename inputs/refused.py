@@ -28,10 +28,10 @@ def stop_or_skip_bad(
     file = output / "bad_rows.jsonl" if output else None
     if file:
         with writing(f"the list of rows that can't be used is not written, {file}"):
-            _write_bad_rows(file, bad, files)
+            write_bad_rows(file, bad, files)
     if not bad:
         return
-    listed = "".join(f"\n  {line}" for line in _listed(bad, file, Path(images_dir)))
+    listed = "".join(f"\n  {line}" for line in by_reason(bad, file, Path(images_dir)))
     if empty := [path for number, path in enumerate(files) if number not in usable]:
         raise InputError(f"{', '.join(map(str, empty))}: no usable row{listed}")
     if not skip_bad:
@@ -44,7 +44,8 @@ def refuse_without_images(images_dir: str) -> None:
     raise InputError(f"--images {images_dir} is given, but no row shows an image: name it as `image`, or omit --images")
 
 
-def _write_bad_rows(file: Path, bad: list[BadRow], files: list[str]) -> None:
+def write_bad_rows(file: Path, bad: list[BadRow], files: list[str]) -> None:
+    """Write a line for each row with its place, its reason and what it holds; `files` are named by their numbers."""
     if not bad:
         file.unlink(missing_ok=True)  # an earlier start may have written it, before the rows were corrected
         return
@@ -54,7 +55,7 @@ def _write_bad_rows(file: Path, bad: list[BadRow], files: list[str]) -> None:
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _listed(bad: list[BadRow], file: Path | None, images_dir: Path) -> list[str]:
+def by_reason(bad: list[BadRow], file: Path | None, images_dir: Path) -> list[str]:
     """Lines for the console: reason by reason, the first rows, how many more there are, and what would help."""
     groups = {}
     for row in bad:

@@ -10,10 +10,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hub_files import write_set
+from pictures import png
 
 import eval as evaluation
 import merge
 import train
+from inputs import hub
+from inputs.hub_sets import SETS
 from inputs.row_files import read_rows
 from training import eval_settings, merge_settings, settings
 from training.settings import FREE_SETTINGS, Wrong
@@ -22,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 PARSERS = {f"{name}.py": module.build_parser for name, module in
            {"train": settings, "eval": eval_settings, "merge": merge_settings}.items()}  # fmt: skip
-OF_OTHERS = {"--nproc_per_node", "--max-restarts", "--help"}
+OF_OTHERS = {"--nproc_per_node", "--max-restarts", "--help", "--repo-type", "--local-dir"}
 
 
 def text_of(page: str) -> str:
@@ -91,6 +95,7 @@ def test_the_flags_that_resuming_lets_change_are_the_program_s():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_page_names_a_flag_that_is_not_there(page):
     known = {word for build in PARSERS.values() for action in build()._actions for word in action.option_strings}
+    known |= {word for action in hub.build_parser()._actions for word in action.option_strings}
     for bench in (ROOT / "bench").glob("*.py"):
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', bench.read_text(encoding="utf-8")))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", page.read_text(encoding="utf-8")))
@@ -102,11 +107,11 @@ def test_no_page_names_a_flag_that_is_not_there(page):
 
 def run_command(words: list[str], model: Path) -> None:
     """Run a command of the docs in this process, with a tiny model and few steps."""
-    while words[0] in ("python", "torchrun") or words[0].startswith("--nproc"):
+    while words[0] in ("python", "torchrun", "-m") or words[0].startswith("--nproc"):
         words = words[1:]
-    programs = {"train.py": train.main, "eval.py": evaluation.main, "merge.py": merge.main}
+    programs = {"train.py": train.main, "eval.py": evaluation.main, "merge.py": merge.main, "inputs.hub": hub.main}
     short = {"train.py": [f"--model={model}", "--max-steps=2", "--batch-size=4", "--workers=0", "--lr=0.02"]}
-    short |= {"eval.py": ["--max-new-tokens=4", "--workers=0"], "merge.py": []}
+    short |= {"eval.py": ["--max-new-tokens=4", "--workers=0"], "merge.py": [], "inputs.hub": []}
     assert programs[words[0]]([*words[1:], *short[words[0]]]) == 0, words
 
 
@@ -153,6 +158,37 @@ def test_json_lines_are_split_as_the_csv_file_is(tmp_path, monkeypatch):
     (conversion,), (reading,) = blocks(page, "python"), re.findall(r"`(rows = list\(map.*?)`", page)
     exec(re.sub(r"rows = .*", lambda _: reading, conversion, count=1), {})
     assert [len(Path(name).read_text().splitlines()) for name in ("train.jsonl", "val.jsonl")] == [54, 6]
+
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+def test_data_sets_of_the_hub_are_exported_planned_trained_and_scored_as_the_page_says(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    texts = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
+    texts = [{name: row[name] for name in ("question", "answer")} for row in texts if isinstance(row.get("image"), str)]
+    rows = [{"image": {"bytes": png(40, 30, bytes([0, *[n] * 120] * 30)), "path": None}, **texts[n % len(texts)]}
+            | {"img_id": f"c{n}", "source": "Polyps"} for n in range(30)]  # fmt: skip
+    asked = [{"img_id": f"c{n}", **texts[n % 2], "complexity": 1, "question_class": ["count"]} for n in range(30)]
+    write_set(tmp_path, "SimulaMet-HOST/Kvasir-VQA", raw=rows)
+    write_set(tmp_path, "SimulaMet/Kvasir-VQA-x1", train=asked[:-2], test=asked[-2:])
+    commands = [line for block in blocks(text_of("data-sets.md"), "bash") for line in block.splitlines()]
+    assert [line.split()[1] for line in commands] == ["install", "-m"] + ["train.py"] * 2 + ["--nproc_per_node=4"] + [
+        "eval.py", "-m", "train.py", "eval.py"]  # fmt: skip
+    for line in commands:
+        if line.startswith("torchrun"):  # the line above on more GPUs
+            assert line.split(" train.py ")[1] == commands[3].split(" train.py ")[1]
+        elif not line.startswith("pip "):
+            run_command(shlex.split(line), world / "model")
+    for name in ("kvasir-vqa", "kvasir-vqa-x1"):
+        assert Path(f"runs/{name}/status").read_text().startswith("done 2\n")
+        assert list(Path(f"runs/{name}").glob("eval/checkpoint-*/report.html"))
+
+
+def test_the_page_on_data_sets_lists_those_that_are_known():
+    listed = re.findall(r"^\| `([\w-]+)` \| ([\w-]+/[\w-]+)", text_of("data-sets.md"), re.M)
+    assert dict(listed) == {key: known.name for key, known in SETS.items()} and len(listed) == len(SETS)
 
 
 # ---------------------------------------------------------------------------------------------------------- coming from
