@@ -122,7 +122,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     data, options = dist_utils.from_rank0(lambda: load_rows(args, sources, tokenizer, settings))
     subject = sources.ckpt or f"base model {sources.model}"
     subject = subject if sources.precision == "bf16" else f"{subject} with its base in {sources.precision}"
-    print0(f"{len(data.samples):,} questions of {sources.rows}, {subject}, {ranks.world_size} rank(s)")
+    print0(f"{len(data.samples):,} questions of {sources.rows}\n{subject}, {ranks.world_size} rank(s)")
 
     # Model.
     model = load_model(folder, sources.ckpt, settings, dtype, ranks.device, sources.precision)
@@ -296,7 +296,9 @@ def load_model(
     warn_of_other_base(ckpt, folder)
     base = load_base(folder, dtype, device, precision)
     if unused := unused_settings(base):
-        print0(f"warning: {folder}/generation_config.json sets {', '.join(unused)}: generated answers do not follow it")
+        print0(
+            f"warning: {folder}/generation_config.json sets {', '.join(unused)}\n  generated answers do not follow it"
+        )
     return TreeModel(load_adapter(base, ckpt) if ckpt else base, settings).eval()
 
 

@@ -103,15 +103,15 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, held_out: list[str], 
         merged = answer_logits(TreeModel(load_base(str(partial), dtype, device), settings), batches, device, dtype)
         apart = ((merged - tuned).norm() / (tuned - base).norm()).item()
         share = f"{100 * apart:.2g}% as far apart as tuned and base are"
-        verdict = f"logits of merged weights and of the adapter are {share}"
+        verdict = f"logits of merged weights and adapter are {share}"
         if not apart < MOST_APART:
             rounded = f"too little is left once rounded to {dtype}; keep it, or --dtype float32"
             raise InputError(f"not merged, {verdict}: {rounded}")
-    print0(f"{verdict} ({len(data.samples)} rows); wrote {out}")
+    print0(f"{verdict} ({len(data.samples)} rows)\nwrote {out}")
     if trained is not None and (args.rows or run["val"] or held_out):  # else it was trained on these rows
         targets = torch.cat([batch.targets.cpu() for batch in batches])
         before, after = (F.cross_entropy(logits, targets).item() for logits in (trained, merged))
-        print0(f"loss on the same rows of {rows}: {before:.4f} on FP8 weights, as trained; {after:.4f} merged")
+        print0(f"loss on the same rows of {rows}:\n  {before:.4f} on FP8 weights, as trained; {after:.4f} merged")
     return 0
 
 

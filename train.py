@@ -9,9 +9,9 @@ torchrun --nproc_per_node=4 train.py --config runs/kvasir/settings.toml --resume
 import sys
 
 if __name__ == "__main__":  # wrong settings and --help are answered before torch is imported, which takes seconds
-    from training.settings import answer_early, parse_settings
+    from training.settings import announce_demo, answer_early, parse_settings
 
-    answer_early(parse_settings)
+    announce_demo(answer_early(parse_settings))
 
 import argparse
 import faulthandler
@@ -39,7 +39,7 @@ from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.lora import add_lora, load_lora
 from training import checkpoints, plan, preparation, rehearsal, settings
 from training.costs import known_gpu
-from training.description import describe_lora
+from training.description import describe_lora, next_steps
 from training.metrics import Metrics
 from training.progress import Progress
 from training.scaling import ENOUGH, batch_size_remedy, plan_settings
@@ -82,7 +82,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     ranks = dist_utils.start()
     is_demo = not args.train
     if is_demo:
-        print0("No --train given: training the embedded demo, generated pictures and a tiny Qwen3-VL.")
+        print0(f"training the embedded demo, on images and rows in {DEMO_FOLDER}")
         dist_utils.from_rank0(lambda: endoscopy.make_demo(DEMO_FOLDER))
         args = settings.parse_settings(argv, endoscopy.SETTINGS | endoscopy.files(DEMO_FOLDER))
     if args.plan:
@@ -120,14 +120,14 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is
 
     # The end.
     code = conclude(run, progress)
-    if result and not code:
-        print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
     if is_new and progress.step == prepared.steps and not code and ranks.is_main:
         plan.compare_with_plan(args, prepared, known_gpu(ranks.device), ranks.world_size, time.perf_counter() - started)
     if not code and ranks.is_main and ranks.world_size > 1 and run.metrics.paid:
         print0(efficiency_line(run))
+    if result and not code:
+        print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
     if not code:
-        print0(next_steps(run))
+        print0(next_steps(output, bool(prepared.val_batches), is_demo))
     return code, run.metrics
 
 
@@ -435,14 +435,7 @@ def efficiency_line(run: Run) -> str:
     if efficiency >= ENOUGH:
         return line
     remedy = batch_size_remedy(run.prepared.train.samples, plan_settings(run.args), [ranks])
-    return f"{line}; {remedy}" if remedy else line
-
-
-def next_steps(run: Run) -> str:
-    """What to look at, and the command to go on with, after a run that is done. Paths are quoted for a shell."""
-    command = shlex.join(["python", str(Path(sys.argv[0]).with_name("eval.py")), "--ckpt", str(run.output)])
-    rows = "" if run.prepared.val_batches else " --data ROWS"
-    return f"curves: {shlex.quote(str(run.output / 'curves.svg'))}\nto evaluate it: {command}{rows}"
+    return f"{line}\n{remedy}" if remedy else line
 
 
 if __name__ == "__main__":

@@ -62,6 +62,6 @@ def describe_comparison(comparison: dict, a: str, b: str) -> str:
     low, mean, high = (100 * comparison["difference"][end] for end in ("low", "mean", "high"))
     lost, won = len(comparison["only_a"]), len(comparison["only_b"])
     return (
-        f"{b} − {a}: {mean:+.1f} points of exact match (95% interval over images {low:+.1f} to {high:+.1f}); "
-        f"{won:,} questions won, {lost:,} lost, McNemar p = {comparison['p']:.2g}"
+        f"{b} − {a}: {mean:+.1f} points of exact match (95% interval over images {low:+.1f} to {high:+.1f})\n"
+        f"  {won:,} questions won, {lost:,} lost, McNemar p = {comparison['p']:.2g}"
     )

@@ -256,7 +256,7 @@ def picture_warnings(sizes: dict[str, PictureSize]) -> list[str]:
         if min(by_bits) < 16
     }
     kinds["images with several frames or pages, of which the first is used"] = [p for p in sizes if sizes[p].several]
-    return [f"{kind}: {len(paths):,}, {Path(paths[0]).name}" for kind, paths in kinds.items() if paths]
+    return [f"{kind}: {len(paths):,}\n  {Path(paths[0]).name}" for kind, paths in kinds.items() if paths]
 
 
 def checked_grid(image: str, size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int]:

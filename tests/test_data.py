@@ -170,11 +170,11 @@ def test_questions_whose_text_comes_first_are_told_that_they_share_no_picture(lo
     def told(*rows, **options) -> str:
         return describe_unshared(load(rows, **options).samples)
 
-    moves = "(--image-first moves the picture)"
-    assert told(*late) == f"20 questions about 1 picture do not share it: their text comes first {moves}"
-    assert told(late[0], early) == f"1 question about 1 picture does not share it: its text comes first {moves}"
+    moves = "--image-first moves the picture"
+    assert told(*late) == f"20 questions about 1 picture do not share it: their text comes first\n  {moves}"
+    assert told(late[0], early) == f"1 question about 1 picture does not share it: its text comes first\n  {moves}"
     moves = moves.replace("picture", "pictures")
-    assert told(*late, *other) == f"22 questions about 3 pictures do not share them: their text comes first {moves}"
+    assert told(*late, *other) == f"22 questions about 3 pictures do not share them: their text comes first\n  {moves}"
     assert told(late[0], *other[:1], early, early, *same[:1]).startswith("1 question about 1 picture")
     assert told(late[0], other[0], *same) == told(*late, *other, early, *same, image_first=True) == ""
     assert len(group_samples(load([*late, early], image_first=True).samples)) == 1
@@ -223,7 +223,7 @@ def test_a_turn_s_weight_is_that_of_its_tokens_and_0_trains_none(load, tokenizer
     describe_data(data, None, make_plan(data.samples, PlanSettings(9, 0, 0), 0), tokenizer)
     told = capsys.readouterr().out
     assert "rows whose `weight` is not 1: 2; the loss counts their answers by it" in told
-    assert "rows whose last answer is not trained: 1, rows.jsonl:3" in told
+    assert "rows whose last answer is not trained: 1\n  rows.jsonl:3" in told
 
 
 def chat_with(row: dict, *fields: dict) -> dict:

@@ -1,5 +1,7 @@
-"""What a run says about its data and its model before it starts, and what is suspicious about its rows."""
+"""What a run says about its data and model before it starts, what is suspicious about its rows, and what comes next."""
 
+import shlex
+import sys
 import unicodedata
 from collections import Counter
 from functools import lru_cache
@@ -60,7 +62,7 @@ def describe_unshared(samples: list[Sample]) -> str:
     pictures, moved = (f"{images:,} pictures", "pictures") if two else ("1 picture", "picture")
     does_not_share_it = f"{'does' if one else 'do'} not share {'them' if two else 'it'}"
     shared = f"{questions} about {pictures} {does_not_share_it}: {'its' if one else 'their'} text comes first"
-    return f"{shared} (--image-first moves the {moved})"
+    return f"{shared}\n  --image-first moves the {moved}"
 
 
 def describe_plan(train: VQAData, plan: list[Step]) -> str:
@@ -70,9 +72,9 @@ def describe_plan(train: VQAData, plan: list[Step]) -> str:
     shared = sum(tree.tokens for tree in trees)
     efficiency = ", ".join(f"{rank_efficiency(spread(plan), gpus):.0%} at {gpus}" for gpus in GPU_COUNTS)
     return (
-        f"plan: {len(trees):,} trees in {len(plan):,} steps per epoch of {len(trees) / len(plan):.1f} images; "
-        f"trees need {shared:,} tokens per epoch, single questions {alone:,} ({alone / shared:.1f}x); "
-        f"rank efficiency {efficiency}"
+        f"plan: {len(trees):,} trees in {len(plan):,} steps per epoch of {len(trees) / len(plan):.1f} images\n"
+        f"  trees need {shared:,} tokens per epoch, single questions {alone:,} ({alone / shared:.1f}x)\n"
+        f"  rank efficiency {efficiency}"
     )
 
 
@@ -82,7 +84,7 @@ def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
     if shared := set(train.grids) & set(val.grids) if val else set():
         first, image = next((s, image) for s in val.samples for image in s.images if image in shared)
         place = f"{first.where} {Path(image).name}"
-        warnings.append(f"validation images that are also trained on: {len(shared):,}, {place}")
+        warnings.append(f"validation images that are also trained on: {len(shared):,}\n  {place}")
     warnings += picture_warnings(train.sizes | (val.sizes if val else {}))
     of_rows = [warning for data in (train, val) if data for warning in unread_warnings(data) + _row_warnings(data)]
     return warnings + list(dict.fromkeys(of_rows))  # rows held out are of the files that others are trained of
@@ -90,7 +92,7 @@ def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
 
 def unread_warnings(data: VQAData) -> list[str]:
     """A warning for each file of rows with fields that nothing reads: how many rows have them, and the first one."""
-    warnings = []
+    warnings, separator = [], "\n  "
     for file, places in data.unread.items():
         listed = [
             f"{name[:LONGEST_NAME]} ({count:,} row{'s' * (count > 1)}, first {first})"
@@ -98,7 +100,7 @@ def unread_warnings(data: VQAData) -> list[str]:
         ]
         if len(listed) > MOST_FIELDS:
             listed[MOST_FIELDS:] = [f"and {len(listed) - MOST_FIELDS:,} more"]
-        warnings.append(f"{Path(data.files[file]).name}: fields that nothing reads: {', '.join(listed)}")
+        warnings.append(f"{Path(data.files[file]).name}: fields that nothing reads:\n  {separator.join(listed)}")
     return warnings
 
 
@@ -124,7 +126,7 @@ def _row_warnings(data: VQAData) -> list[str]:
         "rows whose question or answer is what programs write for a missing value": missing,
         "rows whose question or answer has no visible character": invisible,
     }
-    return [f"{kind}: {len(rows):,}, {rows[0]}" for kind, rows in kinds.items() if rows]
+    return [f"{kind}: {len(rows):,}\n  {rows[0]}" for kind, rows in kinds.items() if rows]
 
 
 def clashes(samples: list[Sample]) -> tuple[list[str], list[str]]:
@@ -191,3 +193,17 @@ def describe_lora(model) -> None:
     for kind, (modules, parameters) in table.items():
         print0(f"  {kind:<38} {modules:>4} modules {parameters:>12,} parameters")
     print0(f"  trained in all {sum(parameters for _, parameters in table.values()):,} parameters")
+
+
+def next_steps(output: Path, has_val: bool, is_demo: bool) -> str:
+    """What to look at, and commands to go on with, after a run that is done. Paths are quoted for a shell."""
+
+    def command(program: str, *words: str) -> str:
+        return "  " + shlex.join(["python", str(Path(sys.argv[0]).with_name(program)), *words])
+
+    options = ["--with-base"] * is_demo + ["--data", "ROWS"] * (not has_val)
+    lines = [f"curves: {shlex.quote(str(output / 'curves.svg'))}"]
+    lines += ["to evaluate it:", command("eval.py", "--ckpt", str(output), *options)]
+    if is_demo:
+        lines += ["to train on your own rows:", command("train.py", "--train", "train.jsonl", "--images", "pictures")]
+    return "\n".join(lines)

@@ -253,7 +253,7 @@ def report(job: Job, images: ImageSettings) -> str:
     for limit, smaller in with_smaller_pictures(job, images).items():
         tokens = count_tokens(smaller.plan) / count_tokens(job.plan)
         ends = [hours(smaller, of_gpus) for of_gpus in pace(smaller, gpu, chosen.slower, GPU_COUNTS).values()]
-        lines.append(_columns(f"whole run with --max-pixels {limit}, {tokens:.0%} of the tokens", ends))
+        lines.append(_columns(f"with --max-pixels {limit}, {tokens:.0%} of tokens", ends))
     lines += scaling_lines(job, gpu)
     if args.time_limit:
         lines.append(limit_line(job, times))
@@ -266,9 +266,10 @@ def report(job: Job, images: ImageSettings) -> str:
 
 def memory_lines(job: Job, gpu: Gpu, options: list[Budget]) -> list[str]:
     lines = [
-        f"memory: {job.weight_bytes / GIB:.1f} GiB weights, {16 * job.lora / GIB:.2f} GiB LoRA with gradient and "
-        f"optimizer, activations of {job.largest:,} tokens; "
-        f"{memory_margin(gpu.memory_gib * GIB) / GIB:.1f} of {gpu.memory_gib} GiB stay free"
+        f"memory: {job.weight_bytes / GIB:.1f} GiB weights, "
+        f"{16 * job.lora / GIB:.2f} GiB LoRA with gradient and optimizer",
+        f"  activations of {job.largest:,} tokens; "
+        f"{memory_margin(gpu.memory_gib * GIB) / GIB:.1f} of {gpu.memory_gib} GiB stay free",
     ]
     for option in options:
         name = "not compiled" if option.share is None else f"memory budget {option.share:g}"
@@ -302,15 +303,15 @@ def scaling_lines(job: Job, gpu: Gpu) -> list[str]:
         for gpus, network in ((GPUS_PER_NODE, NETWORK), (most, NETWORK), (most, 4 * NETWORK))
     )
     communication = (
-        f"all-reduce of {job.gradient_bytes / 1e6:,.0f} MB per step, counted: {node} on the {GPUS_PER_NODE} of a node, "
-        f"{counted} on {most} at {8e-9 * NETWORK:.0f} Gbit/s between nodes ({faster} at {4 * 8e-9 * NETWORK:.0f})"
+        f"all-reduce of {job.gradient_bytes / 1e6:,.0f} MB per step, counted: {node} on the {GPUS_PER_NODE} of a node\n"
+        f"  {counted} on {most} at {8e-9 * NETWORK:.0f} Gbit/s between nodes ({faster} at {4 * 8e-9 * NETWORK:.0f})"
     )
     busier = batch_size_remedy(job.train.samples, plan_settings(job.args), GPU_COUNTS)
     return [communication, busier] if busier else [communication]
 
 
 def _columns(label: str, values: list[float], form: str = ".2f") -> str:
-    return f"  {label:<66}" + "".join(f"{value:>8{form}}" for value in values)
+    return f"  {label:<42}" + "".join(f"{value:>8{form}}" for value in values)
 
 
 def limit_line(job: Job, times: dict[int, Pace]) -> str:
@@ -322,7 +323,7 @@ def limit_line(job: Job, times: dict[int, Pace]) -> str:
     enough = [gpus for gpus, count in fitting.items() if count == job.args.epochs]
     verdict = f"fits on {enough[0]} GPU(s) or more" if enough else f"does not fit on up to {max(times)} GPUs"
     by_gpus = ", ".join(f"{count} on {gpus}" for gpus, count in fitting.items())
-    return f"time limit {limit:g} h: {verdict}; epochs that fit, by number of GPUs: {by_gpus}"
+    return f"time limit {limit:g} h: {verdict}\n  epochs that fit: {by_gpus}"
 
 
 def with_smaller_pictures(job: Job, images: ImageSettings) -> dict[int, Job]:

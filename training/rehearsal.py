@@ -136,7 +136,7 @@ def rehearse_step(
     optimizer.zero_grad(set_to_none=True)
     text = f"rehearsed the largest micro-batch: {size} in {time.perf_counter() - started:.0f} s"
     if ranks.device.type == "cuda":
-        text += ", not compiled" if budget is None else f", memory budget {budget}"
+        text += "\n  not compiled" if budget is None else f"\n  memory budget {budget}"
         text += f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     print0(text)
 

@@ -34,7 +34,7 @@ def batch_size_remedy(samples: list, settings: PlanSettings, gpu_counts: Iterabl
     """Which --batch-size would keep these numbers of GPUs busy where that of `settings` does not; empty where it does.
 
     The batch size is doubled until the rank efficiency is ENOUGH. If an epoch has less than FEWEST_STEPS steps before,
-    the sentence names the best of those tried. It takes about a second per doubling.
+    its line names the best of those tried. It takes about a second per doubling.
     """
     part, sizes = _part(samples), [settings.batch_size]
     while 2 * sizes[-1] * FEWEST_STEPS <= len(samples):
@@ -51,7 +51,7 @@ def batch_size_remedy(samples: list, settings: PlanSettings, gpu_counts: Iterabl
         if best != settings.batch_size:
             would = f"--batch-size {best} would use {used[best]:.0%} of them"
             sentences.append(f"at {gpus} GPUs {would}, {settings.batch_size} uses {now:.0%}")
-    return "; ".join([*sentences, "what batch size does to learning: docs/grouping.md"]) if sentences else ""
+    return "\n".join([*sentences, "what batch size does to learning: docs/grouping.md"]) if sentences else ""
 
 
 def _part(samples: list) -> list:

@@ -24,6 +24,10 @@ FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model"
 FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
 FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb", "vision_cache", "max_tokens"}
 FREE_SETTINGS |= {"init_from"}  # the identity has a hash of its weights
+DEMO = """No --train given: this is the demo. It downloads nothing and takes minutes on a CPU.
+It draws images with questions about them and trains a tiny Qwen3-VL on most of them.
+The others are answered before and after training, and a table compares both.
+PyTorch is imported first, which takes some seconds."""
 
 
 class Wrong(str):
@@ -202,18 +206,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def answer_early(parse: Callable[[list[str]], object]) -> None:
+def answer_early(parse: Callable[[list[str]], argparse.Namespace]) -> argparse.Namespace | None:
     """Parse the command line before slow imports: rank 0 answers --help and wrong settings at once, and exits.
+    Returns the settings on rank 0, and None on the others.
 
     Until the program watches signals, Ctrl-C ends it without a traceback.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if is_rank0():  # torchrun ends the others with it
         try:
-            parse(sys.argv[1:])
+            return parse(sys.argv[1:])
         except InputError as error:
             print(printable(f"error: {error}"))
             sys.exit(2)
+    return None
+
+
+def announce_demo(args: argparse.Namespace | None) -> None:
+    """Say what a run without --train does, before slow imports. `args`: what `answer_early` returned."""
+    if args and not args.train and not args.plan:
+        print(DEMO, flush=True)
 
 
 def parse_settings(argv: list[str], defaults: dict | None = None) -> argparse.Namespace:

@@ -149,7 +149,7 @@ def test_scores_are_given_by_a_field_of_the_rows(world, data, tmp_path, capsys):
     words = [*data, "--ckpt", str(run), "--output", str(tmp_path)]
     assert evaluation.main([*words, "--with-base", "--by=complexity"]) == 0
     printed = capsys.readouterr().out
-    assert "fields that nothing reads: note (17 rows" in printed and "complexity (" not in printed
+    assert "fields that nothing reads:\n  note (17 rows" in printed and "complexity (" not in printed
     assert "not scored" not in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
     answers = {"tuned": "predictions.jsonl", "base": "predictions-base.jsonl"}

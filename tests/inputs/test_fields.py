@@ -195,9 +195,9 @@ def test_unknown_fields_are_told_once_a_file_with_their_rows_and_the_first(load)
     data = load([*rows, turn, part, flat(image="d.png", patient=None)])
     assert not data.bad
     assert data_warnings(data, None)[0] == (
-        "rows.jsonl: fields that nothing reads: patient (2 rows, first rows.jsonl:2), "
-        "Device (1 row, first rows.jsonl:2), messages.note (1 row, first rows.jsonl:4), "
-        "messages.content.detail (1 row, first rows.jsonl:5)"
+        "rows.jsonl: fields that nothing reads:\n  patient (2 rows, first rows.jsonl:2)\n"
+        "  Device (1 row, first rows.jsonl:2)\n  messages.note (1 row, first rows.jsonl:4)\n"
+        "  messages.content.detail (1 row, first rows.jsonl:5)"
     )
 
 
@@ -363,11 +363,11 @@ def test_answers_that_programs_write_for_a_missing_value_are_told(load, answer):
     data = load([flat(image="a.png"), flat(answer, image="b.png"), flat("none", image="c.png"), flat("none", "none")])
     (warning,) = data_warnings(data, None)
     kind = "rows whose question or answer is what programs write for a missing value"
-    assert warning == f"{kind}: 2, rows.jsonl:2 {answer.strip()!r}"
+    assert warning == f"{kind}: 2\n  rows.jsonl:2 {answer.strip()!r}"
 
 
 @pytest.mark.parametrize("text", ["\u200b", "\ufeff", "\u200b \u200d", "\u3164", "\u2800", "\u00ad"])
 def test_texts_without_a_visible_character_are_told(load, text):
     data = load([flat(image="a.png"), flat(text, image="b.png"), flat("no", text, image="c.png")])
     (warning,) = data_warnings(data, None)
-    assert warning == f"rows whose question or answer has no visible character: 2, rows.jsonl:2 {text!a}"
+    assert warning == f"rows whose question or answer has no visible character: 2\n  rows.jsonl:2 {text!a}"

@@ -122,7 +122,8 @@ def test_16_bit_pictures_of_few_bits_are_warned_of_by_depth(load, tmp_path, monk
         for _ in range(2):  # the second time from the memory of checked images
             data = load([flat(image=f"{name}.png") for name in names], tmp_path)
             assert picture_warnings(data.sizes) == [
-                f"images of 16 bits per value that use {bits} of them and are shown in that range: {count}, {name}.png"
+                f"images of 16 bits per value that use {bits} of them and are shown in that range: "
+                f"{count}\n  {name}.png"
                 for bits, count, name in expected
             ]
 
@@ -248,7 +249,7 @@ def test_the_first_of_several_frames_is_used_and_told(load, tmp_path):
     for headers_only in (True, False):
         rows = [flat(image=f"{which}.{name}") for name in names for which in "ba"]
         data = load(rows, tmp_path, headers_only=headers_only)
-        told = ["images with several frames or pages, of which the first is used: 6, a.avif"]
+        told = ["images with several frames or pages, of which the first is used: 6\n  a.avif"]
         assert not data.bad and picture_warnings(data.sizes) == told
 
 

@@ -96,7 +96,7 @@ def test_a_run_s_lines_have_every_number_and_its_bar_the_main_ones(world, tmp_pa
     assert [line["step"] for line in written] == [2, 4, 6] and all(line.keys() == FIELDS for line in written)
     assert [line["epoch"] for line in written] == [0.4, 0.8, 1.2] and written[-1]["eta_s"] == 0 < written[0]["eta_s"]
     printed = capsys.readouterr()
-    curves_line, next_command = printed.out.splitlines()[-2:]
+    curves_line, _, next_command = printed.out.splitlines()[-3:]
     assert curves_line == f"curves: {tmp_path / 'out' / 'curves.svg'}"
     assert next_command.endswith(f"eval.py --ckpt {tmp_path / 'out'}")
     bar = printed.err.splitlines()[-1]
@@ -239,7 +239,7 @@ def test_a_run_whose_ranks_waited_names_the_batch_size_that_would_keep_them_busy
 
     remedy = "at 8 GPUs --batch-size 8 would use 100% of them, 4 uses 50%"
     learning = "what batch size does to learning: docs/grouping.md"
-    assert told(4.0, 8.0, 4) == f"rank efficiency 50% on 8 ranks; {remedy}; {learning}"
+    assert told(4.0, 8.0, 4) == f"rank efficiency 50% on 8 ranks\n{remedy}\n{learning}"
     assert told(4.0, 8.0, 16) == "rank efficiency 50% on 8 ranks"  # no larger one would be better
     assert told(9.0, 10.0, 4) == "rank efficiency 90% on 8 ranks"  # enough
 

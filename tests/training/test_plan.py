@@ -109,7 +109,7 @@ def test_the_plan_says_which_questions_come_before_their_picture_and_the_flag_mo
     rows = [{"image": "a.png", "question": f"Is there finding {n}? <image>", "answer": "no"} for n in range(20)]
     (bare / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert train.main([*arguments(bare, ""), "--plan"]) == 0
-    told = "20 questions about 1 picture do not share it: their text comes first (--image-first moves the picture)"
+    told = "20 questions about 1 picture do not share it: their text comes first\n  --image-first moves the picture"
     assert f"warning: {told}" in capsys.readouterr().out
     assert train.main([*arguments(bare, ""), "--plan", "--image-first"]) == 0
     assert "--image-first" not in (out := capsys.readouterr().out) and "questions per image: 20 to 20" in out
@@ -176,11 +176,10 @@ def test_evaluations_checkpoints_sizes_and_warnings_are_those_of_the_run(world, 
     settings = {"eval-every": 2, "save-every": 3, "keep": 9, "lora-r": 64, "max-steps": 7}
     output = tmp_path / "out"
     train.main(arguments(world, output, **settings))
-    told = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr().out
     train.main([*arguments(world, tmp_path / "none", **settings), "--plan"])
-    planned = capsys.readouterr().out.splitlines()
-    warnings = [line for line in planned if line.startswith("warning:")]
-    assert warnings == [line for line in told if line.startswith("warning:")] and "rows.jsonl:28" in "".join(warnings)
+    warnings = re.findall(r"^warning: .*\n(?:  .*\n)+", capsys.readouterr().out, re.M)
+    assert warnings == re.findall(r"^warning: .*\n(?:  .*\n)+", told, re.M) and "rows.jsonl:28" in "".join(warnings)
 
     job, _ = job_of(world, **settings)
     events = timeline(job, pace(job, HERE, 1.0, [1])[1], job.args.epochs)
@@ -192,7 +191,7 @@ def test_evaluations_checkpoints_sizes_and_warnings_are_those_of_the_run(world, 
     assert job.checkpoint_bytes == pytest.approx(size, rel=0.1)
 
     expected = events[-1][2] / 3600
-    (compared,) = (line for line in told if line.startswith("planned "))
+    (compared,) = (line for line in told.splitlines() if line.startswith("planned "))
     assert compared.startswith(f"planned {expected:.2f} h, took 0.0") and compared.endswith("peak was 0.0 GiB")
 
 
@@ -408,7 +407,7 @@ def test_every_number_of_gpus_has_a_column_with_its_rank_efficiency(world, capsy
     assert "at 64 GPUs --batch-size 2 would use" in busier and f"\n{busier}\n" in told
     size = 4 * job_of(world)[0].lora
     slow, fast = (1000 * costs.all_reduce_seconds(size, 64, GPUS["h100"], rate) for rate in (12.5e9, 50e9))
-    assert f" of a node, {slow:.1f} ms on 64 at 100 Gbit/s between nodes ({fast:.1f} ms at 400)\n" in told
+    assert f" of a node\n  {slow:.1f} ms on 64 at 100 Gbit/s between nodes ({fast:.1f} ms at 400)\n" in told
 
 
 def test_the_batch_size_that_keeps_more_gpus_busy_is_named(monkeypatch):
@@ -417,15 +416,15 @@ def test_the_batch_size_that_keeps_more_gpus_busy_is_named(monkeypatch):
     learning = "what batch size does to learning: docs/grouping.md"
     assert batch_size_remedy(samples, settings, [1, 2, 4]) == ""
     told = batch_size_remedy(samples, settings, [4, 8])
-    assert told == f"at 8 GPUs --batch-size 8 would use 100% of them, 4 uses 50%; {learning}"
+    assert told == f"at 8 GPUs --batch-size 8 would use 100% of them, 4 uses 50%\n{learning}"
     told = batch_size_remedy(samples, settings, [16, 64])
     first = "at 16 GPUs --batch-size 16 would use 100% of them, 4 uses 25%"
-    assert told == f"{first}; at 64 GPUs --batch-size 32 would use 50% of them, 4 uses 6%; {learning}"
+    assert told == f"{first}\nat 64 GPUs --batch-size 32 would use 50% of them, 4 uses 6%\n{learning}"
     for questions in (128, 320):  # of a part of the rows the same is true
         monkeypatch.setattr(scaling, "SAMPLED_QUESTIONS", questions)
         assert batch_size_remedy(samples, settings, [16, 64]) == told
     told = batch_size_remedy(make_samples(1280, 1), settings, [7])  # the first size that suffices: 128 would use 96%
-    assert told == f"at 7 GPUs --batch-size 32 would use 91% of them, 4 uses 57%; {learning}"
+    assert told == f"at 7 GPUs --batch-size 32 would use 91% of them, 4 uses 57%\n{learning}"
     assert batch_size_remedy(samples[:39], settings, [8]) == ""  # no epoch of at least ten steps has more questions
 
 
@@ -461,11 +460,11 @@ def test_suspicious_rows_are_counted_and_the_first_is_named(world, tmp_path):
         data.append(load_data([tmp_path / f"{name}.jsonl"], world / "images", tokenizer, settings, 100_000))
     trained = int(data[0].samples[8].trained.sum())
     assert data_warnings(*data) == [
-        "validation images that are also trained on: 1, val.jsonl:2 b.png",
-        "rows that repeat another in images, question and answer: 2, train.jsonl:4 repeats train.jsonl:1",
-        "rows that contradict another of the same images and question: 1, "
+        "validation images that are also trained on: 1\n  val.jsonl:2 b.png",
+        "rows that repeat another in images, question and answer: 2\n  train.jsonl:4 repeats train.jsonl:1",
+        "rows that contradict another of the same images and question: 1\n  "
         "train.jsonl:7 says 'three', train.jsonl:3 'one'",
-        f"rows of over 256 answer tokens: 1, train.jsonl:9 has {trained}",
+        f"rows of over 256 answer tokens: 1\n  train.jsonl:9 has {trained}",
     ]
     assert data_warnings(data[1], None) == []
 
@@ -473,4 +472,4 @@ def test_suspicious_rows_are_counted_and_the_first_is_named(world, tmp_path):
 def test_the_first_suspicious_row_is_the_first_of_the_file_whatever_its_picture(load):
     a, b, no = (tiny.single(name, "How many?", answer) for name, answer in (("a.png", 1), ("b.png", 1), ("b.png", 2)))
     told = data_warnings(load([a, b, b, a, no, {**a, "answer": 2}]), None)
-    assert "2, rows.jsonl:3 repeats rows.jsonl:2" in told[0] and "2, rows.jsonl:5 says '2'" in told[1]
+    assert "2\n  rows.jsonl:3 repeats rows.jsonl:2" in told[0] and "2\n  rows.jsonl:5 says '2'" in told[1]
