@@ -38,7 +38,15 @@ from evaluation import overlap, scores
 from evaluation.answers import MAX_TREES, answer_batch, predict, repetition_penalty, score_samples, unused_settings
 from evaluation.report import write_report
 from evaluation.runner import Runner, plan_evaluation
-from evaluation.tables import accuracy_table, breakdown_table, describe_comparison
+from evaluation.tables import (
+    accuracy_table,
+    breakdown_table,
+    describe_comparison,
+    difference_table,
+    flip,
+    summary_csv,
+    summary_tex,
+)
 from inputs.fields import is_filled
 from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, image_settings, picture_warnings
@@ -105,7 +113,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     # Settings: the command line's and, of a checkpoint, those of its run.
     args = parse(argv)
     if args.compare:
-        return compare_files(*map(Path, args.compare))
+        return compare_files(list(map(Path, args.compare)))
     sources = find_sources(args)
     args.merge = args.merge and sources.precision == "bf16"  # FP8 weights would round LoRA away
     ranks = dist_utils.start()
@@ -340,7 +348,8 @@ def question_data(args: argparse.Namespace, sources: Sources, tokenizer, setting
 def write_results(
     args: argparse.Namespace, sources: Sources, facts: dict, data: VQAData, predictions: dict[str, list[dict]]
 ) -> None:
-    """Write predictions.jsonl (and predictions-base.jsonl), summary.json and report.html; print the accuracy table."""
+    """Write predictions.jsonl (and predictions-base.jsonl), summary.json with its tables as CSV and LaTeX, and
+    report.html; print the accuracy table."""
     output, tuned_first = sources.output, dict(reversed(predictions.items()))
     for name, answers in zip(("predictions.jsonl", "predictions-base.jsonl"), tuned_first.values()):
         write_whole(output / name, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
@@ -356,10 +365,12 @@ def write_results(
         summary["comparison"] = scores.compare(predictions["base"], predictions["tuned"])
         print0(describe_comparison(summary["comparison"], "base", "tuned"))
     write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_whole(output / "summary.csv", summary_csv(summary))
+    write_whole(output / "summary.tex", summary_tex(summary))
     images = [list(sample.images) for sample in data.samples]
     metrics = read_metrics(sources.ckpt.parent / "metrics.jsonl") if sources.run else []
     write_report(output / "report.html", summary, tuned_first, images, metrics)
-    print0(f"wrote predictions.jsonl and summary.json in {output}")
+    print0(f"wrote predictions.jsonl, summary.json, summary.csv and summary.tex in {output}")
     print0(f"to read in a browser: {shlex.quote(str(output / 'report.html'))}")
 
 
@@ -375,16 +386,34 @@ def read_predictions(path: Path) -> list[dict]:
         raise InputError(f"{path} is no predictions file: {error}") from None
 
 
-def compare_files(a: Path, b: Path) -> int:
-    """Print how two predictions files of the same rows differ, and on which rows. Returns the exit code."""
-    try:
-        comparison = scores.compare(read_predictions(a), read_predictions(b))
-    except ValueError as error:
-        raise InputError(f"--compare {a} {b}: {error}") from None
-    print0(describe_comparison(comparison, str(a), str(b)))
-    for name, path in (("only_a", a), ("only_b", b)):
-        print0(f"right in {path} only:", *(f"\n  {row}" for row in comparison[name]))
+def compare_files(paths: list[Path]) -> int:
+    """Print how each of the predictions files after the first differs from the first, also by the fields that --by
+    named, and the answers of both where only one is right. Returns the exit code."""
+    if len(paths) < 2:
+        raise InputError("--compare: needs two or more predictions files")
+    (first, base), *others = zip(run_names(paths), map(read_predictions, paths))
+    for path, (name, answers) in zip(paths[1:], others):
+        try:
+            comparison = scores.compare(base, answers)
+        except ValueError as error:
+            raise InputError(f"--compare {paths[0]} {path}: {error}") from None
+        print0(describe_comparison(comparison, first, name))
+        for field, differences in comparison["by"].items():
+            print0(f"\n{difference_table(field, f'{name} − {first}', differences)}")
+        pairs = {scores.row_key(old): {first: old, name: new} for old, new in scores.pair_up(base, answers)}
+        for right, rows in ((first, comparison["only_a"]), (name, comparison["only_b"])):
+            print0(f"\n{len(rows):,} answers right in {right} only:", *(f"\n{flip(row, pairs[row])}" for row in rows))
     return 0
+
+
+def run_names(paths: list[Path]) -> list[str]:
+    """What tells paths apart: each without the folders at its start and the names at its end that all of them share."""
+    parts = [path.with_suffix("").parts for path in paths]
+    if len(set(parts)) < len(parts):
+        return list(map(str, paths))
+    start, end = (len(os.path.commonprefix([part[::step] for part in parts])) for step in (1, -1))
+    names = ["/".join(p[start : len(p) - end]) for p in parts]
+    return names if all(names) else list(map(str, paths))
 
 
 if __name__ == "__main__":

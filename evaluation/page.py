@@ -62,9 +62,13 @@ def points(difference: dict) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], css_class: str = "") -> str:
-    """A table whose cells are HTML. The first cell of a row is its heading."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(f'<tr><th scope="row">{row[0]}</th><td>{"</td><td>".join(row[1:])}</td></tr>' for row in rows)
+    """A table whose cells are HTML, those of `head` plain text that is escaped already. The first cell of a row is its
+    heading. A narrow window shows each row as a block, in which the other cells have the head's names before them; a
+    confusion table ("heat") scrolls instead."""
+    top, body = "".join(f'<th scope="col">{cell}</th>' for cell in head), ""
+    for first, *others in rows:
+        cells = "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in zip(head[1:], others, strict=True))
+        body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
     top, body = f"<thead><tr>{top}</tr></thead>", f"<tbody>{body}</tbody>"
     return f'<div class="wide"><table class="{css_class}">{top}{body}</table></div>'
 

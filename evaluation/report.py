@@ -16,7 +16,7 @@ from evaluation.normalization import accepted
 from evaluation.page import MAX_LETTERS, document, grid, legend, percent, points, table, text
 from evaluation.scores import row_key
 from evaluation.statistics import calibration_bins, calibration_error
-from evaluation.tables import paper_cells
+from evaluation.tables import SCORES, paper_cells
 from inputs.images import open_picture
 
 MAX_CARDS = 300  # questions in the gallery
@@ -24,19 +24,8 @@ THUMBNAIL_SIDE = 256  # pixels of the longer side
 MAX_THUMBNAIL_BYTES = 8_000_000  # of all thumbnails as data URIs; the gallery stops before it exceeds this
 MAX_WORST, MAX_CONFUSIONS, MAX_FLIPS = 15, 12, 50  # questions, tables and rows shown
 MAX_VALUES = 100  # of a field that --by names
+MAX_ORIGIN = 100_000  # letters of the command or of one of its settings
 MARKS = "●■"  # of the first model and of the one that it is compared with
-SCORES = {
-    "exact_match": "exact match",
-    "strict_match": "strict match: the same text but for case",
-    "token_f1": "token F1",
-    "numeric": "numbers and sizes, within tolerance",
-    "set_f1": "set F1, answers in several parts",
-    "set_match": "all parts right, answers in several parts",
-    "anls": "ANLS, rows with `answers`",
-    "vqa_accuracy": "VQA accuracy, rows with several `answers`",
-    "relaxed_accuracy": "relaxed accuracy, as for charts",
-    "rouge_l": "ROUGE-L",
-}
 
 
 def write_report(
@@ -62,7 +51,15 @@ def write_report(
         "Origin": origin(summary),
     }
     head = headline(summary, predictions, images)
-    write_whole(path, document(f"Evaluation of {name}", head, sections))
+    write_whole(path, document(title(summary["facts"]), head, sections))
+
+
+def title(facts: dict) -> str:
+    """Which checkpoint of which run, or which base model, on which rows."""
+    folder = Path(facts.get("checkpoint") or "")
+    subject = "/".join(folder.parts[-2:]) or Path(facts.get("model", "")).name
+    rows = ", ".join(Path(file).name for file in facts["rows"].split(", "))
+    return f"Evaluation of {subject} on {rows}"
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -240,9 +237,15 @@ def flipped(summary: dict, predictions: dict[str, list[dict]]) -> str:
 
 
 def origin(summary: dict) -> str:
-    parts = {name: summary[name] for name in ("command", "facts", "settings")}
-    content = text(json.dumps(parts, indent=1, ensure_ascii=False, default=str), 100_000)
-    return f"<details><summary>Command, facts, versions and settings</summary><pre>{content}</pre></details>"
+    """The command, and tables of what the answers depend on; fields of a fact with several have names with dots."""
+    parts = f"<pre>{text(summary['command'], MAX_ORIGIN)}</pre>"
+    for part in ("facts", "settings"):
+        values = {}
+        for name, value in summary[part].items():
+            values |= {f"{name}.{field}": v for field, v in value.items()} if isinstance(value, dict) else {name: value}
+        texts = {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in values.items()}
+        parts += table([part, "value"], [[text(n), text(v, MAX_ORIGIN)] for n, v in texts.items()], "texts")
+    return f"<details><summary>Command, facts, versions and settings</summary>{parts}</details>"
 
 
 # ------------------------------------------------------------------------------------------------------------ gallery

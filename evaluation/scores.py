@@ -287,6 +287,12 @@ def compare(a: list[dict], b: list[dict]) -> dict:
     return result
 
 
+def pair_up(a: list[dict], b: list[dict]) -> list[tuple[dict, dict]]:
+    """The predictions of a, each with that of b for the same row."""
+    of_row = {row_key(prediction): prediction for prediction in b}
+    return [(prediction, of_row[row_key(prediction)]) for prediction in a]
+
+
 def row_key(prediction: dict) -> str:
     """Names a prediction's row in a comparison."""
     return f"{prediction['where']} {prediction['id']}"

@@ -23,7 +23,7 @@ from common import InputError, printable
 from data import build_batch
 from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
-from evaluation import answers, scores
+from evaluation import answers, scores, tables
 from evaluation.answers import generate, score_all, with_answer
 from evaluation.runner import Runner, plan_evaluation
 from inputs.images import image_settings
@@ -183,6 +183,8 @@ def answer(run, *words, stop=None) -> int:
 def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, tmp_path, capsys):
     assert answer(run, "--output", tmp_path, "--with-base") == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (tmp_path / "summary.csv").read_text() == tables.summary_csv(summary)
+    assert (tmp_path / "summary.tex").read_text() == tables.summary_tex(summary)
     tuned, base = summary["scores"]["tuned"], summary["scores"]["base"]
     exact_match = tuned["all"]["exact_match"]
     assert 0 <= exact_match["low"] <= exact_match["mean"] <= exact_match["high"] <= 1 and exact_match["questions"] == 33
@@ -212,6 +214,26 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
     (tmp_path / "fewer.jsonl").write_text("".join(files[0].read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(InputError, match="same rows"):
         evaluation.main(["--compare", str(files[0]), str(tmp_path / "fewer.jsonl")])
+
+
+def test_each_file_is_compared_with_the_first(tmp_path, capsys):
+    files = [tmp_path / name / "predictions.jsonl" for name in ("base", "tuned", "longer")]
+    for number, path in enumerate(files):
+        path.parent.mkdir()
+        row = {"images": [], "answer": "yes"}
+        lines = [row | {"id": i, "where": f"v:{i}", "question": f"Q\n{i}?", "by": {"level": i % 2},
+                        "prediction": "yes" if i < number else f"no{number}"} for i in range(4)]  # fmt: skip
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluation.main(["--compare", *map(str, files)]) == 0
+    printed = capsys.readouterr().out
+    first, second = printed[: printed.index("longer − base:")], printed[printed.index("longer − base:") :]
+    assert first.startswith("tuned − base: +25.0 points") and second.startswith("longer − base: +50.0 points")
+    assert "level, tuned − base" in first and re.search(r"\n0 +2 +\+50\.0 \(", first)
+    assert re.search(r"\n1 +2 +\+0\.0 \(", first) and "0 answers right in base only:" in first
+    flipped = "\n".join(["v:0 0: Q 0?", "    the row's answer: yes", "    base: no0", "    tuned: yes"])
+    assert f"1 answers right in tuned only: \n  {flipped}\n" in first
+    with pytest.raises(InputError, match="two or more"):
+        evaluation.main(["--compare", str(files[0])])
 
 
 def test_answers_that_hold_line_separators_can_be_compared(tmp_path):

@@ -46,7 +46,8 @@ def build_parser() -> Parser:
     add("--numeric-tolerance", type=number(float, 0), default=0.05, help="relative error up to which a number is right")
     add("--by", action="append", default=[], metavar="FIELD", help="field of the rows, such as complexity: also "
         "score the rows of each of its values; may be repeated")  # fmt: skip
-    add("--compare", nargs=2, metavar="FILE", help="only compare two predictions files")
+    add("--compare", nargs="+", metavar="FILE", help="only compare predictions files: each after the first "
+        "with the first")  # fmt: skip
     return parser
 
 

@@ -62,7 +62,7 @@ def write(tmp_path):
         summaries = {kind: scores.summarize(part, 0.05) | (extra or {}) for kind, part in predictions.items()}
         summary = {
             "command": "eval.py --ckpt x",
-            "facts": {"model": "m/Qwen", "checkpoint": "runs/a/checkpoint-000020"},
+            "facts": {"model": "m/Qwen", "checkpoint": "runs/a/checkpoint-000020", "rows": "sets/val.jsonl"},
         }
         summary |= {"facts": summary["facts"] | (facts or {}), "settings": {"max_tokens": 4321}, "scores": summaries}
         if others:
@@ -110,7 +110,13 @@ def rows(part: str) -> dict[str, str]:
 
 def test_the_headline_has_the_scores_of_the_summary(write):
     head = words(re.search("<header>.*</header>", write(pair(), METRICS), re.DOTALL)[0])
-    for said in ("Evaluation of checkpoint-000020", "75.0%", "questions 40", "images 10", "model m/Qwen"):
+    for said in (
+        "Evaluation of a/checkpoint-000020 on val.jsonl",
+        "75.0%",
+        "questions 40",
+        "images 10",
+        "model m/Qwen",
+    ):
         assert said in head
     assert "checkpoint runs/a/checkpoint-000020" in head
     assert "tuned − base +50.0 +26.6 to +66.6 points, McNemar p = 0.0022" in head
@@ -208,9 +214,12 @@ def test_training_curves_have_numbered_axes_and_the_checkpoint(write):
     part = section(write(pair(), METRICS), "training")
     assert part.count("<svg") == 3 and "training loss from 0.4 to 0.1; validation loss from 0.5 to 0.5" in part
     loss, match, lr = part.split("</figure>")[:3]
-    assert 'points="135.0,65.5 220.0,148.5 305.0,176.2 390.0,190.0"' in loss  # 0.4, 0.2, 0.133, 0.1 on 0.1 to 0.5
-    assert all(f">{n}</text>" in loss for n in ("0.1", "0.5", "0", "10", "40", "step"))
-    assert "validation exact match, % from 40 to 80" in match and ">80</text>" in match and ">4e-05</text>" in lr
+    # 0.4, 0.2, 0.133 and 0.1 on a logarithmic axis from 0.1 to 0.5
+    heights = [round(190 - 166 * math.log(loss / 0.1) / math.log(5), 1) for loss in (4 / 10, 4 / 20, 4 / 30, 4 / 40)]
+    points = " ".join(f"{x},{y}" for x, y in zip((135.0, 220.0, 305.0, 390.0), heights))
+    assert f'points="{points}"' in loss and loss.count("<circle") == 6
+    assert all(f">{n}</text>" in loss for n in ("0.1", "0.2", "0.5", "0", "10", "40", "step (loss on a log axis)"))
+    assert "validation exact match, % from 40 to 80" in match and ">80</text>" in match and ">4e-5</text>" in lr
     assert "this checkpoint, step 20" in part and 'd="M220.0 24V190"' in loss
 
 
@@ -221,6 +230,30 @@ def test_lines_that_do_not_move_can_be_drawn(write):
     flat = [{"event": "eval", "step": 1, "loss": math.nan, "exact_match": 0.0}]
     part = section(write(pair(), flat), "training")
     assert part.count("<svg") == 1 and "exact match, % from 0 to 0" in part
+
+
+def test_long_curves_have_no_marks_and_a_loss_of_zero_a_linear_axis():
+    long = [{"event": "train", "step": s, "loss": 1 / s, "lr": 1e-4} for s in range(1, 32)]
+    (_, loss), (_, rate) = charts.curves(long)
+    assert "<circle" not in loss + rate and "log axis" in loss and "log axis" not in rate
+    ((_, loss), _) = charts.curves(long[:30])
+    assert loss.count("<circle") == 30
+    ((_, loss), _) = charts.curves([{"event": "train", "step": 1, "loss": 0.0, "lr": 1e-4}])
+    assert "log axis" not in loss
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.1, 1.3), (1, 1.99), (1.9, 9), (0.05, 2.6), (1e-5, 3), (0.2, 0.2), (1, 10)]
+)
+def test_a_logarithmic_axis_encloses_its_values_by_a_few_positive_numbers(low, high):
+    axis = charts.log_ticks(low, high)
+    assert 0 < axis[0] <= low * (1 + 1e-9) and axis[-1] >= high * (1 - 1e-9) and 2 <= len(axis) <= 11
+    assert axis == sorted(set(axis))
+
+
+def test_numbers_at_axes_are_short():
+    numbers = (0, 0.15, 2e-4, 1.5e-4, 5e-5, 80, 5000, 15_000, 1_200_000)
+    assert [charts.label(n) for n in numbers] == ["0", "0.15", "2e-4", "1.5e-4", "5e-5", "80", "5,000", "15k", "1.2M"]
 
 
 def test_no_metrics_no_training(write):
@@ -247,7 +280,10 @@ def test_one_kind_alone_has_no_comparison(write, kind):
 
 def test_the_origin_names_command_facts_and_settings(write):
     part = words(section(write(pair()), "origin"))
-    assert "eval.py --ckpt x" in part and '"max_tokens": 4321' in part and '"model": "m/Qwen"' in part
+    assert "eval.py --ckpt x" in part
+    table = rows(section(write(pair(), facts={"versions": {"torch": "2.8"}, "merge": True}), "origin"))
+    assert table["versions.torch"] == "2.8" and table["merge"] == "true"
+    assert table["max_tokens"] == "4321" and table["model"] == "m/Qwen"
 
 
 def test_the_same_evaluation_gives_the_same_file(write):
@@ -391,7 +427,9 @@ def test_choosing_a_filter_changes_the_address(write, tmp_path, chromium):
 def test_an_injected_script_does_not_run(write, tmp_path, chromium):
     page = write(hostile(), METRICS, pictures=False)
     page_shown = chromium(f"file://{tmp_path}/report.html#q={HOSTILE.split()[0]}", "--dump-dom")
-    assert "<title>Evaluation of checkpoint-000020</title>" in page_shown and not re.search(r"<img\b", page_shown)
+    assert "<title>Evaluation of a/checkpoint-000020 on val.jsonl</title>" in page_shown and not re.search(
+        r"<img\b", page_shown
+    )
     assert len(Elements(page_shown).cards()) == 8
     page = page.replace(
         "</body>", "<script>document.title = 'broken'</script><img src=x onerror=\"document.title=1\"></body>"
@@ -399,7 +437,32 @@ def test_an_injected_script_does_not_run(write, tmp_path, chromium):
     (tmp_path / "injected.html").write_text(page, encoding="utf-8")
     # The page's policy stops scripts that are not its own.
     page_shown = chromium(f"file://{tmp_path}/injected.html", "--dump-dom")
-    assert "<title>Evaluation of checkpoint-000020</title>" in page_shown
+    assert "<title>Evaluation of a/checkpoint-000020 on val.jsonl</title>" in page_shown
+
+
+WIDTHS = """<style>iframe { border: 0; height: 900px; width: %dpx }</style><iframe src="%s"></iframe>
+<script>onload = () => { const root = document.querySelector("iframe").contentDocument.documentElement;
+const inner = [...root.querySelectorAll("th, td, text, polyline")];
+const rights = inner.map(each => each.getBoundingClientRect()).map(box => [box.left, box.right]);
+document.title = [root.scrollWidth, Math.round(Math.min(...rights.map(r => r[0]))), Math.round(Math.max(...rights.map(
+r => r[1]))), Math.round(Math.max(...inner.map(each => each.getBoundingClientRect().bottom)))].join(" ") }</script>"""
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("report.html", 390), ("report.html", 1400), *(("curves.svg", w) for w in (390, 1000, 1400))]
+)
+def test_page_and_curves_fit_any_width(write, tmp_path, chromium, name, width):
+    """No table is wider than the window, and narrow curves are one below the other."""
+    many = {kind: [a | {"by": {"complexity_level": "x"}} for a in part] for kind, part in pair().items()}
+    write(many, METRICS)
+    steps = [line | {"step": 1000 * line["step"]} for line in METRICS]
+    (tmp_path / "curves.svg").write_text(charts.sheet(charts.curves(steps)), encoding="utf-8")
+    (tmp_path / "frame.html").write_text(WIDTHS % (width, name), encoding="utf-8")
+    shown = chromium(f"file://{tmp_path}/frame.html", "--dump-dom", "--allow-file-access-from-files")
+    scrolled, left, right, bottom = map(int, re.search("<title>(.*) (.*) (.*) (.*)</title>", shown).groups())
+    assert scrolled <= width and left >= 0 and right <= width
+    if name == "curves.svg":
+        assert bottom > 650 if width == 390 else bottom < 270
 
 
 def test_page_and_curves_follow_the_reader_s_colour_scheme(write, tmp_path, chromium):
