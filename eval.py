@@ -370,7 +370,7 @@ def write_results(
     images = [list(sample.images) for sample in data.samples]
     metrics = read_metrics(sources.ckpt.parent / "metrics.jsonl") if sources.run else []
     write_report(output / "report.html", summary, tuned_first, images, metrics)
-    print0(f"wrote predictions.jsonl, summary.json, summary.csv and summary.tex in {output}")
+    print0(f"wrote predictions.jsonl and summary.json, .csv and .tex in\n  {output}")
     print0(f"to read in a browser: {shlex.quote(str(output / 'report.html'))}")
 
 

@@ -85,7 +85,7 @@ def test_a_checkpoint_is_evaluated_as_trained_unless_told_otherwise_and_merged_i
     capsys.readouterr()
     assert merge.main([f"--ckpt={run}", f"--out={tmp_path / 'merged'}"]) == 0
     told = re.search(
-        r"loss on the same rows of .*: (.*) on FP8 weights, as trained; (.*) merged", capsys.readouterr().out
+        r"loss on the same rows of .*:\n  (.*) on FP8 weights, as trained; (.*) merged", capsys.readouterr().out
     )
     before, after = (sum(of[: merge.ROWS]) / sum(tokens[: merge.ROWS]) for of in (losses, losses_of_bf16))
     assert told.groups() == (f"{before:.4f}", f"{after:.4f}") and before != pytest.approx(after, rel=1e-4)
