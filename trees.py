@@ -350,7 +350,8 @@ def _cut(tree: Tree, rooms: list[float]) -> list[tuple[int, Tree]]:
 
 
 def pack(trees: Iterable[Tree], max_tokens: int) -> list[MicroBatch]:
-    """A rank's trees in as few micro-batches as the token budget allows, of near-equal cost, the costliest first."""
+    """A rank's trees in micro-batches of near-equal cost within the token budget, the costliest first: the fewest for
+    which longest processing time first finds room, which is nearly always the fewest there are."""
     parts = [part for tree in trees for part in cut_to_fit(tree, max_tokens)]
     costs, tokens = [part.cost for part in parts], [part.tokens for part in parts]
     count = -(-sum(tokens) // max_tokens)
