@@ -418,7 +418,7 @@ def conclude(run: Run, progress: Progress) -> int:
     elif progress.evaluation_due or not run.is_finished(progress):
         state, code = "stopped", STOPPED
         go_on = f"--config {shlex.quote(str(output / 'settings.toml'))} --resume auto"
-        print0(f"stopped by {reason} at step {progress.step} of {steps}; to go on: {go_on}")
+        print0(f"stopped by {reason} at step {progress.step} of {steps}; to go on, start it with\n  {go_on}")
     else:
         state, code = "done", 0
         early = f" of {steps}, --patience is used up" if progress.step < steps else ""

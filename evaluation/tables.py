@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 from common import printable
 
@@ -20,11 +21,19 @@ SCORES = {
 }
 CSV_HEAD = ["by", "group", "score", "model", "questions", "value", "low", "high"]
 TEX_HEAD = r"""% Percent with 95\% confidence intervals over images in brackets. The numbers are those of summary.json.
-% Needs \usepackage{booktabs}.
+% Needs \usepackage{booktabs}. Names in Greek, Chinese and the like need XeLaTeX or LuaLaTeX, and a font that has them.
 """
 TEX_ESCAPES = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {"−": "$-$", "\\": r"\textbackslash{}"}
 TEX_ESCAPES |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}"}
 TEX_ESCAPES |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+TEX_ESCAPES |= {"[": "{[}", "*": "{*}"}  # at the start of a line, the line break before it would take them as options
+TEX_ESCAPES |= {sign: f"$\\{name}$" for sign, name in zip("≤≥≠≈∞", ("leq", "geq", "neq", "approx", "infty"))}
+# pdfLaTeX has Greek letters in formulas only. They are symbols where they stand alone, as in 5 μm, and words elsewhere.
+TEX_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi"
+TEX_GREEK += " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+TEX_GREEK = {letter: f"$\\{name}$" for letter, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", TEX_GREEK.split())}
+ANY_GREEK = r"[\u0370-\u03ff\u1f00-\u1fff]"
+LONE_GREEK = re.compile(rf"(?<!{ANY_GREEK})[{''.join(TEX_GREEK)}](?!{ANY_GREEK})")
 
 
 def accuracy_table(results: dict[str, dict]) -> str:
@@ -193,4 +202,6 @@ def _tex_value(mean: dict | None, signed: bool) -> str:
 
 def tex(value: str) -> str:
     """Any text as text of LaTeX, on one line."""
-    return "".join(TEX_ESCAPES.get(letter, letter) for letter in " ".join(value.split()))
+    text = printable(" ".join(value.split()))
+    escaped = "".join(TEX_ESCAPES.get(letter, letter) for letter in text)
+    return LONE_GREEK.sub(lambda match: TEX_GREEK[match[0]], escaped)

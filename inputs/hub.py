@@ -249,12 +249,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def plan_command(out: Path) -> str:
-    """The command that plans a run on what was exported, to be pasted into a shell."""
+    """The command that plans a run on what was exported, to be pasted into a shell: two lines, which fit a terminal."""
     words = ["python", "train.py", "--plan"]
     for part in ("train", "val"):
         file = out / f"{part}.jsonl"
         words += [f"--{part}", str(file)] if file.exists() else []
-    return shlex.join([*words, "--images", str(out / "pictures")])
+    return shlex.join(words) + " \\\n  " + shlex.join(["--images", str(out / "pictures")])
 
 
 def main(argv: list[str]) -> int:
@@ -266,7 +266,7 @@ def main(argv: list[str]) -> int:
     hub_set = find_set(args.name, args.map, args.subset)
     for line in export(hub_set, args.out, val, test, args.seed):
         print(printable(line))
-    print(f"next: {plan_command(args.out)}")
+    print(f"next:\n  {plan_command(args.out)}")
     return 0
 
 

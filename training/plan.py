@@ -285,7 +285,7 @@ def time_lines(job: Job, times: dict[int, Pace]) -> list[str]:
         _columns(f"step {events[0][0]:,}: {events[0][1]}", [seconds / 3600 for _, _, seconds in events])
         for events in zip(*runs)
     ]
-    if len(rows) > LISTED_EVENTS:
+    if len(rows) > LISTED_EVENTS + 1:  # "1 more" would take the place of that one
         rows[LISTED_EVENTS // 2 : -LISTED_EVENTS // 2] = [f"  ... {len(rows) - LISTED_EVENTS} more"]
     return [
         _columns("hours from the start, by number of GPUs", list(times), "d"),

@@ -62,6 +62,18 @@ def test_the_latex_has_them_in_percent():
 def test_any_text_is_text_in_latex():
     assert tables.tex("50% & a_b\n\n{x}~$") == r"50\% \& a\_b \{x\}\textasciitilde{}\$"
     assert tables.tex("\\^<") == r"\textbackslash{}\textasciicircum{}\textless{}"
+    assert tables.tex("≤ 5 μm, TNF-α, Θ") == r"$\leq$ 5 $\mu$m, TNF-$\alpha$, $\Theta$"
+    assert tables.tex("δέρμα, 颜色, größe") == "δέρμα, 颜色, größe"  # words stay words
+    assert tables.tex("a\x1bb") == r"a\textbackslash{}x1bb"  # pdfLaTeX stops at control characters
+
+
+def test_no_name_is_an_option_of_the_line_break_before_it():
+    content = summary()
+    for part in (*content["scores"].values(), content["comparison"]):
+        part["by"] = {"size": dict(zip(("[0.5] left", "* star"), part["by"]["cost_%"].values()))}
+    page = tables.summary_tex(content)
+    assert "{[}0.5] left & 6 &" in page and "{*} star & 6 &" in page
+    assert not re.search(r"^\s*[\[*]", page, re.MULTILINE)
 
 
 def test_one_model_alone_has_no_difference():

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -69,13 +71,25 @@ def test_a_picture_in_every_row_is_one_file_and_all_its_questions_are_on_one_sid
         with open(f"out/pictures/{row['image']}", "rb") as file:
             assert file.read() == picture(number // 3)
     printed = capsys.readouterr().out
-    assert printed.endswith("--plan --train out/train.jsonl --val out/val.jsonl --images out/pictures\n")
+    assert printed.endswith("--plan --train out/train.jsonl --val out/val.jsonl \\\n  --images out/pictures\n")
     assert "train.jsonl: 18 rows, 6 pictures" in printed and "pictures/: 20 files" in printed
     readme = open("out/README.md").read()
     assert all(line in readme for line in printed.splitlines()[:4]) and SETS["kvasir-vqa"].source in readme
     assert (
         "0.2 of the pictures for validation and 0.5 for testing" in readme and "| `picture_id` | `img_id` |" in readme
     )
+
+
+def test_the_command_to_go_on_with_fits_a_terminal_and_can_be_pasted(tmp_path):
+    (tmp_path / "data/kvasir vqa").mkdir(parents=True)
+    for name in ("train.jsonl", "val.jsonl"):
+        (tmp_path / "data/kvasir vqa" / name).touch()
+    command = hub.plan_command(Path("data/kvasir vqa"))
+    assert all(len(f"  {line}") <= 100 for line in command.splitlines())
+    words = subprocess.run(["sh", "-c", f"printf '%s\n' {command}"], capture_output=True, text=True, check=True).stdout
+    flags = {"--train": "train.jsonl", "--val": "val.jsonl", "--images": "pictures"}
+    named = [word for flag, name in flags.items() for word in (flag, f"data/kvasir vqa/{name}")]
+    assert words.splitlines() == ["python", "train.py", "--plan", *named]
 
 
 def test_the_same_seed_divides_alike_and_another_one_does_not(tmp_path):

@@ -390,6 +390,14 @@ def test_a_time_limit_says_what_would_fit(world):
     assert "does not fit on up to 64 GPUs" in plan.limit_line(job, times)
 
 
+@pytest.mark.parametrize("steps, hidden", [(8, 0), (9, 2)])
+def test_events_are_left_out_only_where_that_saves_lines(world, steps, hidden):
+    job, _ = job_of(world, **{"max-steps": steps, "eval-every": 1, "save-every": 0})
+    shown = plan.time_lines(job, pace(job, HERE, 1.0, [1]))
+    assert sum(line.startswith("  step") for line in shown) == steps + 1 - hidden
+    assert [line for line in shown if "more" in line] == [f"  ... {hidden} more"] * bool(hidden)
+
+
 # -------------------------------------------------------------------------------------------------------- many GPUs
 
 
