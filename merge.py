@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import dist_utils
 from common import PARTIAL, InputError, open_locked, remove, replacing, sign, writing
@@ -38,7 +38,7 @@ from inputs.images import ImageSettings, image_settings
 from inputs.row_files import read_rows
 from model import TreeModel, autocast, load_base
 from modeling.adapters import base_name
-from modeling.loading import resolve_model
+from modeling.loading import fp8_blocks, resolve_model
 from modeling.lora import load_adapter, merge_lora
 from modeling.merging import copy_files, set_end_tokens, set_pixel_limits, weights_dtype, write_weights
 from training.checkpoints import find_adapter, warn_of_other_base
@@ -68,6 +68,11 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, held_out: list[str], 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = args.model or run.get("model") or base_name(ckpt)
     folder = resolve_model(name)
+    if fp8_blocks(getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)):
+        raise InputError(
+            f"{name} was published in FP8, to which LoRA can't be added without being rounded away: "
+            "name the model that it was made from by --model, or serve the adapter beside it"
+        )
     warn_of_other_base(ckpt, folder)
     to_float32 = args.dtype == "float32"
     dtype = torch.float32 if to_float32 else weights_dtype(folder)

@@ -50,6 +50,14 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) ->
     return codes.view(E4M3).to(dtype).mul_(scales.to(dtype))
 
 
+def dequantize_blocks(codes: torch.Tensor, scales: torch.Tensor, block: list[int]) -> torch.Tensor:
+    """The numbers (rows, K) in float32 of codes in e4m3 with a scale for each block, whose last ones may be cut off:
+    scales (rows / block[0], K / block[1]), rounded up."""
+    for dim, size in enumerate(block):
+        scales = scales.repeat_interleave(size, dim)
+    return codes.float().mul_(scales[: codes.shape[0], : codes.shape[1]].float())
+
+
 def multiply(
     a: torch.Tensor, a_scales: torch.Tensor, b: torch.Tensor, b_scales: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -28,7 +28,8 @@ def resolve_model(name: str, weights: bool = True) -> str:
     folder = name if is_folder else _download(name, allow_patterns="config.json")
     if problem := _unsupported(Path(folder) / "config.json"):
         known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
-        raise InputError(f"model {name} {problem}; this program trains dense, unquantized {known} only")
+        what = f"dense {known} only, in full precision or in FP8 blocks"
+        raise InputError(f"model {name} {problem}; this program trains {what}")
     if not is_folder:
         return _download(name, **({} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}))
     if missing := _missing(Path(folder), weights):
@@ -68,11 +69,20 @@ def _unsupported(path: Path) -> str:
     kind = str(config.get("model_type"))
     if kind not in MODEL_TYPES:
         return f"is of type {kind}{', a mixture of experts' if 'moe' in kind else ''}"
-    if "quantization_config" in config:
+    if "quantization_config" in config and not fp8_blocks(config["quantization_config"]):
         return "has quantized weights"
     if (config | config.get("text_config", {})).get("use_sliding_window"):
         return "attends within a sliding window"
     return ""
+
+
+def fp8_blocks(quantization: dict | None) -> list[int]:
+    """Rows and columns of the blocks of a model that was published in FP8, from the `quantization_config` of its
+    config.json; empty for other models. The format: docs/source/en/quantization/finegrained_fp8.md of transformers."""
+    known = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "float"}
+    if not quantization or any(quantization.get(name, value) != value for name, value in known.items()):
+        return []
+    return quantization.get("weight_block_size") or []
 
 
 def fingerprint(folder: str) -> str:

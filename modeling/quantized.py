@@ -1,5 +1,5 @@
-"""Loading a model whose decoder layers are quantized one after the other as they are read: at no time is there a layer
-more in the model's own type than the one at hand."""
+"""Loading a model whose decoder layers are quantized, or turned back into numbers, one after the other as they are
+read: at no time is there a layer more in another type than the one at hand."""
 
 import copy
 from pathlib import Path
@@ -10,8 +10,11 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from common import InputError
+from modeling.fp8 import E4M3, dequantize_blocks
 from modeling.linear import quantize_layer
 from modeling.loading import model_name, weight_files
+
+SCALES = "_scale_inv"  # what follows a weight's name in that of its blocks' scales: factors, despite the name
 
 
 def without_layers(config: PretrainedConfig) -> PretrainedConfig:
@@ -24,10 +27,17 @@ def without_layers(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def add_quantized_layers(
-    rest: nn.Module, folder: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, precision: str
+    rest: nn.Module,
+    folder: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+    block: list[int],
 ) -> nn.Module:
-    """The whole model, from one that was loaded without decoder layers. Raises InputError for weights that are missing
-    or have other sizes than config.json says, and SafetensorError for damaged files."""
+    """The whole model, from one that was loaded without decoder layers. `block`: of weights that were published in FP8
+    (`modeling.loading.fp8_blocks`). Raises InputError for weights that are missing, have other sizes than config.json
+    says, or are in FP8 outside the decoder layers, and SafetensorError for damaged files."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.model.visual, model.lm_head, model.generation_config = rest.model.visual, rest.lm_head, rest.generation_config
@@ -36,8 +46,10 @@ def add_quantized_layers(
         if name != "layers":
             setattr(language_model, name, module)
     places = _places(folder)
+    if elsewhere := [name for name in places if name.endswith(SCALES) and ".language_model.layers." not in name]:
+        raise InputError(f"model {folder} has {elsewhere[0]}: FP8 outside the language model's layers is not supported")
     for number, layer in enumerate(language_model.layers):
-        _fill(layer, f"model.language_model.layers.{number}.", places, dtype, device)
+        _fill(layer, f"model.language_model.layers.{number}.", places, dtype, device, block)
         quantize_layer(layer.requires_grad_(False), precision)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what quantizing took would count as used when a memory budget is chosen
@@ -53,16 +65,25 @@ def _places(folder: str) -> dict[str, tuple[Path, str]]:
     return places
 
 
-def _fill(layer: nn.Module, prefix: str, places: dict, dtype: torch.dtype, device: torch.device) -> None:
+def _fill(
+    layer: nn.Module, prefix: str, places: dict, dtype: torch.dtype, device: torch.device, block: list[int]
+) -> None:
     """Give a decoder layer on `meta` the weights of its files."""
     for name, parameter in list(layer.named_parameters()):
-        if prefix + name not in places:
-            folder = next(iter(places.values()))[0].parent
-            raise InputError(f"model {folder} has no weights {prefix}{name}: copy or download it again")
-        path, own = places[prefix + name]
-        with safe_open(path, "pt", device=str(device)) as file:
-            weight = file.get_tensor(own).to(dtype)
+        weight = _read(prefix + name, places, device)
         if weight.shape != parameter.shape:
+            path, own = places[prefix + name]
             raise InputError(f"model {path.parent}: {own} is {list(weight.shape)}, not {list(parameter.shape)}")
+        if weight.dtype == E4M3:
+            weight = dequantize_blocks(weight, _read(prefix + name + SCALES, places, device), block)
         owner, _, kind = name.rpartition(".")
-        setattr(layer.get_submodule(owner), kind, nn.Parameter(weight, requires_grad=False))
+        setattr(layer.get_submodule(owner), kind, nn.Parameter(weight.to(dtype), requires_grad=False))
+
+
+def _read(name: str, places: dict, device: torch.device) -> torch.Tensor:
+    if name not in places:
+        folder = next(iter(places.values()))[0].parent
+        raise InputError(f"model {folder} has no weights {name}: copy or download it again")
+    path, own = places[name]
+    with safe_open(path, "pt", device=str(device)) as file:
+        return file.get_tensor(own)

@@ -27,4 +27,7 @@ GPUS = {
     ),
     "l40s": Gpu(("NVIDIA L40S",), 44.4, 362 * OF_DATA_SHEET),
     "rtx4090": Gpu(("NVIDIA GeForce RTX 4090",), 23.5, 165 * OF_DATA_SHEET),
+    "rtx4080": Gpu(("NVIDIA GeForce RTX 4080",), 15.6, 97.5 * OF_DATA_SHEET),
+    "rtx4070": Gpu(("NVIDIA GeForce RTX 4070",), 11.6, 58.3 * OF_DATA_SHEET),
+    "rtx4060": Gpu(("NVIDIA GeForce RTX 4060",), 7.6, 30.2 * OF_DATA_SHEET),
 }

@@ -13,7 +13,7 @@ from test_bench import bench
 from data import build_batch
 from model import TreeModel, autocast, prepare_base
 from modeling.attention import tree_attention, tree_mask, visible
-from modeling.fp8 import product_error
+from modeling.fp8 import dequantize, multiply, product_error, quantize, quantize_weight
 from modeling.lora import add_lora
 from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS, target_pattern
@@ -159,3 +159,15 @@ def test_compiled_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8")
 def test_fp8_products_are_those_of_rounded_numbers():
     assert product_error(torch.device("cuda")) < 0.006  # rounding to bfloat16, and Hopper's fast accumulation
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8")
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 65, 300])
+@pytest.mark.parametrize(("k", "n"), [(4096, 1024), (4096, 4096), (4096, 12288), (12288, 4096)])
+def test_fp8_products_have_any_number_of_rows(rows, k, n):
+    """Generating answers multiplies one row per answer; K and N alone must be multiples of 16."""
+    torch.manual_seed(rows)
+    a, b = quantize(torch.randn(rows, k, device="cuda")), quantize_weight(torch.randn(n, k, device="cuda"))
+    exact = dequantize(*a, torch.float64) @ dequantize(*b, torch.float64).T
+    apart = multiply(*a, *b, torch.bfloat16).double() - exact
+    assert (apart.norm(dim=1) / exact.norm(dim=1)).max() < 0.006  # as above
