@@ -22,6 +22,7 @@ import json
 import os
 import shlex
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -31,7 +32,7 @@ import torch
 from transformers import AutoTokenizer
 
 import dist_utils
-from common import InputError, lock_folder, nearest_existing, removed_if_refused, sign, write_whole, writing
+from common import STARTED, InputError, lock_folder, nearest_existing, removed_if_refused, sign, write_whole, writing
 from data import TreeDataset, VQAData, encode_rows, load_data, padding
 from dist_utils import Ranks, Stop, print0
 from evaluation import overlap, scores
@@ -59,6 +60,7 @@ from modeling.adapters import base_name
 from modeling.fp8 import check_products
 from modeling.loading import fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
+from modeling.memory import start_compile_workers
 from modeling.precision import forward_precision
 from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base
 from training.description import unread_warnings
@@ -127,6 +129,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         return answer_question(args, sources, folder, tokenizer, settings, ranks, dtype)
 
     # Rows: rank 0 reads and checks them, every rank gets the same samples.
+    start_compile_workers(ranks.device)
     data, options = dist_utils.from_rank0(lambda: load_rows(args, sources, tokenizer, settings))
     subject = sources.ckpt or f"base model {sources.model}"
     subject = subject if sources.precision == "bf16" else f"{subject} with its base in {sources.precision}"
@@ -317,13 +320,15 @@ def answer_question(args, sources: Sources, folder: str, tokenizer, settings, ra
     """Print the answer to --question and its confidence. Writes no file, and returns the exit code."""
     data = question_data(args, sources, tokenizer, settings)
     model = load_model(folder, sources.ckpt, settings, dtype, ranks.device, sources.precision)
+    model.dense_masks = True
     if sources.ckpt and args.merge:
         merge_lora(model.model)
     dataset = TreeDataset(data, model.settings, padding(ranks.device), prompts_only=True)
     (trees,) = plan_evaluation(data.samples, args.max_tokens)
     with autocast(ranks.device, dtype):
         (answer,) = answer_batch(model, dataset[Assignment(trees)].to(ranks.device), tokenizer, args.max_new_tokens)
-    print0(f"{answer['prediction']}\nconfidence {answer['confidence']:.4f}")
+    seconds = time.perf_counter() - STARTED
+    print0(f"{answer['prediction']}\nconfidence {answer['confidence']:.4f}, answered after {seconds:.0f} s")
     dist_utils.leave()
     return 0
 

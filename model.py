@@ -86,6 +86,7 @@ def prepare_base(model: nn.Module) -> nn.Module:
     if hasattr(language_model, "_deepstack_process"):
         language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
     language_model.layers[-1].forward = types.MethodType(_last_layer, language_model.layers[-1])
+    visual.blocks[0].register_forward_pre_hook(_no_view)
     if capability and visual.dtype != torch.float32:  # these kernels take half precision only
         # cuDNN's kernel attends within whole images. Qwen2.5-VL's windows are smaller: flash takes their bounds.
         whole_images = capability >= 9 and not hasattr(visual.config, "window_size")
@@ -100,6 +101,13 @@ def _last_layer(layer, hidden_states: torch.Tensor, wanted: torch.Tensor, **kwar
     if kwargs.get("dropout_keys") is not None:
         layer.dropout_rows.keys = kwargs["dropout_keys"].index_select(0, wanted)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+@torch.compiler.disable
+def _no_view(_block, args: tuple) -> tuple:
+    """The arguments of the first vision block, with a copy of the patches. The tower reshapes these into a view of
+    another tensor, which is compiled on its own."""
+    return args[0].clone(), *args[1:]
 
 
 def _add_deepstack(_language_model, hidden: torch.Tensor, image_at: torch.Tensor, features: torch.Tensor):
@@ -134,6 +142,8 @@ class Features:
 
 class TreeModel(nn.Module):
     """A base model, with LoRA or without, that runs a packed `Batch` of trees."""
+
+    dense_masks = False  # on CUDA too: for one question alone, FlexAttention takes longer to compile than it saves
 
     def __init__(self, model: nn.Module, settings: ImageSettings, keep_features: Callable | None = None):
         """`keep_features(names, image_tokens, features)` gets the features of images that have a name in the vision
@@ -190,15 +200,17 @@ class TreeModel(nn.Module):
         needed in training.
         """
         language_model = self.base.model.language_model
-        embeds, deepstack = language_model.embed_tokens(ids), {}
+        # Inputs of the first layer are like those of later ones, or it would be compiled on its own: they need a
+        # gradient, and are no view of another tensor, as `embeds[None]` would be.
+        embeds, deepstack = language_model.embed_tokens(ids[None]), {}  # (1, T, D)
         if features is not None:
-            embeds = embeds.index_copy(0, image_at, features.embeds.to(embeds.dtype))
+            embeds = embeds.index_copy(1, image_at, features.embeds[None].to(embeds.dtype))
             if features.deepstack:
                 deepstack = {"visual_pos_masks": image_at, "deepstack_visual_embeds": features.deepstack}
         if torch.is_grad_enabled():
-            embeds.requires_grad_()  # like the inputs of later layers: else the first layer is compiled on its own
+            embeds.requires_grad_()
         return language_model(
-            inputs_embeds=embeds[None],
+            inputs_embeds=embeds,
             position_ids=positions[:, None],
             attention_mask=mask,
             past_key_values=past,
@@ -210,7 +222,7 @@ class TreeModel(nn.Module):
 
     def answer_states(self, batch: Batch, past=None) -> torch.Tensor:
         """Last hidden states (N, D) of the tokens that predict answers. `past` is a key-value cache to fill."""
-        mask, features = tree_mask(batch), self.image_features(batch)
+        mask, features = tree_mask(batch, self.dense_masks), self.image_features(batch)
         return self.hidden_states(
             batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, past, batch.dropout_keys
         )

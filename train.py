@@ -37,10 +37,11 @@ from inputs.holdout import relative_names
 from inputs.vision_cache import FeatureWriter, VisionCache, open_cache
 from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.lora import add_lora, load_lora
+from modeling.memory import start_compile_workers
 from training import checkpoints, plan, preparation, rehearsal, settings
 from training.costs import known_gpu
 from training.description import describe_lora, next_steps
-from training.metrics import Metrics
+from training.metrics import Metrics, Stopwatch
 from training.progress import Progress
 from training.scaling import ENOUGH, batch_size_remedy, plan_settings
 from training.trackers import open_trackers
@@ -77,7 +78,7 @@ class Run:
 
 def main(argv: list[str], stop: Stop | None = None) -> int:
     """Train. Returns the exit code: 0 when done, dist_utils.STOPPED when stopped by a signal, 1 when saving failed."""
-    stop, started = stop or Stop(), time.perf_counter()
+    stop, watch = stop or Stop(), Stopwatch(time.perf_counter())
     args = settings.parse_settings(argv)  # reports everything that is wrong with them
     ranks = dist_utils.start()
     is_demo = not args.train
@@ -90,38 +91,37 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         dist_utils.leave()
         return 0
     # All references to the DDP model end with this call: one that is alive when the group is left can abort the exit.
-    code, metrics = train(args, ranks, stop, started, is_demo)
+    code, metrics = train(args, ranks, stop, watch, is_demo)
     dist_utils.leave()
     metrics.close(code)  # trackers may wait for a network, which the other ranks need not do
     return code
 
 
-def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is_demo: bool) -> tuple[int, Metrics]:
+def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, watch: Stopwatch, is_demo: bool) -> tuple[int, Metrics]:
     """A whole run: set up, fit, conclude. Returns its exit code and its metrics, still open."""
-    dtype, name = pick_dtype(args.dtype, ranks.device), "demo" if is_demo else Path(args.train[0]).stem
+    name = "demo" if is_demo else Path(args.train[0]).stem
     named, stays = args.output, nearest_existing(Path(args.output or "runs"))
     output = dist_utils.from_rank0(lambda: checkpoints.open_output(named, name, args.resume))
     args.output = str(output)
     if dist_utils.restarted() and checkpoints.checkpoints(output):  # by torchrun --max-restarts
         args.resume = "auto"
-    precision = "" if args.base_precision == "bf16" else f", base in {args.base_precision}"
-    print0(f"output {output} | {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}{precision}")
     step = max(map(checkpoints.step_of, checkpoints.checkpoints(output)), default=0)
     # A job whose time runs out before its first step is requeued by run.slurm too, once.
     stop.status = output / "status", f"stopped {step}\nbefore the first step of this start\n"
     with removed_if_refused(output, stays):
-        run, progress = set_up(args, ranks, stop, dtype, output, output if named or args.skip_bad else None)
+        run, progress = set_up(args, ranks, stop, output, output if named or args.skip_bad else None, watch)
     is_new, prepared = not progress.step, run.prepared
 
     # Training.
     base_result = evaluate_on_validation(run) if is_demo and is_new else None
-    print0(f"ready after {time.perf_counter() - started:.0f} s")
+    print0(f"ready after {watch}")
     result = fit(run, progress)
 
     # The end.
     code = conclude(run, progress)
     if is_new and progress.step == prepared.steps and not code and ranks.is_main:
-        plan.compare_with_plan(args, prepared, known_gpu(ranks.device), ranks.world_size, time.perf_counter() - started)
+        seconds = time.perf_counter() - watch.started
+        plan.compare_with_plan(args, prepared, known_gpu(ranks.device), ranks.world_size, seconds)
     if not code and ranks.is_main and ranks.world_size > 1 and run.metrics.paid:
         print0(efficiency_line(run))
     if result and not code:
@@ -132,18 +132,24 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, started: float, is
 
 
 def set_up(
-    args: argparse.Namespace, ranks: Ranks, stop: Stop, dtype: torch.dtype, output: Path, bad_rows: Path | None
+    args: argparse.Namespace, ranks: Ranks, stop: Stop, output: Path, bad_rows: Path | None, watch: Stopwatch
 ) -> tuple[Run, Progress]:
     """All that a run does before its first step. `bad_rows` is the folder that gets a list of rows that can't be used.
     Raises InputError."""
+    dtype = pick_dtype(args.dtype, ranks.device)
+    precision = "" if args.base_precision == "bf16" else f", base in {args.base_precision}"
+    print0(f"output {output} | {ranks.world_size} rank(s) on {ranks.device.type}, {dtype}{precision}")
+    start_compile_workers(ranks.device)
     # Data. Rank 0 reads and checks; every rank gets the same samples.
     prepared = preparation.prepare(args, ranks, dtype, output, bad_rows)
+    watch.lap("rows")
     trackers = []  # stays empty on other ranks than rank 0
     dist_utils.from_rank0(lambda: trackers.extend(open_trackers(args, output, prepared.checkpoint)))
 
     # Model and optimizer, and where the run goes on.
     model, cache = build_model(args, prepared, ranks.device, dtype)
-    budgets = rehearsal.memory_budgets(args, model, prepared.bounds.tokens, ranks)
+    watch.lap("model")
+    budgets = rehearsal.memory_budgets(args, prepared, model, ranks)
     model = dist_utils.wrap(model, ranks)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -152,7 +158,7 @@ def set_up(
         progress, identity = checkpoints.load_checkpoint(prepared.checkpoint, model, optimizer, output, identity)
     metrics = Metrics(output, progress, prepared.steps, len(prepared.sampler), known_gpu(ranks.device), ranks, trackers)
     run = Run(args, ranks, stop, dtype, output, prepared, model, cache, optimizer, identity, metrics)
-    rehearse(run, progress, budgets)
+    rehearse(run, progress, budgets, watch)
     return run, progress
 
 
@@ -173,18 +179,20 @@ def build_model(
     return TreeModel(peft_model, prepared.images, FeatureWriter(cache).put), cache
 
 
-def rehearse(run: Run, progress: Progress, budgets: list[float]) -> None:
+def rehearse(run: Run, progress: Progress, budgets: list[float | None], watch: Stopwatch) -> None:
     """Try the largest micro-batch, a save and an evaluation of a few samples: none fails for the first time later."""
     prepared, ranks = run.prepared, run.ranks
     # Without the cache: the tower runs.
     dataset = TreeDataset(prepared.train, prepared.images, padding(ranks.device), at_least=prepared.bounds.tokens)
     rehearsal.rehearse_step(run.model, run.optimizer, dataset, prepared.bounds, ranks, run.dtype, budgets)
+    watch.lap("rehearsal")
     dist_utils.from_rank0(
         lambda: rehearsal.rehearse_save(run.output, run.model, run.args, checkpoint_state(run, progress))
     )
     if few := prepared.val_batches[: ranks.world_size]:
         result = evaluate(unwrap(run.model), prepared.val, few, ranks, run.dtype, 0, Stop(), run.cache)
         print0(f"evaluation tried on {result['questions']} questions: loss {result['loss']:.3f}")
+    watch.lap("evaluation")
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop

@@ -51,7 +51,7 @@ ROOT = Path(__file__).parents[1]
 MARGIN = 0.02  # of the base's validation loss
 SETTINGS = (  # of every run; those of the demo, as far as they shape what is learnt
     "--batch-size=128 --lr=5e-3 --warmup=20 --lora-r=32 --lora-alpha=64 --lora-dropout=0 --workers=0 --save-every=0"
-    " --keep=1 --eval-every=100 --log-every=50 --memory-budget=1 --no-compile"
+    " --keep=1 --eval-every=100 --log-every=50 --compile=off"
 ).split()
 EPOCHS = {"demo": 8, "digits": 5, "easy-vqa": 2, "easy-vqa-tower": 2}  # 442, 497, 604 and 604 steps
 # Tokens of a micro-batch, which do not change what is learnt: a step is one on a GPU; masks are dense on a CPU.

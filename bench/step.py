@@ -3,9 +3,11 @@
     python bench/step.py                                          # Qwen3-VL-8B with random weights, full resolution
     python bench/step.py --preset tiny                            # a minute on a CPU: shows that it runs, not how fast
     python bench/step.py --cases tree-9 --profile                 # and where its time goes
+    python bench/step.py --preset 2b --cases tree-9,tree-28          # 28 questions: a micro-batch of 8,164 tokens
 
 Random weights cost what real ones cost. The workload is that of the reference job: 2,700 image tokens, and 195 tokens
 per question. The recipe runs one question per sequence, padded to 2,900, with full logits and every layer checkpointed.
+`busy` is the time of a step's kernels (of its operators on a CPU), by a profile of one more step, over its time.
 """
 
 import argparse
@@ -51,6 +53,26 @@ QWEN3_VL_8B = {
         "out_hidden_size": 4096, "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
     },
 }  # fmt: skip
+
+
+def qwen3_vl(text: dict, vision: dict) -> dict:
+    """The 8B with other widths."""
+    return {
+        "text_config": QWEN3_VL_8B["text_config"] | text,
+        "vision_config": QWEN3_VL_8B["vision_config"] | {"out_hidden_size": text["hidden_size"]} | vision,
+    }
+
+
+# Widths from config.json of Qwen/Qwen3-VL-2B-Instruct, -4B- and -32B-, the first also in torchtitan's models/qwen3_vl.
+# The 2B and the 4B share one matrix for embeddings and lm_head. Here they are two, of 0.6 and 0.7 GiB.
+SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+QWEN3_VL_2B = qwen3_vl(
+    {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}, SMALL_TOWER
+)
+QWEN3_VL_4B = qwen3_vl({"hidden_size": 2560, "intermediate_size": 9728}, SMALL_TOWER)
+QWEN3_VL_32B = qwen3_vl(
+    {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64}, {}
+)
 TINY = {
     "text_config": {
         "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -77,7 +99,10 @@ class Preset:
 
 
 PRESETS = {
+    "2b": Preset(QWEN3_VL_2B, (1920, 1440), 195, 32, 2900, 5),
+    "4b": Preset(QWEN3_VL_4B, (1920, 1440), 195, 32, 2900, 5),
     "8b": Preset(QWEN3_VL_8B, (1920, 1440), 195, 32, 2900, 5),
+    "32b": Preset(QWEN3_VL_32B, (1920, 1440), 195, 32, 2900, 5),
     "tiny": Preset(TINY, (128, 96), 20, 4, 40, 2),
 }
 
@@ -338,6 +363,7 @@ def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ce
             encoded = [] if kind == "cached" else [patches]
             flops = sum(step_flops(config, encoded, patches // 4 + 4, branches, answers))
             row |= {"ms_per_question": row["ms"] / questions, "tokens_per_s": 1000 * tokens / row["ms"]}
+            row["busy"] = sum(ms for ms, _ in kernel_times(step, device).values()) / row["ms"]
             row |= {"tflops": flops / row["ms"] / 1e9, "share": flops / row["ms"] / 1e9 / ceiling}
             if args.profile and case == cases[-1] != "recipe":
                 print(f"where the time of {case}, {precision}, goes:\n{profile(step, vision, device)}", flush=True)
@@ -346,12 +372,12 @@ def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ce
 
 def print_table(rows: list[dict]) -> None:
     recipe = next((row["ms_per_question"] for row in rows if row["case"] == "recipe"), None)
-    print("case      precision     ms/question  x recipe  tokens/s  TFLOP/s  share    GiB  first s")
+    print("case      precision     ms/question  x recipe  tokens/s  TFLOP/s  share  busy    GiB  first s")
     for row in rows:
         ratio = f"{recipe / row['ms_per_question']:.1f}" if recipe else "-"
         print(
             f"{row['case']:<10}{row['precision']:<12}{row['ms_per_question']:>13.1f}{ratio:>10}"
-            f"{row['tokens_per_s']:>10,.0f}{row['tflops']:>9.0f}{row['share']:>7.0%}"
+            f"{row['tokens_per_s']:>10,.0f}{row['tflops']:>9.0f}{row['share']:>7.0%}{row['busy']:>6.0%}"
             f"{row['peak_gib'] or 0:>7.1f}{row['first_s']:>9.1f}"
         )
 

@@ -6,6 +6,7 @@ The model reaches them through transformers' `AttentionInterface`; its own code 
 from functools import cache, partial
 
 import torch
+import torch._dynamo.config
 import torch.nn.functional as F
 from torch import library
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,9 +24,10 @@ OPTIONS = {"IS_DIVISIBLE": True}
 HOPPER_OPTIONS = OPTIONS | {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_stages": 3, "fwd_num_warps": 8}
 
 
-def tree_mask(batch: Batch) -> torch.Tensor | BlockMask:
-    """The visibility of a batch's tokens: a FlexAttention block mask on CUDA, a boolean (1, 1, T, T) elsewhere."""
-    if batch.ids.device.type == "cuda":
+def tree_mask(batch: Batch, dense: bool = False) -> torch.Tensor | BlockMask:
+    """The visibility of a batch's tokens: a FlexAttention block mask on CUDA, unless `dense`; a boolean (1, 1, T, T)
+    elsewhere."""
+    if batch.ids.device.type == "cuda" and not dense:
         assert len(batch.ids) % FLEX_BLOCK == 0, len(batch.ids)
         return _block_mask(batch.tree, batch.branch)
     keys = batch.tree, batch.branch, torch.arange(len(batch.ids), device=batch.ids.device)
@@ -47,6 +49,7 @@ def _block_mask(tree: torch.Tensor, branch: torch.Tensor) -> BlockMask:
 
 @cache
 def _compiled(function):
+    torch._dynamo.config.specialize_float = True  # `scale` is a constant: see compile_layers in modeling/memory.py
     return torch.compile(function, dynamic=True)
 
 

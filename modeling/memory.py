@@ -9,6 +9,7 @@ from peft import PeftModel
 # 8,192 tokens; without dropout it is less. Those of 0.5 and 0.2 were measured before masks were computed again, and are
 # lowered here as two layers' are on a CPU.
 MEMORY_BUDGETS = {1.0: 0.71, 0.5: 0.38, 0.2: 0.19, 0.0: 0.13}
+EAGER_SHARE = 1.9  # the same where layers are not compiled: 82.2 GiB at 7,308 tokens on an H200
 MEMORY_MARGIN = 2 * 2**30, 0.05  # bytes for vision tower, logits and optimizer; share of the card for fragmentation
 # One compiled function has a variant for each of training and evaluation, text and vision, last and other layers.
 RECOMPILE_LIMIT = 32
@@ -27,17 +28,30 @@ def memory_margin(total: float) -> float:
     return fixed + share * total
 
 
-def choose_memory_budget(config, tokens: int, device: torch.device) -> float:
-    """The highest memory budget at which a micro-batch of `tokens` tokens should fit beside what is allocated now.
+def activation_room(device: torch.device) -> float:
+    """Bytes that a micro-batch's activations may take beside what is allocated now."""
+    total = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
+    free = min(total - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0])
+    return free - memory_margin(total)
+
+
+def choose_memory_budget(config, tokens: int, room: float) -> float:
+    """The highest memory budget at which a micro-batch of `tokens` tokens should fit into `room` bytes.
 
     It is an estimate: the rehearsal runs such a micro-batch and goes on to lower budgets where it does not fit.
     """
     kept = kept_bytes(config, tokens)
-    total = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
-    free = min(total - torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[0])
-    room = free - memory_margin(total)
     fitting = [budget for budget, share in MEMORY_BUDGETS.items() if share * kept < room]
     return fitting[0] if fitting else min(MEMORY_BUDGETS)
+
+
+def start_compile_workers(device: torch.device) -> None:
+    """Start the processes that compile kernels for a GPU, to be ready when the first is needed. Until they are, torch
+    compiles one kernel after the other in this process."""
+    if device.type == "cuda":
+        from torch._inductor.async_compile import maybe_warm_pool  # takes a second, which other devices need not spend
+
+        maybe_warm_pool()
 
 
 def compile_layers(model: PeftModel, memory_budget: float, backend: str = "inductor") -> None:
@@ -53,6 +67,9 @@ def compile_layers(model: PeftModel, memory_budget: float, backend: str = "induc
     torch._functorch.config.ban_recompute_used_far_apart = False
     torch._functorch.config.is_non_builtin_to_include = True  # `lora_linear` costs as much as the product inside it
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    # By default a norm's eps may change too, as `dynamic` says. Tracing finds that it may not and begins again, and the
+    # next start does not find the code in torch's caches.
+    torch._dynamo.config.specialize_float = True
     torch._dynamo.config.optimize_ddp = False  # it splits graphs at DDP's buckets, which fails in FlexAttention
     base = model.get_base_model().model
     blocks = base.visual.blocks if "flash" in base.visual.config._attn_implementation else []

@@ -23,6 +23,7 @@ import job  # noqa: E402
 import learning  # noqa: E402
 import learning_data  # noqa: E402
 import learning_tower  # noqa: E402
+import start  # noqa: E402
 import step as bench  # noqa: E402
 
 
@@ -41,9 +42,19 @@ def table(tmp_path, monkeypatch, capsys):
 def test_the_benchmark_prints_a_table_and_writes_json(table):
     result, printed = table("step.py", "--preset", "tiny", "--profile")
     assert [row["case"] for row in result["rows"]] == ["recipe", "tree-1", "cached-9", "tree-9", "tree-17"]
-    assert all(row["ms_per_question"] > 0 and row["tflops"] > 0 for row in result["rows"])
+    assert all(row["ms_per_question"] > 0 and row["tflops"] > 0 and row["busy"] > 0 for row in result["rows"])
     assert {"name", "device", "versions", "commit", "command"} <= result.keys() and "ms/question" in printed
     assert "matrix products" in printed and "vision tower" in printed
+
+
+@pytest.mark.parametrize(("preset", "billions"), [("2b", 2), ("4b", 4), ("8b", 8), ("32b", 32)])
+def test_the_benchmark_s_models_have_the_sizes_of_their_names(preset, billions):
+    """The names leave out the vision tower. The two smaller models share lm_head's weights with the embeddings."""
+    with torch.device("meta"):
+        model = bench.Qwen3VLForConditionalGeneration(bench.Qwen3VLConfig(**bench.PRESETS[preset].config))
+    count = sum(weight.numel() for weight in model.parameters())
+    shared = model.lm_head.weight.numel() if preset in ("2b", "4b") else 0
+    assert 1.04 < (count - shared) / 1e9 / billions < 1.12
 
 
 def test_the_benchmark_runs_trees_at_several_precisions_and_the_recipe_once(table):
@@ -86,6 +97,22 @@ def test_the_job_benchmark_trains_and_reports_both_speeds(world, table, tmp_path
     made = [json.loads(line) for line in (tmp_path / "job" / "train.jsonl").read_text().splitlines()]
     assert len({row["image_filename"] for row in made}) == 6 and len(made) == 8
     assert all(len((row["question"] + row["answer"]).split()) > 10 for row in made)  # made longer
+
+
+def test_the_start_benchmark_times_the_parts_of_a_cold_and_a_warm_start(world, table, tmp_path):
+    (tmp_path / "job").mkdir()
+    for name, source in {"train.jsonl": "rows.jsonl", "val.jsonl": "rows.jsonl", "pictures": "images"}.items():
+        (tmp_path / "job" / name).symlink_to(world / source)
+    (tmp_path / "job" / "model").symlink_to(world / "model")
+    words = ["--work", tmp_path / "job", "--starts", 1, "--try", "autotune_pointwise=False", "--try", "TORCH_LOGS=-all"]
+    result, printed = table(start.main, *words, "--batch-size", 4, "--workers", 0)  # the last two go to train.py
+    assert [row["caches"] for row in result["rows"]] == ["cold", "warm"]
+    for row in result["rows"]:
+        parts = row["parts"]
+        assert set(parts) == set(start.PARTS) and parts["step 1"] > parts["ready"] > parts["imports"] > 0
+        inside = sum(parts[part] for part in ("imports", "rows", "model", "rehearsal", "evaluation"))
+        assert inside == pytest.approx(parts["ready"], abs=0.1) and row["graphs"] == []  # nothing is compiled on a CPU
+    assert "autotune_pointwise=False" in printed and "step 1" in printed
 
 
 @pytest.mark.parametrize("questions", [1, 9])

@@ -145,7 +145,7 @@ def test_the_first_hour_runs_from_a_csv_file_to_a_merged_model(world, tmp_path, 
         run_command(shlex.split(line), world / "model")
         printed = capsys.readouterr().out
         if "--question" in line:
-            assert re.fullmatch(r".*\nconfidence [01]\.\d{4}\n", printed)
+            assert re.fullmatch(r".*\nconfidence [01]\.\d{4}, answered after \d+ s\n", printed)
     assert Path("runs/first/status").read_text().startswith("done 2\n")
     assert list(Path("runs/first").glob("eval/checkpoint-*/report.html")) and Path("merged/config.json").is_file()
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import eval as evaluation
 import merge
+import model as model_file
 import train
 from common import InputError, printable
 from data import build_batch
@@ -524,8 +525,21 @@ def test_one_question_is_answered_like_a_row_and_leaves_nothing(world, prompted,
     monkeypatch.chdir(tmp_path)
     before, _ = sorted(tmp_path.rglob("*")), capsys.readouterr()
     assert answer(prompted, *asked(world, row)) == 0
-    assert capsys.readouterr().out == f"{expected['prediction']}\nconfidence {expected['confidence']:.4f}\n"
+    told = f"{expected['prediction']}\nconfidence {expected['confidence']:.4f}, answered after "
+    assert re.fullmatch(re.escape(told) + r"\d+ s\n", capsys.readouterr().out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_question_compiles_no_attention_and_rows_do(world, prompted, tmp_path, monkeypatch):
+    """On CUDA, a block mask is compiled, and FlexAttention after it."""
+    dense, mask = [], model_file.tree_mask
+    monkeypatch.setattr(
+        model_file, "tree_mask", lambda batch, is_dense: dense.append(is_dense) or mask(batch, is_dense)
+    )
+    assert answer(prompted, *asked(world, QUESTIONS["one picture"])) == 0 and dense == [True]
+    (tmp_path / "row.jsonl").write_text(json.dumps(QUESTIONS["one picture"]))
+    rows = ["--data", tmp_path / "row.jsonl", "--output", tmp_path / "out", "--images", world / "images"]
+    assert answer(prompted, *rows) == 0 and dense == [True, False, False]  # answers, and scores
 
 
 def test_one_answer_equals_plain_generation(world, prompted, capsys):
@@ -572,7 +586,7 @@ def test_a_run_s_image_first_holds_for_questions_and_rows(world, prompted, run, 
 
 def printed(capsys) -> tuple:
     text, confidence = capsys.readouterr().out.split("\nconfidence ")
-    return text, pytest.approx(float(confidence), abs=1e-4)
+    return text, pytest.approx(float(confidence.split(",")[0]), abs=1e-4)
 
 
 def plainly(reference, inputs: dict) -> tuple[str, float]:

@@ -36,6 +36,23 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 NUMBERS = {"train": ("loss", "grad_norm", "lr", "eta_s"), "eval": ("loss", "exact_match"), "skipped": ()}
 
 
+class Stopwatch:
+    """Seconds of the parts of a start, each from the end of the one before."""
+
+    def __init__(self, started: float):
+        """`started`: when the first part began, by time.perf_counter."""
+        self.started = self.last = started
+        self.parts = {}
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.parts[part], self.last = now - self.last, now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+        return f"{time.perf_counter() - self.started:.0f} s" + f" ({parts})" * bool(parts)
+
+
 def read_metrics(path: Path) -> list[dict]:
     """All lines of a metrics.jsonl, none where there is no file. Warns of damaged lines, but not of a last one that a
     kill has cut. Raises OSError when the file can't be read."""

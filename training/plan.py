@@ -6,6 +6,7 @@ all-reduce at those of the links (costs.py); memory from the formula that also p
 """
 
 import argparse
+import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -24,12 +25,12 @@ from evaluation.runner import plan_evaluation
 from inputs.images import ImageSettings
 from modeling.linear import weight_bytes
 from modeling.lora import add_lora, lora_table
-from modeling.memory import MEMORY_BUDGETS, kept_bytes, memory_margin
+from modeling.memory import EAGER_SHARE, MEMORY_BUDGETS, kept_bytes, memory_margin
 from modeling.precision import forward_precision
 from training.costs import (
+    EAGER_TIME,
     GPUS_PER_NODE,
     NETWORK,
-    NOT_COMPILED,
     SLOWER,
     all_reduce_seconds,
     batch_seconds,
@@ -65,6 +66,7 @@ class Job:
     largest: int  # tokens of the largest micro-batch
     weight_bytes: int  # of the base model
     lora: int  # parameters that are trained
+    done: int = 0  # steps that the run has behind it
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -82,10 +84,12 @@ def make_job(
     val: VQAData | None,
     plan: list[Step],
     largest: int,
+    model: PeftModel | None = None,
 ) -> Job:
-    """`plan` is the first epoch's; `largest` the most tokens that a micro-batch may have."""
+    """`plan` is the first epoch's; `largest` the most tokens that a micro-batch may have; `model` the run's, if it is
+    there already."""
     # Counted on the model itself, not by a formula: --lora-targets may name any layer.
-    model = empty_model(config, args)
+    model = model or empty_model(config, args)
     lora = sum(count for _, count in lora_table(model).values())
     weights = weight_bytes(model.get_base_model(), args.base_precision)
     val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
@@ -110,24 +114,32 @@ class Budget:
     peak: float  # bytes that a GPU holds at once
     fits: bool
 
+    def seconds(self, training: float) -> float:
+        """Of compiling, and of training that takes `training` seconds at budget 1."""
+        return COMPILE_S * (self.share is not None) + self.slower * training
+
 
 def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
-    """The memory budgets that a run may choose from for micro-batches of `tokens` tokens, the fastest first."""
+    """The memory budgets that a run may choose from for micro-batches of `tokens` tokens, the leanest last."""
     kept = kept_bytes(job.config, tokens)
     room = gpu.memory_gib * GIB - job.weight_bytes - 4 * job.lora - memory_margin(gpu.memory_gib * GIB)
     fixed = job.weight_bytes + 4 * 4 * job.lora  # float32 LoRA, its gradient, AdamW's two moments
-    costs = [(None, *NOT_COMPILED)]
-    if job.args.compile:
+    costs, args = [], job.args
+    if args.compile == "off" or (args.compile, args.memory_budget) == ("auto", "auto"):
+        costs.append((None, EAGER_SHARE, EAGER_TIME))
+    if args.compile != "off":
         measured = sorted(SLOWER)
         tables = [[table[share] for share in measured] for table in (MEMORY_BUDGETS, SLOWER)]
-        shares = SLOWER if job.args.memory_budget == "auto" else [job.args.memory_budget]
-        costs = [(share, *(np.interp(share, measured, table) for table in tables)) for share in shares]
+        shares = SLOWER if args.memory_budget == "auto" else [args.memory_budget]
+        costs += [(share, *(np.interp(share, measured, table) for table in tables)) for share in shares]
     return [Budget(share, slower, fixed + part * kept, part * kept < room) for share, part, slower in costs]
 
 
-def choose(options: list[Budget]) -> Budget:
-    """The fastest that fits, or the leanest where none does."""
-    return next((option for option in options if option.fits), options[-1])
+def choose(options: list[Budget], training: float = math.inf) -> Budget:
+    """The one that fits and ends first, of training that takes `training` seconds at budget 1. The leanest where none
+    fits."""
+    fitting = [option for option in options if option.fits]
+    return min(fitting, key=lambda option: (option.seconds(training), option.slower)) if fitting else options[-1]
 
 
 def remedy(job: Job, gpu: Gpu, images: ImageSettings) -> str:
@@ -162,10 +174,13 @@ class Pace(NamedTuple):
 
     steps: list[float]  # for each step of Job.plan
     evaluation: float
+    training: float  # of all steps that the run has before it, at budget 1 and without the all-reduce
+    budget: Budget
 
 
-def pace(job: Job, gpu: Gpu, slower: float, gpu_counts: Iterable[int]) -> dict[int, Pace]:
-    """By number of GPUs. A step takes as long as the rank that has the most to do, and the all-reduce after it."""
+def pace(job: Job, gpu: Gpu, options: list[Budget], gpu_counts: Iterable[int]) -> dict[int, Pace]:
+    """By number of GPUs, each with the one of `options` that ends first there. A step takes as long as the rank that
+    has the most to do, and the all-reduce after it."""
     load = cache(lambda tree: tree_load(job.config, job.train.samples, tree))  # most trees are whole on any number
     precision = job.args.base_precision
 
@@ -177,12 +192,15 @@ def pace(job: Job, gpu: Gpu, slower: float, gpu_counts: Iterable[int]) -> dict[i
     of_evaluation = forward_precision(precision)
     val_s = [batch_seconds(of_batch, gpu, trained=False, precision=of_evaluation) for of_batch in loads]
     costs = list(map(trees.cost_of, job.val_batches))
-    paces = {}
+    paces, left = {}, count_steps(job.args, job.steps_per_epoch, job.args.epochs) - job.done
     for gpus in gpu_counts:
         reduced = all_reduce_seconds(job.gradient_bytes, gpus, gpu)
-        steps = [slower * max(map(share_seconds, trees.share_out(step, gpus))) + reduced for step in job.plan]
+        work = [max(map(share_seconds, trees.share_out(step, gpus))) for step in job.plan]
+        training = left * float(np.mean(work))
+        budget = choose(options, training)
+        steps = [budget.slower * seconds + reduced for seconds in work]
         evaluation = max(sum(val_s[i] for i in share) for share in trees.balance(costs, gpus))
-        paces[gpus] = Pace(steps, evaluation)
+        paces[gpus] = Pace(steps, evaluation, training, budget)
     return paces
 
 
@@ -192,7 +210,7 @@ def timeline(job: Job, times: Pace, epochs: int) -> list[tuple[int, str, float]]
     Checkpoints of new best evaluations can't be foreseen.
     """
     steps = count_steps(job.args, job.steps_per_epoch, epochs)
-    now = START_S + COMPILE_S * job.args.compile
+    now = START_S + times.budget.seconds(0)
     events = [(0, "training starts", now)]
     # Every epoch draws other steps from the same trees: the first one's times stand for all of them.
     for step in range(1, steps + 1):
@@ -216,8 +234,8 @@ def hours(job: Job, times: Pace, epochs: int = 0) -> float:
 
 def estimate(job: Job, gpu: Gpu, gpus: int) -> tuple[float, float]:
     """Hours of the whole run, and the GiB that a GPU holds at its peak."""
-    chosen = choose(budgets(job, gpu, job.largest))
-    return hours(job, pace(job, gpu, chosen.slower, [gpus])[gpus]), chosen.peak / GIB
+    times = pace(job, gpu, budgets(job, gpu, job.largest), [gpus])[gpus]
+    return hours(job, times), times.budget.peak / GIB
 
 
 def compare_with_plan(args: argparse.Namespace, prepared, gpu: Gpu | None, gpus: int, seconds: float) -> None:
@@ -241,18 +259,18 @@ def report(job: Job, images: ImageSettings) -> str:
     """What --plan says about memory, time and disk on --gpu."""
     args, gpu = job.args, GPUS[job.args.gpu]
     options = budgets(job, gpu, job.largest)
-    chosen = choose(options)
-    times = pace(job, gpu, chosen.slower, GPU_COUNTS)
+    times = pace(job, gpu, options, GPU_COUNTS)
     rates = "measured" if gpu.measured else "derived from data sheets, not measured"
     # The same steps on every card: --gpu changes times and budgets, never the plan.
     precision = f" with --base-precision {args.base_precision}" * (args.base_precision != "bf16")
-    lines = [f"{args.model} in bfloat16{precision} on {args.gpu}, its rates {rates}", *memory_lines(job, gpu, options)]
-    if not chosen.fits:
+    lines = [f"{args.model} in bfloat16{precision} on {args.gpu}, its rates {rates}"]
+    lines += memory_lines(job, gpu, options, times)
+    if not options[-1].fits:
         lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, images)}")
     lines += time_lines(job, times)
     for limit, smaller in with_smaller_pictures(job, images).items():
         tokens = count_tokens(smaller.plan) / count_tokens(job.plan)
-        ends = [hours(smaller, of_gpus) for of_gpus in pace(smaller, gpu, chosen.slower, GPU_COUNTS).values()]
+        ends = [hours(smaller, of_gpus) for of_gpus in pace(smaller, gpu, options, GPU_COUNTS).values()]
         lines.append(_columns(f"with --max-pixels {limit}, {tokens:.0%} of tokens", ends))
     lines += scaling_lines(job, gpu)
     if args.time_limit:
@@ -264,7 +282,7 @@ def report(job: Job, images: ImageSettings) -> str:
     return "\n".join([*lines, disk])
 
 
-def memory_lines(job: Job, gpu: Gpu, options: list[Budget]) -> list[str]:
+def memory_lines(job: Job, gpu: Gpu, options: list[Budget], times: dict[int, Pace]) -> list[str]:
     lines = [
         f"memory: {job.weight_bytes / GIB:.1f} GiB weights, "
         f"{16 * job.lora / GIB:.2f} GiB LoRA with gradient and optimizer",
@@ -273,7 +291,9 @@ def memory_lines(job: Job, gpu: Gpu, options: list[Budget]) -> list[str]:
     ]
     for option in options:
         name = "not compiled" if option.share is None else f"memory budget {option.share:g}"
-        verdict = "does not fit" if not option.fits else "fits, chosen" if option is choose(options) else "fits"
+        verdict = "fits" if option.fits else "does not fit"
+        if option.fits and (on := [str(gpus) for gpus, of_gpus in times.items() if of_gpus.budget is option]):
+            verdict += ", chosen" + f" on {', '.join(on)}" * (len(on) < len(times))
         lines.append(f"  {name:<18} {option.peak / GIB:6.1f} GiB, {option.slower:.2f} x step time, {verdict}")
     return lines
 

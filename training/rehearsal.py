@@ -14,8 +14,17 @@ from common import PARTIAL, InputError, write_whole, writing
 from data import Batch, TreeDataset
 from dist_utils import Ranks, no_sync, print0, unwrap
 from model import TreeModel, autocast
-from modeling.memory import MEMORY_BUDGETS, choose_memory_budget, compile_layers
-from training.checkpoints import mark_best, write_checkpoint
+from modeling.memory import (
+    EAGER_SHARE,
+    MEMORY_BUDGETS,
+    activation_room,
+    choose_memory_budget,
+    compile_layers,
+    kept_bytes,
+)
+from training.checkpoints import mark_best, step_of, write_checkpoint
+from training.costs import EAGER_TIME, SLOWER, known_gpu, uncounted
+from training.plan import COMPILE_S, Budget, make_job, pace
 from training.settings import to_toml
 from trees import Assignment, MicroBatch, PlanSettings, group_numbers, grow_tree, questions_by_file
 
@@ -89,22 +98,51 @@ def _most_answers(
     return int(np.interp(room, [0, *filled], [0, *reached]) + 1e-6)
 
 
-def memory_budgets(args: argparse.Namespace, model: TreeModel, tokens: int, ranks: Ranks) -> list[float]:
-    """Memory budgets to try for a micro-batch of `tokens` tokens, the fastest first; none where nothing is compiled.
+def memory_budgets(args: argparse.Namespace, prepared, model: TreeModel, ranks: Ranks) -> list[float | None]:
+    """Memory budgets to try for the largest micro-batch, the best first; None: layers are not compiled. `prepared` is
+    what training.preparation.prepare gave.
 
     Call it before the optimizer exists: the estimate leaves room for what comes later. A collective.
     """
-    if not args.compile or args.dora or ranks.device.type != "cuda":
-        return []
+    if args.compile == "off" or args.dora or ranks.device.type != "cuda":
+        return [None]
     if args.memory_budget != "auto":
         return [args.memory_budget]
-    highest = choose_memory_budget(model.base.config, tokens, ranks.device)
-    highest = min(dist_utils.gather_to_all(highest))  # compiled alike on every rank
-    return [budget for budget in MEMORY_BUDGETS if budget <= highest]
+    room = min(dist_utils.gather_to_all(activation_room(ranks.device)))  # compiled alike on every rank
+    tokens = prepared.bounds.tokens
+    highest = choose_memory_budget(model.base.config, tokens, room)
+    budgets = [budget for budget in MEMORY_BUDGETS if budget <= highest]
+    fits = EAGER_SHARE * kept_bytes(model.base.config, tokens) < room
+    if args.compile == "auto" and fits and not compiling_pays(args, prepared, model, highest, ranks):
+        return [None, *budgets]
+    return budgets
+
+
+def compiling_pays(args: argparse.Namespace, prepared, model: TreeModel, budget: float, ranks: Ranks) -> bool:
+    """Whether the run's remaining steps save more time with layers compiled for `budget` than compiling takes, which
+    is said in a line. They are compiled where costs are not known. A collective."""
+
+    def decide() -> bool:
+        gpu = known_gpu(ranks.device)
+        if not gpu or uncounted(prepared.config, args):
+            return True
+        rows = prepared.train, prepared.val, prepared.plan
+        job = make_job(args, prepared.config, *rows, prepared.bounds.tokens, model.model)
+        job.done = step_of(prepared.checkpoint) if prepared.checkpoint else 0
+        options = [Budget(None, EAGER_TIME, 0, True), Budget(budget, SLOWER[budget], 0, True)]
+        times = pace(job, gpu, options, [ranks.world_size])[ranks.world_size]
+        pays, saved = times.budget.share is not None, (EAGER_TIME - SLOWER[budget]) * times.training
+        print0(
+            f"layers are {'' if pays else 'not '}compiled (--compile auto): that takes {COMPILE_S} s and saves "
+            f"{saved:,.0f} s of training"
+        )
+        return pays
+
+    return dist_utils.from_rank0(decide)
 
 
 def rehearse_step(
-    model, optimizer, dataset: TreeDataset, bounds: Bounds, ranks: Ranks, dtype, budgets: list[float]
+    model, optimizer, dataset: TreeDataset, bounds: Bounds, ranks: Ranks, dtype, budgets: list[float | None]
 ) -> None:
     """Run a micro-batch as large as any of the run forward and backward, compiled for the first of `budgets` that fits
     on all ranks.
@@ -114,7 +152,7 @@ def rehearse_step(
     """
     started = time.perf_counter()
     batch = largest_batch(dataset, bounds)
-    for budget in budgets or [None]:
+    for budget in budgets:
         if budget is not None:
             print0(f"compiling for a memory budget of {budget}: this takes one to three minutes")
             compile_layers(unwrap(model).model, budget)

@@ -24,6 +24,7 @@ FREE_SETTINGS = {"config", "output", "resume", "train", "val", "images", "model"
 FREE_SETTINGS |= {"save_every", "keep", "compile", "memory_budget", "skip_bad", "allow_outside_images", "patience"}
 FREE_SETTINGS |= {"plan", "gpu", "time_limit", "tensorboard", "wandb", "vision_cache", "max_tokens"}
 FREE_SETTINGS |= {"init_from"}  # the identity has a hash of its weights
+WERE_SWITCHES = {"compile"}  # true or false in settings files of older versions
 DEMO = """No --train given: this is the demo. It downloads nothing and takes minutes on a CPU.
 It draws images with questions about them and trains a tiny Qwen3-VL on most of them.
 The others are answered before and after training, and a table compares both.
@@ -155,7 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--base-precision", type=choice(*PRECISIONS), default="bf16",
         help="numbers of the frozen language model's linear layers; bf16: as --dtype says; fp8-backward and fp8: "
         "FP8 products, on Hopper GPUs; fp8-weights: kept in FP8, which halves their memory")  # fmt: skip
-    add("--compile", action=switch, default=True, help="compile layers on CUDA: faster, and less memory")
+    add("--compile", type=choice("auto", "on", "off"), default="auto",
+        help="compile layers on CUDA: faster, and less memory; auto: where that saves more time than it takes, or "
+        "memory does not suffice otherwise")  # fmt: skip
     add("--memory-budget", type=_budget, default="auto", help="share of activations kept, 0 to 1; auto: what fits")
     add("--lora-r", type=positive, default=16, help="rank of the LoRA matrices")
     add("--lora-alpha", type=number(float, 0), default=32.0, help="LoRA output is scaled by alpha / r")
@@ -268,6 +271,8 @@ def _set_defaults(parser: Parser, values: dict, config: str) -> list[str]:
     problems = []
     for name, value in values.items():
         action = actions.get(name.replace("-", "_"))
+        if name in WERE_SWITCHES and isinstance(value, bool):
+            value = "on" if value else "off"
         is_switch = isinstance(action, argparse.BooleanOptionalAction)
         takes_list = action is not None and action.nargs == "+"
         is_list = isinstance(value, list) and takes_list

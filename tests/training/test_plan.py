@@ -25,13 +25,13 @@ from common import InputError
 from data import VQAData, at_limit, load_data
 from inputs.images import check_images, image_settings
 from modeling import loading
-from modeling.memory import MEMORY_MARGIN, choose_memory_budget, kept_bytes
+from modeling.memory import MEMORY_MARGIN, activation_room, choose_memory_budget, kept_bytes
 from modeling.targets import DEFAULT_TARGETS
 from training import costs, plan, scaling
 from training import preparation as prepare
 from training.description import data_warnings
 from training.gpus import GPUS, Gpu
-from training.plan import GIB, budgets, choose, hours, make_job, pace, timeline
+from training.plan import COMPILE_S, GIB, Budget, budgets, choose, hours, make_job, pace, timeline
 from training.rehearsal import micro_batch_bounds
 from training.scaling import GPU_COUNTS, batch_size_remedy
 from training.settings import parse_settings
@@ -42,6 +42,7 @@ PRECISIONS = json.loads((Path(bench.__file__).parent / "results" / "step-precisi
 PRECISIONS = [row for row in PRECISIONS if row["case"].startswith("tree-")]
 TREES = {int(r["case"].removeprefix("tree-")): r for r in MEASURED["rows"] if r["case"].startswith("tree-")}
 HERE = Gpu(("cpu",), 80, 1, measured=False)
+AT_BUDGET_1 = [Budget(1.0, 1.0, 0, True)]
 
 
 def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
@@ -56,7 +57,7 @@ def job_of(world: Path, **settings) -> tuple[plan.Job, VQAData]:
 @cache
 def job_of_the_8b() -> plan.Job:
     """The 8B with micro-batches of the benchmark's tree of 9; no data. Its layers are built once, without weights."""
-    args = SimpleNamespace(compile=True, memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
+    args = SimpleNamespace(compile="on", memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
     vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
     vars(args).update(base_precision="bf16")
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
@@ -182,7 +183,7 @@ def test_evaluations_checkpoints_sizes_and_warnings_are_those_of_the_run(world, 
     assert warnings == re.findall(r"^warning: .*\n(?:  .*\n)+", told, re.M) and "rows.jsonl:28" in "".join(warnings)
 
     job, _ = job_of(world, **settings)
-    events = timeline(job, pace(job, HERE, 1.0, [1])[1], job.args.epochs)
+    events = timeline(job, pace(job, HERE, budgets(job, HERE, job.largest), [1])[1], job.args.epochs)
     assert [step for step, what, _ in events if "evaluation" in what] == [e["step"] for e in lines(output, "eval")]
     saved = [int(folder.name.split("-")[1]) for folder in sorted(output.glob("checkpoint-*"))]
     foreseen = [step for step, what, _ in events if "checkpoint" in what]
@@ -212,7 +213,7 @@ def test_an_unknown_gpu_is_not_compared(world, tmp_path, capsys):
 
 def test_a_run_takes_its_steps_evaluations_and_saves_one_after_the_other(world):
     job, _ = job_of(world, **{"max-steps": 0, "epochs": 2, "eval-every": 0, "save-every": 0})
-    times = pace(job, replace(HERE, link=math.inf), 1.0, (1, 2, 4))
+    times = pace(job, replace(HERE, link=math.inf), AT_BUDGET_1, (1, 2, 4))
     alone = 2 * sum(times[1].steps) + times[1].evaluation
     for gpus in (1, 2, 4):
         events = timeline(job, times[gpus], 2)
@@ -230,7 +231,8 @@ def test_a_step_takes_as_long_as_the_busiest_rank_with_micro_batches_of_its_own(
         loads = [[[costs.tree_load(job.config, data.samples, tree) for tree in batch] for batch in b] for b in packed]
         expected = max(sum(costs.batch_seconds(load, HERE) for load in of_rank) for of_rank in loads)
         reduced = costs.all_reduce_seconds(4 * job.lora, gpus, HERE)
-        assert pace(job, HERE, 1.5, [gpus])[gpus].steps[0] == pytest.approx(1.5 * expected + reduced)
+        (step, *_), *_ = pace(job, HERE, [Budget(1.0, 1.5, 0, True)], [gpus])[gpus]
+        assert step == pytest.approx(1.5 * expected + reduced)
 
 
 def test_the_all_reduce_takes_what_its_slowest_link_takes():
@@ -249,9 +251,9 @@ def test_some_hundred_steps_stand_for_an_epoch(world, monkeypatch):
     monkeypatch.setattr(scaling, "SAMPLED_STEPS", 4)
     sampled, _ = job_of(world, **settings)
     assert (len(job.plan), len(sampled.plan)) == (11, 4) and sampled.plan == job.plan[::3]
-    events, estimates = (timeline(j, pace(j, HERE, 1.0, [2])[2], 2) for j in (job, sampled))
+    events, estimates = (timeline(j, pace(j, HERE, AT_BUDGET_1, [2])[2], 2) for j in (job, sampled))
     assert [event[:2] for event in events] == [event[:2] for event in estimates]
-    whole, part = (pace(j, HERE, 1.0, [2])[2].steps for j in (job, sampled))
+    whole, part = (pace(j, HERE, AT_BUDGET_1, [2])[2].steps for j in (job, sampled))
     spread = [seconds for seconds, count in zip(part, (3, 3, 3, 2)) for _ in range(2 * count)]
     shift = sum(spread) - 2 * sum(whole)
     assert estimates[-1][2] == pytest.approx(events[-1][2] + shift)
@@ -343,7 +345,7 @@ def test_the_memory_budget_is_the_one_that_the_run_chooses(gib, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: taken)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - taken, total))
-    chosen = choose_memory_budget(job.config, job.largest, torch.device("cuda"))
+    chosen = choose_memory_budget(job.config, job.largest, activation_room(torch.device("cuda")))
     assert choose(budgets(job, Gpu((), gib, 1), job.largest)).share == chosen
 
 
@@ -354,8 +356,31 @@ def test_less_memory_takes_more_time_and_a_budget_of_one_s_own_lies_between():
     assert sorted(known, key=lambda choice: -choice.peak) == sorted(known, key=lambda choice: choice.slower) == known
     (own,) = budgets(job_of_8b(memory_budget=0.3), GPUS["h100"], job.largest)
     assert known[1].peak > own.peak > known[2].peak and known[1].slower < own.slower < known[2].slower
-    (eager,) = budgets(job_of_8b(compile=False), GPUS["h100"], job.largest)
+    (eager,) = budgets(job_of_8b(compile="off"), GPUS["h100"], job.largest)
     assert eager.peak > known[0].peak and eager.slower > known[0].slower
+
+
+def test_layers_are_compiled_where_that_saves_more_time_than_it_takes(world):
+    """At 1.37 times the step time for COMPILE_S seconds: equal after COMPILE_S / 0.37 seconds of training."""
+    options = budgets(job_of_8b(compile="auto"), GPUS["h100"], 4459)
+    assert [option.share for option in options] == [None, 1.0, 0.5, 0.2, 0.0] and options[0].fits
+    even = COMPILE_S / (costs.EAGER_TIME - 1)
+    assert choose(options, 0.99 * even) is options[0] and choose(options, 1.01 * even) is options[1]
+    tight = replace(options[0], fits=False)
+    assert choose([tight, *options[1:]], 0.0) is options[1]  # memory comes first
+    (own,) = budgets(job_of_8b(compile="auto", memory_budget=0.5), GPUS["h100"], 4459)
+    assert own.share == 0.5
+    # A run that many GPUs share is over before compiling has paid. So is what is left of a resumed one.
+    job, _ = job_of(world, **{"max-steps": 0, "epochs": 9, "lora-r": 1})
+    rate = 1e-9  # so low that what does not depend on it is next to nothing
+    work = rate * pace(job, replace(HERE, tflops=rate), AT_BUDGET_1, [1])[1].training
+    slow = replace(HERE, tflops=work / (1.5 * even), link=math.inf)
+    one, four = pace(job, slow, options, (1, 4)).values()
+    assert (one.budget, four.budget) == (options[1], options[0])
+    starts = [timeline(job, times, 1)[0][2] for times in (one, four)]
+    assert starts == [plan.START_S + COMPILE_S, plan.START_S]
+    job.done = job.steps_per_epoch * 8
+    assert pace(job, slow, options, [1])[1].budget is options[0]
 
 
 @pytest.mark.parametrize("tokens", [256, 128])
@@ -379,7 +404,7 @@ def test_settings_that_would_fit_are_found(world, tokens):
 
 def test_a_time_limit_says_what_would_fit(world):
     job, _ = job_of(world, **{"max-steps": 0, "epochs": 3, "time-limit": 1})
-    times = pace(job, replace(HERE, tflops=1e-4), 1.0, GPU_COUNTS)
+    times = pace(job, replace(HERE, tflops=1e-4), AT_BUDGET_1, GPU_COUNTS)
     ends = {(gpus, epochs): hours(job, times[gpus], epochs) for gpus in (1, 2) for epochs in (1, 2, 3)}
     assert ends[2, 3] < ends[1, 3]
     job.args.time_limit = ends[2, 3]
@@ -393,7 +418,7 @@ def test_a_time_limit_says_what_would_fit(world):
 @pytest.mark.parametrize("steps, hidden", [(8, 0), (9, 2)])
 def test_events_are_left_out_only_where_that_saves_lines(world, steps, hidden):
     job, _ = job_of(world, **{"max-steps": steps, "eval-every": 1, "save-every": 0})
-    shown = plan.time_lines(job, pace(job, HERE, 1.0, [1]))
+    shown = plan.time_lines(job, pace(job, HERE, AT_BUDGET_1, [1]))
     assert sum(line.startswith("  step") for line in shown) == steps + 1 - hidden
     assert [line for line in shown if "more" in line] == [f"  ... {hidden} more"] * bool(hidden)
 

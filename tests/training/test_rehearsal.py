@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,12 @@ from steps import ALONE
 import trees
 from common import InputError
 from data import Sample, TreeDataset
-from training.rehearsal import largest_batch, micro_batch_bounds, rehearse_step
+from dist_utils import Ranks
+from modeling.memory import kept_bytes
+from training import costs
+from training.gpus import GPUS
+from training.plan import Pace, choose
+from training.rehearsal import largest_batch, memory_budgets, micro_batch_bounds, rehearse_step
 from trees import PlanSettings, StepSampler, tree_shape
 
 IMAGE, START, END = 1, 2, 3
@@ -138,7 +145,7 @@ def rehearsal(world, **lora) -> tuple:
 
 
 def rehearse(model, dataset, bounds) -> None:
-    rehearse_step(model, torch.optim.SGD(model.parameters()), dataset, bounds, ALONE, torch.float32, [])
+    rehearse_step(model, torch.optim.SGD(model.parameters()), dataset, bounds, ALONE, torch.float32, [None])
 
 
 def without_images(folder):
@@ -186,3 +193,50 @@ def test_too_little_memory_is_told_with_the_settings_that_need_less(world, monke
     monkeypatch.setattr(run[0], "forward", out_of_memory)
     with pytest.raises(InputError, match=", of .* tokens, .*, does not fit .*: lower --max-tokens, .* --max-pixels"):
         rehearse(*run)
+
+
+# --------------------------------------------------------------------------------------------------------- compiling
+
+
+@pytest.mark.parametrize(
+    ("settings", "room", "seconds", "tried"),
+    [
+        ({"compile": "off"}, 9.0, 9e9, [None]),
+        ({"compile": "on"}, 9.0, 0, [1.0, 0.5, 0.2, 0.0]),
+        ({"compile": "auto"}, 9.0, 9e9, [1.0, 0.5, 0.2, 0.0]),
+        ({"compile": "auto"}, 9.0, 60, [None, 1.0, 0.5, 0.2, 0.0]),  # the others, where memory does not suffice
+        ({"compile": "auto"}, 1.8, 60, [1.0, 0.5, 0.2, 0.0]),  # too little memory
+        ({"compile": "auto"}, 0.4, 60, [0.5, 0.2, 0.0]),
+        ({"compile": "auto", "memory_budget": 0.5}, 9.0, 60, [0.5]),
+        ({"compile": "auto", "dora": True}, 9.0, 9e9, [None]),
+    ],
+)
+def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, settings, room, seconds, tried):
+    """`room`: for activations, in `kept_bytes`; `seconds`: of training."""
+    text = SimpleNamespace(num_hidden_layers=2, hidden_size=64, intermediate_size=128)
+    model = SimpleNamespace(base=SimpleNamespace(config=SimpleNamespace(text_config=text)), model=None)
+    prepared = SimpleNamespace(config=None, train=None, val=None, plan=[], checkpoint=Path("checkpoint-000007"))
+    prepared.bounds = SimpleNamespace(tokens=4096)
+    args = SimpleNamespace(**({"memory_budget": "auto", "dora": False} | settings))
+    left = []
+
+    def pace_of(job, gpu, options, counts):
+        left.append(job.done)
+        return {1: Pace([], 0.0, seconds, choose(options, seconds))}
+
+    kept = kept_bytes(model.base.config, 4096)
+    monkeypatch.setattr("training.rehearsal.activation_room", lambda _: room * kept)
+    monkeypatch.setattr("training.rehearsal.known_gpu", lambda _: GPUS["h100"])
+    monkeypatch.setattr("training.rehearsal.uncounted", lambda *_: "")
+    monkeypatch.setattr("training.rehearsal.make_job", lambda *_: SimpleNamespace())
+    monkeypatch.setattr("training.rehearsal.pace", pace_of)
+    assert memory_budgets(args, prepared, model, Ranks(0, 1, torch.device("cuda"))) == tried
+    told, saved = capsys.readouterr().out, (costs.EAGER_TIME - 1) * seconds
+    assert left in ([], [7])
+    if left:
+        compiled = "" if None not in tried else "not "
+        assert told.startswith(f"layers are {compiled}compiled") and f"saves {saved:,.0f} s of training" in told
+        assert max(map(len, told.splitlines())) <= 100
+    monkeypatch.setattr("training.rehearsal.known_gpu", lambda _: None)  # nothing is known of its rates: as before
+    compiled = [budget for budget in tried if budget is not None]
+    assert memory_budgets(args, prepared, model, Ranks(0, 1, torch.device("cuda"))) == (compiled or [None])

@@ -111,6 +111,11 @@ def test_all_wrong_settings_are_named_at_once(rows_file, config):
     assert any("--keep: must be at least 1, not 0" in problem for problem in problems)
 
 
+@pytest.mark.parametrize(("written", "meant"), [("true", "on"), ("false", "off"), ('"auto"', "auto")])
+def test_settings_files_of_older_versions_say_whether_to_compile(config, written, meant):
+    assert parse_settings(config(f"compile = {written}\n")).compile == meant
+
+
 def test_a_list_is_given_once(rows_file):
     assert problems_of([f"--train={rows_file}", "--train", rows_file]) == [
         "--train: given twice; name everything behind one --train"
