@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 import dist_utils
 from common import quote
 from inputs.images import ImageSettings, check_images, checked_grid, find_image, load_patches, vision_inputs
-from inputs.positions import place_keys, rotary_positions
+from inputs.positions import place_keys, rotary_positions, token_paths
 from inputs.row_files import distinct_names, iterate_rows
 from inputs.rows import BadRow, Row
 from inputs.texts import Text, TextEncoder
@@ -177,7 +177,7 @@ def encode_rows(
         return _sample(row, text, lengths(row.images), max_tokens)
 
     located = []
-    for row in rows:
+    for row in encoder.by_answer(rows):
         if isinstance(row, BadRow):
             bad.append(row)
             continue
@@ -189,7 +189,7 @@ def encode_rows(
     lengths = cache(lambda images: _image_lengths(images, grids, settings.merge_size))
     encoder.tokenize()
     samples = [sample for row, text in located if (sample := _accept(bad, row, finish, text))]
-    bad.sort(key=BadRow.place)
+    bad = sorted({row.where: row for row in reversed(bad)}.values(), key=BadRow.place)  # once for several answers
     return VQAData(list(map(str, files)), [], grids, bad, sizes, unread).only(samples)
 
 
@@ -202,19 +202,9 @@ def _accept(bad: list[BadRow], row: Row, function: Callable, *args):
 
 
 def _sample(row: Row, text: Text, lengths: dict[str, tuple[int, ...]], max_tokens: int) -> Sample:
-    sample = Sample(
-        id=row.id,
-        where=row.where,
-        images=row.images,
-        ids=text.ids,
-        weights=text.weights,
-        last_answer=text.last_answer,
-        image_at=text.image_at,
-        **lengths,
-        fields=row.fields,
-        file=row.file,
-        text_first=text.text_first,
-    )
+    of_row = {name: getattr(row, name) for name in ("id", "where", "images", "fields", "file")}
+    of_text = {name: getattr(text, name) for name in ("ids", "weights", "last_answer", "image_at", "text_first")}
+    sample = Sample(**of_row, **of_text, **lengths)
     if sample.tokens > max_tokens:
         limit = f"over --max-tokens {max_tokens:,} (--max-pixels makes images smaller)"
         raise ValueError(f"{sample.tokens:,} tokens, {limit}")
@@ -260,6 +250,7 @@ class Batch:
     grid: torch.Tensor  # (images, 3) int64: time, height, width in patches
     patch_keys: torch.Tensor  # (sum of grids,) int32: as dropout_keys, of patches
     vision: dict  # what the vision tower derives from the grid; made here, as the GPU would have to wait for it
+    paths: dict  # what recurrent layers derive from tree and branch (see `token_paths`); made here for that reason too
     samples: list[int]  # indices into VQAData.samples
     assignment: Assignment
     features: torch.Tensor | None = None  # (sets, I, width) from the vision cache, instead of patches
@@ -267,9 +258,12 @@ class Batch:
     image_tokens: tuple[int, ...] = ()  # of each image
 
     def _map(self, function: Callable) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        vision = {name: function(v) if torch.is_tensor(v) else v for name, v in self.vision.items()}
-        return replace(self, **{name: function(v) for name, v in values.items() if torch.is_tensor(v)}, vision=vision)
+        def mapped(value):
+            if isinstance(value, dict):
+                return {name: mapped(v) for name, v in value.items()}
+            return function(value) if torch.is_tensor(value) else value
+
+        return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -320,9 +314,11 @@ def build_batch(
         parts.append(_padding_fields(offset, max(offset, at_least), pad_to))
     arrays = {name: np.concatenate([part[name] for part in parts if name in part], axis=-1) for name in parts[0]}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    of_tokens = token_paths(arrays["tree"], arrays["branch"])
+    of_tokens = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in of_tokens.items()}
     paths, keys = [path for path, _ in images], [key for _, key in images]
     image_fields = _image_fields(paths, keys, data.grids, settings, cache)
-    return Batch(**tensors, **image_fields, samples=samples, assignment=assignment)
+    return Batch(**tensors, **image_fields, paths=of_tokens, samples=samples, assignment=assignment)
 
 
 def _branch_fields(sample: Sample, start: int, end: int, grids: dict, merge_size: int) -> dict[str, np.ndarray]:

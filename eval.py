@@ -57,6 +57,7 @@ from inputs.rows import parse_row
 from inputs.vision_cache import VisionCache
 from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.adapters import base_name
+from modeling.delta import slow_code
 from modeling.fp8 import check_products
 from modeling.loading import fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
@@ -306,6 +307,8 @@ def load_model(
 ) -> TreeModel:
     warn_of_other_base(ckpt, folder)
     base = load_base(folder, dtype, device, precision)
+    if slow := slow_code(base.config.model_type, device, dtype):
+        print0(f"warning: {slow}")
     if unused := unused_settings(base):
         print0(
             f"warning: {folder}/generation_config.json sets {', '.join(unused)}\n  generated answers do not follow it"

@@ -35,6 +35,7 @@ from evaluation.answers import stop_tokens
 from evaluation.runner import plan_evaluation
 from inputs.holdout import possible_names, split
 from inputs.images import ImageSettings, image_settings
+from inputs.prompts import may_think
 from inputs.row_files import read_rows
 from model import TreeModel, autocast, load_base
 from modeling.adapters import base_name
@@ -102,7 +103,7 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, held_out: list[str], 
         if settings != image_settings(folder):
             set_pixel_limits(partial, (settings.min_pixels, settings.max_pixels))
         set_end_tokens(partial, stop_tokens(model.base, tokenizer))
-        (partial / "README.md").write_text(merged_card(name, folder, run), encoding="utf-8")
+        (partial / "README.md").write_text(merged_card(name, folder, run, may_think(tokenizer)), encoding="utf-8")
         write_weights(folder, model.model, merge_lora, partial, to_float32)
         del model
         merged = answer_logits(TreeModel(load_base(str(partial), dtype, device), settings), batches, device, dtype)

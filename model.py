@@ -1,4 +1,4 @@
-"""Model: Qwen2-VL, Qwen2.5-VL or Qwen3-VL with LoRA, run on trees.
+"""Model: Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 with LoRA, run on trees.
 
 The base model is transformers' own, unedited. It is given three things: tree attention through
 `AttentionInterface.register`, rotary positions, and image features that the vision tower computes once per tree.
@@ -21,6 +21,7 @@ from common import InputError
 from data import Batch
 from inputs.images import ImageSettings
 from modeling.attention import tree_mask
+from modeling.delta import linear_layers, use_tree_delta
 from modeling.loading import fp8_blocks
 from modeling.lora import trains
 from modeling.quantized import add_quantized_layers, without_layers
@@ -81,10 +82,12 @@ def prepare_base(model: nn.Module) -> nn.Module:
     visual, language_model = model.model.visual, model.model.language_model
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
     capability = torch.cuda.get_device_capability(visual.device)[0] if visual.device.type == "cuda" else 0
-    is_tuned = capability == 9 and language_model.layers[0].self_attn.head_dim == 128 and visual.dtype != torch.float32
+    attention = next(layer.self_attn for layer in language_model.layers if hasattr(layer, "self_attn"))
+    is_tuned = capability == 9 and attention.head_dim == 128 and visual.dtype != torch.float32
     language_model.config._attn_implementation = "onelook_tree_hopper" if is_tuned else "onelook_tree"
     if hasattr(language_model, "_deepstack_process"):
         language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
+    use_tree_delta(language_model)
     language_model.layers[-1].forward = types.MethodType(_last_layer, language_model.layers[-1])
     visual.blocks[0].register_forward_pre_hook(_no_view)
     if capability and visual.dtype != torch.float32:  # these kernels take half precision only
@@ -96,8 +99,12 @@ def prepare_base(model: nn.Module) -> nn.Module:
 
 def _last_layer(layer, hidden_states: torch.Tensor, wanted: torch.Tensor, **kwargs) -> torch.Tensor:
     """The last decoder layer (1, T, D) to (1, N, D): only the tokens `wanted` (N,) go on to its MLP and to the head."""
-    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-    hidden = (hidden_states + attended).index_select(1, wanted)
+    normed = layer.input_layernorm(hidden_states)
+    if hasattr(layer, "linear_attn"):
+        mixed = layer.linear_attn(hidden_states=normed, **kwargs)
+    else:
+        mixed, _ = layer.self_attn(hidden_states=normed, **kwargs)
+    hidden = (hidden_states + mixed).index_select(1, wanted)
     if kwargs.get("dropout_keys") is not None:
         layer.dropout_rows.keys = kwargs["dropout_keys"].index_select(0, wanted)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
@@ -151,6 +158,7 @@ class TreeModel(nn.Module):
         super().__init__()
         self.model, self.settings, self.keep_features = model, settings, keep_features
         self.trains_vision = trains(self.base.model.visual)
+        self.has_linear_layers = bool(linear_layers(self.base.model.language_model))
         self.dropout_rows = getattr(self.base, "dropout_rows", None)  # a modeling.dropout.RowKeys, where it is trained
         self.train()
 
@@ -192,12 +200,13 @@ class TreeModel(nn.Module):
         return Features(out.pooler_output, getattr(out, "deepstack_features", []))
 
     def hidden_states(
-        self, ids, positions, mask, wanted, image_at=None, features=None, past=None, dropout_keys=None
+        self, ids, positions, mask, wanted, image_at=None, features=None, past=None, dropout_keys=None, paths=None
     ) -> torch.Tensor:
         """Last hidden states (N, D) of the tokens at indices `wanted` (N,), from token ids (T,) and positions (3, T).
 
         `image_at` (I,) says where the features go. `past` is a key-value cache to extend. `dropout_keys` (T,) are
-        needed in training.
+        needed in training, `paths` (see `inputs.positions.token_paths`) by linear attention: without them, the tokens
+        are one for each question that a cache holds.
         """
         language_model = self.base.model.language_model
         # Inputs of the first layer are like those of later ones, or it would be compiled on its own: they need a
@@ -207,6 +216,11 @@ class TreeModel(nn.Module):
             embeds = embeds.index_copy(1, image_at, features.embeds[None].to(embeds.dtype))
             if features.deepstack:
                 deepstack = {"visual_pos_masks": image_at, "deepstack_visual_embeds": features.deepstack}
+        linear = {}
+        if self.has_linear_layers:
+            if paths is not None:  # lists would be recompiled for
+                paths = paths | {"starts_on_cpu": tuple(map(torch.tensor, paths["starts_on_cpu"]))}
+            mask, linear = {"full_attention": mask, "linear_attention": None}, {"paths": paths}
         if torch.is_grad_enabled():
             embeds.requires_grad_()
         return language_model(
@@ -217,6 +231,7 @@ class TreeModel(nn.Module):
             use_cache=past is not None,
             wanted=wanted,
             **deepstack,
+            **linear,
             **({"dropout_keys": dropout_keys} if self.dropout_rows else {}),
         ).last_hidden_state[0]
 
@@ -224,7 +239,15 @@ class TreeModel(nn.Module):
         """Last hidden states (N, D) of the tokens that predict answers. `past` is a key-value cache to fill."""
         mask, features = tree_mask(batch, self.dense_masks), self.image_features(batch)
         return self.hidden_states(
-            batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, past, batch.dropout_keys
+            batch.ids,
+            batch.positions,
+            mask,
+            batch.answer_at,
+            batch.image_at,
+            features,
+            past,
+            batch.dropout_keys,
+            batch.paths,
         )
 
     def answer_logits(self, batch: Batch) -> torch.Tensor:

@@ -14,8 +14,9 @@ from evaluation.runner import Runner, plan_evaluation
 from evaluation.scores import question_types
 from inputs.holdout import relative_names
 from inputs.prompts import end_of_turn
-from model import TreeModel
+from model import TreeModel, without_warnings
 from modeling.attention import visible
+from modeling.delta import keep_leaves
 
 # Settings of generation_config.json by which `model.generate` gives other greedy answers, and which `generate` does not
 # know, with the value that changes nothing. An empty list and None change nothing either.
@@ -108,7 +109,8 @@ def generate(
     probability is the model's own, without it.
 
     One pass over the trees fills a key-value cache. Then every unfinished branch adds one token per round. The trees'
-    visibility rule keeps branches apart, so all questions of an image share its cached prefix.
+    visibility rule keeps branches apart, so all questions of an image share its cached prefix. Linear attention keeps a
+    state for each branch instead.
     """
     cache = DynamicCache(config=model.base.config.text_config)
     hidden = model.answer_states(batch, past=cache)
@@ -132,6 +134,7 @@ def generate(
         if not unfinished:
             break
         places = torch.tensor(going_on, device=tokens.device)
+        keep_leaves(cache, places)
         tokens, tree, branch, position = tokens[places], tree[places], branch[places], position[:, places] + 1
         seen = seen[places].scatter(1, tokens[:, None], True)
         start = len(cached_tree)
@@ -139,7 +142,8 @@ def generate(
         order = torch.arange(len(cached_tree), device=tokens.device)
         mask = visible(tree[:, None], branch[:, None], order[start:, None], cached_tree, cached_branch, order)
         every_token = torch.arange(len(places), device=places.device)
-        hidden = model.hidden_states(tokens, position, mask[None, None], every_token, past=cache)
+        with without_warnings():  # of slow code, which an evaluation tells once
+            hidden = model.hidden_states(tokens, position, mask[None, None], every_token, past=cache)
     return list(zip(answers, map(math.exp, log_probabilities)))
 
 

@@ -24,6 +24,45 @@ def rotary_positions(sample, grids: dict[str, tuple[int, int]], merge_size: int)
     return np.concatenate(pieces, axis=1)
 
 
+def token_paths(tree: np.ndarray, branch: np.ndarray) -> dict:
+    """The order in which recurrent layers go through a batch, from the tree and branch of each token (T,).
+
+    before: (3, T) indices of the tokens 1, 2 and 3 places earlier on each token's own path, -1: none.
+    order: (tokens without padding,) indices: of the roots' tokens, then of the branches'. Roots are sequences that
+    begin with nothing: trunks, and branches of trees without one. root_starts, branch_starts: where each begins in its
+    part of `order`, and the last ends. root_of: (branches,) the number of the root that each continues.
+    starts_on_cpu: both starts as lists, which stay on the CPU.
+    """
+    indices = np.arange(len(tree))
+    begins = np.append(True, (np.diff(tree) != 0) | (np.diff(branch) != 0))
+    starts = np.flatnonzero(begins)
+    lengths, number = np.diff(starts, append=len(tree)), np.cumsum(begins) - 1  # number: of each token's sequence
+    trunks = {tree[start]: n for n, start in enumerate(starts) if branch[start] == 0}
+    trunk_of = np.array([trunks.get(tree[start], -1) if branch[start] else -1 for start in starts])
+    in_trunk = np.where(trunk_of >= 0, lengths[trunk_of], 0)[number]  # tokens of each token's trunk
+    trunk_end = (starts + lengths)[trunk_of][number]
+    before = []
+    for lag in (1, 2, 3):
+        missing = lag - (indices - starts[number])  # so many places before the first token of the sequence
+        earlier = np.where(missing <= in_trunk, trunk_end - missing, -1)
+        before.append(np.where(missing <= 0, indices - lag, earlier))
+    roots = np.flatnonzero((trunk_of < 0) & (tree[starts] >= 0))  # padding is no tree: it enters no state
+    branches = np.flatnonzero(trunk_of >= 0)
+    root_starts, branch_starts = (np.append(0, lengths[part].cumsum()) for part in (roots, branches))
+    counted = np.append(roots, branches)
+    leaves = [place for place in np.argsort(counted) if counted[place] not in set(trunk_of)]
+    return {
+        "before": np.stack(before),
+        "order": np.concatenate([np.arange(starts[n], starts[n] + lengths[n]) for n in (*roots, *branches)]),
+        "root_starts": root_starts,
+        "branch_starts": branch_starts,
+        "root_of": np.searchsorted(roots, trunk_of[branches]),
+        "leaves": np.array(leaves, int),
+        "leaf_ends": (starts + lengths - 1)[counted[leaves]],
+        "starts_on_cpu": (root_starts.tolist(), branch_starts.tolist()),
+    }
+
+
 def place_keys(*place) -> np.ndarray:
     """(n,) int32: a hash of a place, from which its dropout masks are drawn.
 

@@ -124,19 +124,51 @@ def end_of_turn(tokenizer) -> str:
 
 
 def _render(messages: list[dict], tokenizer, **options) -> str:
-    """The chat template's text. Raises ValueError where the template, a program, fails."""
+    """The chat template's text, without thinking where the model could do either. Raises ValueError where the template,
+    a program, fails."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
     except Exception as error:
         raise ValueError(f"the chat template fails: {' '.join(str(error).split())}") from None
 
 
+def may_think(tokenizer) -> bool:
+    """Whether the chat template ends a prompt with an empty thinking block, where the model is not to think."""
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Question 1?"}]}
+    return _is_closed(_render([question], tokenizer, add_generation_prompt=True))
+
+
+def _is_closed(prompt: str) -> bool:
+    return prompt.rstrip().endswith("</think>")
+
+
+def rewrites_answers(tokenizer) -> bool:
+    """Whether the chat template writes an answer in another way once a question follows it.
+
+    Qwen3.5's does. Where the model is not to think, it puts an empty thinking block before the newest answer, and takes
+    it out of earlier ones. So a conversation's text does not begin with what its first question was asked with.
+    Source: qwen3_5_think.jinja and qwen3_5_nothink.jinja in trl/chat_templates of github.com/huggingface/trl, which
+    name them as the files that Qwen publishes; `last_query_index` is the rule.
+    """
+    question = {"role": "user", "content": [{"type": "text", "text": "Question 1?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Answer 1."}]}
+    try:
+        asked, again = (
+            _render(messages, tokenizer, add_generation_prompt=True)
+            for messages in ([question], [question, answer, question])
+        )
+    except ValueError:  # it takes one question only, or none without a picture: rows are told of that one by one
+        return False
+    return not again.startswith(asked)
+
+
 def render_segments(
-    messages: list[dict], tokenizer, system: str, end: str, known: dict[str, str]
+    messages: list[dict], tokenizer, system: str, end: str, known: dict[str, str], only_last: bool = False
 ) -> list[tuple[str, float]]:
     """The chat template's text as (text, weight) segments: prompts have weight 0, answers, each with its end-of-turn
     token `end`, that of their message. `system` is the system prompt of conversations that have none. `known` remembers
-    prompts from call to call: rows share questions, and rendering one takes a good part of a row's time.
+    prompts from call to call: rows share questions, and rendering one takes a good part of a row's time. With
+    `only_last`, all before the last answer is one prompt, which is what `rewrites_answers` needs.
 
     Raises ValueError if the template does not render a conversation as its prompt followed by its answer.
     """
@@ -144,7 +176,7 @@ def render_segments(
         messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
     segments, rendered = [], ""
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or (only_last and message is not messages[-1]):
             continue
         key = repr(messages[:number])
         if key not in known:
@@ -152,6 +184,8 @@ def render_segments(
                 known.clear()
             known[key] = _render(messages[:number], tokenizer, add_generation_prompt=True)
         prompt, full = known[key], _render(messages[: number + 1], tokenizer)
+        if _is_closed(prompt) and any("</think>" in part["text"] for part in message["content"]):
+            raise ValueError("the answer holds </think>: this model is trained without thinking, leave that part out")
         # What the template puts after the end-of-turn token, a line break for Qwen, is not part of the answer.
         stop = full.rfind(end) + len(end)
         if not prompt.startswith(rendered) or not full.startswith(prompt) or stop <= len(prompt):

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from common import quote
 from inputs.fields import PICTURE, PICTURE_ID, PLACEHOLDER, URL, WEIGHTS, Fields, Unread, file_names, plain, texts_in
@@ -83,6 +83,24 @@ def parse_row(where: str, row, by: Iterable[str] = ()) -> Row:
     fields = {**kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
     row_id = where if own_id is None else str(own_id)
     return Row(row_id, where, messages, images, fields, written, unread=unread)
+
+
+def each_answer(row: Row) -> list[Row]:
+    """A row for each trained answer of a conversation, which ends with it. The last has the row's own id and fields; an
+    earlier one's id ends in its number, as in 7#1."""
+    trained = [number for number, message in enumerate(row.messages) if message.get("weight")]
+    rows = []
+    for place, number in enumerate(trained, 1):
+        messages = row.messages[: number + 1]
+        shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+        part = replace(row, messages=messages, images=row.images[:shown])
+        if number < len(row.messages) - 1:  # other answers and options are of the last question
+            asked = {"question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
+            part.fields = {name: row.fields[name] for name in ("question_type", "by") if name in row.fields} | asked
+        if place < len(trained):
+            part.id, part.unread = f"{row.id}#{place}", Unread()  # what nothing reads is told once
+        rows.append(part)
+    return rows
 
 
 def _conversation(row: Fields, options: dict | None, unread: Unread) -> tuple[list[dict], list[str]]:

@@ -4,12 +4,14 @@ Rows of a data set repeat each other. So each different conversation is rendered
 hold it share its arrays: rendering takes most of the time of reading rows, and arrays of their own most of the memory.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
 from inputs import prompts
+from inputs.rows import BadRow, Row, each_answer
 
 CHUNK = 10_000  # conversations tokenized at once, which is faster; the tokenizer takes 100 bytes per token meanwhile
 
@@ -36,12 +38,19 @@ class TextEncoder:
         self.tokenizer, self.box_tokens = tokenizer, box_tokens
         self.system, self.template, self.image_first = system, template, image_first
         self.special, self.end = prompts.special_tokens(tokenizer), prompts.end_of_turn(tokenizer)
+        self.only_last = prompts.rewrites_answers(tokenizer)
         prompts.refuse_special_settings(system, template, self.special)
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.texts: dict[str, Text] = {}  # by messages and options as Python writes them
         self.waiting: list[Text] = []  # for their ids
         self.prompts: dict[str, str] = {}  # see prompts.render_segments
         self.shared = {}  # equal weights and places of images
+
+    def by_answer(self, rows: Iterable[Row | BadRow]) -> Iterator[Row | BadRow]:
+        """The rows. One with several trained answers becomes one row for each of them, where the chat template would
+        write the earlier ones in another way than each was asked for."""
+        for row in rows:
+            yield from each_answer(row) if self.only_last and isinstance(row, Row) else [row]
 
     def render(self, messages: list[dict], options: list[str]) -> Text:
         """The text of a row's messages. It has ids from the next `tokenize` on. Raises ValueError where it can't be
@@ -60,7 +69,7 @@ class TextEncoder:
             messages = prompts.images_first(messages)
         filled = prompts.fill_template(messages, self.template)
         prompts.refuse_special_tokens(filled, options, self.special, self.box_tokens)
-        segments = prompts.render_segments(filled, self.tokenizer, self.system, self.end, self.prompts)
+        segments = prompts.render_segments(filled, self.tokenizer, self.system, self.end, self.prompts, self.only_last)
         return Text(segments, prompts.is_text_first(messages))
 
     def tokenize(self) -> None:

@@ -12,6 +12,7 @@ from inputs.positions import scramble
 # Layers of the same parent that get the same input share its masks, and the pass over it.
 SHARED_INPUTS = {name: "qkv" for name in ("q_proj", "k_proj", "v_proj")}
 SHARED_INPUTS |= {name: "gate_up" for name in ("gate_proj", "up_proj")}
+SHARED_INPUTS |= {f"in_proj_{name}": "in_proj" for name in ("qkv", "z", "a", "b")}
 
 
 class RowKeys:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from common import InputError
 
-MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "qwen3_5": "Qwen3.5"}
 HASHED = 32  # weights, at least, where there are as many
 INDEX = "model.safetensors.index.json"  # names the files of weights where they are several
 

@@ -17,7 +17,7 @@ from common import InputError, quote
 from modeling.adapters import KEEPS_BASE, lora_config, peft_name
 from modeling.dropout import use_place_dropout
 from modeling.linear import linear_with_lora
-from modeling.targets import DEFAULT_TARGETS, module_suffixes, target_pattern
+from modeling.targets import AUTO, module_suffixes, resolve_targets, target_pattern
 
 
 def use_lean_lora(model: PeftModel) -> PeftModel:
@@ -49,12 +49,12 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
 
 
 def add_lora(
-    base: nn.Module, name: str, r: int, alpha: float, dropout: float, targets=DEFAULT_TARGETS, rslora=False, dora=False
+    base: nn.Module, name: str, r: int, alpha: float, dropout: float, targets=AUTO, rslora=False, dora=False
 ) -> PeftModel:
     """Add float32 LoRA to the linear layers that `targets` names, and to no others. Raises InputError if a part of
     `targets` names no layer, or something else too."""
     linear, matched = {n for n, module in base.named_modules() if isinstance(module, nn.Linear)}, set()
-    for part in targets.split(","):
+    for part in resolve_targets(targets, base.config.model_type).split(","):
         names = {n for n, _ in base.named_modules() if re.fullmatch(target_pattern(part), n)}
         if not names or names - linear:
             known = sorted({n.rpartition(".")[2] for n in linear if n.startswith("model.language_model.")})

@@ -17,9 +17,27 @@ RECOMPILE_LIMIT = 32
 
 def kept_bytes(config, tokens: int) -> int:
     """Bytes of activations that the decoder layers keep for `tokens` tokens at most: per token and layer, 8 vectors of
-    the hidden size and 3 of the intermediate size, in bfloat16."""
+    the hidden size and 3 of the intermediate size, in bfloat16; for Qwen3.5 what `_hybrid_width` counts."""
     text = config.text_config
+    if config.model_type == "qwen3_5":
+        return 2 * tokens * sum(_hybrid_width(text, kind) for kind in text.layer_types)
     return 2 * text.num_hidden_layers * tokens * (8 * text.hidden_size + 3 * text.intermediate_size)
+
+
+def _hybrid_width(text, kind: str) -> int:
+    """Numbers of 16 bits that a layer of Qwen3.5 keeps per token at most. Counted from the code, not measured.
+
+    The states in which branches begin are left out: in float32, 2 MiB per branch and linear layer of the 9B.
+    """
+    shared = 4 * text.hidden_size + 3 * text.intermediate_size  # inputs of norms and what they give; the MLP
+    if kind == "full_attention":  # queries, their gate, one key and value per query, the output before and after it
+        return shared + 6 * text.num_attention_heads * text.head_dim
+    heads = text.linear_num_value_heads
+    values = heads * text.linear_value_head_dim
+    mixed = 2 * text.linear_num_key_heads * text.linear_key_head_dim + values
+    # What the convolution gives, in float32 before its activation; the recurrence's output, its gate and their product;
+    # a row of a chunk's inverse matrix (64 numbers), its decay and beta per head.
+    return shared + 3 * mixed + 3 * values + (64 + 4) * heads
 
 
 def memory_margin(total: float) -> float:

@@ -3,11 +3,21 @@
 import re
 
 DEFAULT_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+# Of families with linear attention. Its gates, in_proj_a and in_proj_b, are left out: they have an output per head.
+HYBRID_TARGETS = f"{DEFAULT_TARGETS},in_proj_qkv,in_proj_z,out_proj"
+AUTO = "auto"  # the value of --lora-targets that stands for those of the model's family
 # Names in --lora-targets that stand for layers outside the language model.
 VISION_TARGETS = {
     "vision": r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(linear_fc[12]|fc[12]|gate_proj|up_proj|down_proj))",
     "merger": r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.(linear_fc[12]|mlp\.[02])",
 }
+
+
+def resolve_targets(targets: str, model_type: str) -> str:
+    """--lora-targets, or those of a family where it is `auto`."""
+    if targets != AUTO:
+        return targets
+    return HYBRID_TARGETS if model_type == "qwen3_5" else DEFAULT_TARGETS
 
 
 def target_pattern(targets: str) -> str:

@@ -158,6 +158,29 @@ LIMITS = {
 }  # fmt: skip
 
 
+MTP = ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight", "mtp.layers.0.mlp.gate_proj.weight", "mtp.norm.weight")
+
+
+def test_weights_that_only_other_programs_load_are_kept(tmp_path, capsys):
+    """Qwen3.5's folders hold layers for multi-token prediction too, `mtp`, which transformers does not load."""
+    world = tiny.write_world(tmp_path / "world", tiny.mixed_rows()[25:], "qwen3_5")
+    save_adapter(tiny.lora_model(world).model, tmp_path / "adapter")
+    path = world / "model" / "model.safetensors"
+    base = load_file(path) | {name: torch.randn(8, 8) for name in MTP}
+    save_file(base, path, {"format": "pt"})
+    capsys.readouterr()
+    words = [f"--adapter={tmp_path / 'adapter'}", f"--model={world / 'model'}", f"--rows={world / 'rows.jsonl'}"]
+    assert merge.main([*words, f"--images={world / 'images'}", f"--out={tmp_path / 'merged'}"]) == 0
+    assert "mtp" not in (told := capsys.readouterr()).out + told.err
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == base.keys() and all(torch.equal(merged[name], base[name]) for name in MTP)
+    pairs = lora_pairs(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    changed = {f"{layer}.weight": base[f"{layer}.weight"] + 2 * (b @ a) for layer, a, b in pairs}
+    assert {name.split(".")[4] for name in changed} == {"linear_attn", "self_attn", "mlp"}
+    for name, weight in merged.items():
+        assert torch.equal(weight, changed.get(name, base[name])), name
+
+
 @pytest.mark.parametrize("kind", LIMITS)
 def test_pixel_limits_are_written_by_the_names_that_a_file_uses(tmp_path, kind):
     before, after = LIMITS[kind]

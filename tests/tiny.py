@@ -18,13 +18,18 @@ from inputs.images import image_settings
 from model import TreeModel, load_base
 from modeling.lora import add_lora
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 SYSTEM = "You are a helpful assistant."  # what Qwen2-VL and Qwen2.5-VL are told where a row has no system turn
 SYSTEM_TEMPLATE = f"""\
 {{%- if messages[0].role != 'system' %}}
     {{{{- '<|im_start|>system\\n{SYSTEM}<|im_end|>\\n' }}}}
 {{%- endif %}}
 """
+# Qwen3.5's text model: positions turn a part of each attention head, and several value heads share a key head.
+HYBRID = dict(
+    layer_types=["linear_attention", "linear_attention", "full_attention"], head_dim=64, partial_rotary_factor=0.5,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=32,
+)  # fmt: skip
 SIZES = {"a.png": (96, 96), "b.png": (160, 64), "c.png": (70, 131), "d.png": (200, 120)}
 
 
@@ -57,16 +62,17 @@ def mixed_rows() -> list[dict]:
 def family_model(family: str, tokenizer):
     """A tiny model of a family, with all its weights random, including biases and norms, so that each matters.
 
-    It has grouped keys and values, vision blocks of both kinds and windows of 2 x 2 tokens (Qwen2.5-VL), and tied
-    embeddings (Qwen2-VL).
+    It has grouped keys and values, vision blocks of both kinds and windows of 2 x 2 tokens (Qwen2.5-VL), tied
+    embeddings (Qwen2-VL), and layers of linear and of full attention (Qwen3.5).
     """
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     image, video, start, end = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
-    sections = {"mrope_section": [6, 5, 5]} | ({"mrope_interleaved": True} if family == "qwen3_vl" else {})
+    sections = {"mrope_section": [6, 5, 5]} | ({"mrope_interleaved": True} if family.startswith("qwen3") else {})
     text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3)
     text |= dict(num_attention_heads=4, num_key_value_heads=2)
     text |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     text |= dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6} | sections)
+    text |= {"qwen3_vl": {"head_dim": 32}, "qwen3_5": HYBRID}.get(family, {})
     vision = {
         "qwen2_vl": dict(embed_dim=64, hidden_size=128, mlp_ratio=2),
         "qwen2_5_vl": dict(
@@ -76,10 +82,13 @@ def family_model(family: str, tokenizer):
             hidden_size=64, intermediate_size=128, out_hidden_size=128, patch_size=16, num_position_embeddings=256,
             deepstack_visual_indexes=[0, 2],
         ),
+        "qwen3_5": dict(
+            hidden_size=64, intermediate_size=128, out_hidden_size=128, patch_size=16, num_position_embeddings=256
+        ),
     }  # fmt: skip
     config = AutoConfig.for_model(
         family,
-        text_config=text | ({"head_dim": 32} if family == "qwen3_vl" else {}),
+        text_config=text,
         vision_config=dict(depth=3, num_heads=2) | vision[family],
         image_token_id=image,
         video_token_id=video,
@@ -93,6 +102,8 @@ def family_model(family: str, tokenizer):
         for name, weight in model.named_parameters():
             if weight.dim() > 1:  # attention is made sharper, for answers to differ
                 weight.normal_(0, weight[0].numel() ** -0.5 * (1.5 if ".q_proj" in name or ".k_proj" in name else 1))
+            elif name.endswith("A_log"):  # a state that lasts for tens of tokens, so that what enters it matters
+                weight.normal_(-3, 0.5)
             else:
                 weight.normal_(1 if name.endswith("weight") else 0, 0.3)
     return model

@@ -13,6 +13,9 @@ from modeling.targets import names_vision
 from training.gpus import GPUS, Gpu
 from trees import Tree
 
+# The families whose operations are counted. The rates below were measured with Qwen3-VL alone.
+COUNTED = ("qwen3_vl", "qwen3_5")
+CHUNK = 64  # tokens that flash-linear-attention takes at once: it computes with whole chunks
 # Shares of Gpu.tflops that each kind of operation reaches. The three trees of bench/results/step-h100.json are too
 # alike to fit all of them, so those of attention come from a profile of the tree of 9: FlexAttention took 66 ms for
 # 17.7 TFLOP, the vision tower's attention 42.8 ms for 14.5. The share of the matrix products, which includes the small
@@ -40,7 +43,7 @@ class Flops(NamedTuple):
     frozen vision tower."""
 
     language: float  # matrix products
-    attention: float
+    attention: float  # and the recurrence of linear attention
     tower: float
     tower_attention: float
 
@@ -50,23 +53,47 @@ def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branch
     answer tokens.
 
     A frozen matrix of m weights costs 2 m per token forward and 2 m backward, as it has no weight gradient. Attention
-    costs 4 per visible pair of tokens and column of its queries forward, and 2.5 times that backward. LoRA, norms and
-    softmax are left out (under 1%).
+    costs 4 per visible pair of tokens and column of its queries forward, and 2.5 times that backward. So does the
+    recurrence of linear attention: its backward pass does each product twice, and the states once more. LoRA, norms,
+    softmax and convolutions are left out (under 1%).
     """
     text, vision = config.text_config, config.vision_config
     h, i, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     q, kv = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
     tokens = prefix + sum(branches)
     pairs = prefix * (prefix + 1) / 2 + sum(b * prefix + b * (b + 1) / 2 for b in branches)
-    language = 4 * layers * h * (2 * q + 2 * kv) * tokens + 4 * h * text.vocab_size * answers
+    linear, weights, recurrence = linear_attention(text, [prefix, *branches])
+    full = layers - linear
+    gate = q * (linear > 0)  # Qwen3.5's attention has an output gate
+    language = 4 * full * h * (2 * q + 2 * kv + gate) * tokens + 4 * h * text.vocab_size * answers
+    language += 4 * linear * weights * tokens
     language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP runs for answer tokens only
     v, merged = vision.hidden_size, vision.spatial_merge_size**2 * vision.hidden_size
     tower = 2 * vision.depth * (4 * v * v + 2 * v * vision.intermediate_size)
     tower += 2 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * v
-    mergers = 1 + len(vision.deepstack_visual_indexes)
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", []))
     tower += 2 * mergers * (merged * merged + merged * vision.out_hidden_size) / vision.spatial_merge_size**2
     tower_attention = 4 * v * vision.depth * sum(count**2 for count in patches)
-    return Flops(language, 3.5 * 4 * q * layers * pairs, tower * sum(patches), tower_attention)
+    return Flops(language, 3.5 * (4 * q * full * pairs + linear * recurrence), tower * sum(patches), tower_attention)
+
+
+def linear_attention(text: PretrainedConfig, lengths: list[int]) -> tuple[int, int, float]:
+    """The layers of Gated DeltaNet in a language model, the weights of one's projections, and the forward operations of
+    one's recurrence over sequences of these lengths. All are 0 for a model without.
+
+    In chunks of C tokens, with keys of K and values of V columns: Yang et al., arXiv 2406.06484, section 3, whose
+    products 2412.06464 gates. Per head and chunk, 2 C C K for each of keys with keys, the matrix W, and queries with
+    keys; 2 C C V for each of the matrix U and the output within the chunk; 2 C K V for each of what W reads of the
+    state, what the chunk adds to it and what queries read of it; 2/3 C C C for the inverse of a triangular matrix.
+    """
+    layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
+    if not layers:
+        return 0, 0, 0.0
+    k, v, heads = text.linear_key_head_dim, text.linear_value_head_dim, text.linear_num_value_heads
+    # in_proj_qkv, in_proj_z, out_proj, in_proj_a and in_proj_b
+    weights = text.hidden_size * (2 * text.linear_num_key_heads * k + 3 * heads * v + 2 * heads)
+    per_chunk = 2 * CHUNK**2 * (3 * k + 2 * v) + 6 * CHUNK * k * v + 2 / 3 * CHUNK**3
+    return layers, weights, heads * per_chunk * sum(-(-length // CHUNK) for length in lengths)
 
 
 def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True, precision: str = "bf16") -> float:
@@ -111,6 +138,6 @@ def tree_counter(config: PretrainedConfig, samples: list, known: bool, tower: bo
 
 def uncounted(config: PretrainedConfig, args: argparse.Namespace) -> str:
     """What of a run these costs do not cover; empty where they cover all of it."""
-    if config.model_type != "qwen3_vl":
+    if config.model_type not in COUNTED:
         return config.model_type
     return "DoRA" if args.dora else "a trained vision tower" if names_vision(args.lora_targets) else ""

@@ -67,6 +67,8 @@ With vLLM: `vllm serve THIS_FOLDER`. Put questions as in training:
 # vLLM accepts only certain maximum ranks, so {rank} is the adapter's rank rounded up to a power of two, at least 8.
 VLLM = "With vLLM: `vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules tuned=THIS_FOLDER`"
 
+WITHOUT_THINKING = "It was trained without thinking: give `enable_thinking=False` to the chat template."
+
 
 def model_card(state: dict) -> str:
     """Markdown with the front matter that model hubs read. `state` is a checkpoint's state."""
@@ -85,14 +87,14 @@ def model_card(state: dict) -> str:
         train=state["identity"]["train rows"],
         score=score,
         vllm=vllm,
-        use=_use(settings),
+        use=_use(settings, "thinking" in state["identity"]),
         identity="\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
     )
 
 
-def merged_card(model: str, folder: str, run: dict) -> str:
+def merged_card(model: str, folder: str, run: dict, may_think: bool = False) -> str:
     """Markdown for a merged model: `model` is its base model's name, `folder` where that lies. `run` are the settings
-    of the adapter's run, empty if it was made elsewhere."""
+    of the adapter's run, empty if it was made elsewhere. `may_think`: see `inputs.prompts.may_think`."""
     card = Path(folder) / "README.md"
     head = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace") if card.is_file() else "", re.DOTALL)
     licenses = re.findall(r"^license(?:_name|_link)?:.*", head[1] if head else "", re.MULTILINE)
@@ -100,18 +102,19 @@ def merged_card(model: str, folder: str, run: dict) -> str:
         model=model,
         quoted=json.dumps(model),
         license="".join(f"\n{line}" for line in licenses),
-        use=_use(run) if run else "the adapter, which was made elsewhere, does not tell how.",
+        use=_use(run, may_think) if run else "the adapter, which was made elsewhere, does not tell how.",
     )
 
 
-def _use(settings: dict) -> str:
+def _use(settings: dict, may_think: bool) -> str:
     """How a run put its questions: what an answer depends on apart from the weights."""
     images, prompt = settings["image_settings"], settings["prompt"]
     system = json.dumps(settings["system"], ensure_ascii=False) if settings["system"] else "none, or the row's own"
     limits = f"between {images['min_pixels']:,} and {images['max_pixels']:,} pixels"
     put = f" Questions were put as {json.dumps(prompt, ensure_ascii=False)}." if prompt != "{question}" else ""
     first = " Images came before the text of their turn." if settings.get("image_first") else ""
-    return f"Images were resized to {limits}; do the same where it is used.\nSystem prompt: {system}.{put}{first}"
+    asked = f"Images were resized to {limits}; do the same where it is used.\nSystem prompt: {system}.{put}{first}"
+    return asked + f" {WITHOUT_THINKING}" * may_think
 
 
 def _cell(value) -> str:

@@ -24,6 +24,7 @@ from dist_utils import print0
 from evaluation.runner import plan_evaluation
 from inputs.images import ImageSettings
 from modeling.linear import weight_bytes
+from modeling.loading import MODEL_TYPES
 from modeling.lora import add_lora, lora_table
 from modeling.memory import EAGER_SHARE, MEMORY_BUDGETS, kept_bytes, memory_margin
 from modeling.precision import forward_precision
@@ -46,6 +47,10 @@ GIB = 2**30
 START_S = 80  # imports, rows, weights and a tried evaluation of the 8B: 30 to 134 s on three H100 machines
 COMPILE_S = 160  # first start of the 8B: 87 to 187 s on four machines with H100s and H200s
 SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
+UNMEASURED = (
+    "  {family}: operations and memory are counted, nothing of it was measured on a GPU\n"
+    "  shares of the card's rates are those of Qwen3-VL, with flash-linear-attention's chunks"
+)
 LISTED_EVENTS = 8  # evaluations and checkpoints that the table shows at most
 
 
@@ -264,6 +269,8 @@ def report(job: Job, images: ImageSettings) -> str:
     # The same steps on every card: --gpu changes times and budgets, never the plan.
     precision = f" with --base-precision {args.base_precision}" * (args.base_precision != "bf16")
     lines = [f"{args.model} in bfloat16{precision} on {args.gpu}, its rates {rates}"]
+    if job.config.model_type != "qwen3_vl":
+        lines.append(UNMEASURED.format(family=MODEL_TYPES[job.config.model_type]))
     lines += memory_lines(job, gpu, options, times)
     if not options[-1].fits:
         lines.append(f"  does not fit {args.gpu}: {remedy(job, gpu, images)}")

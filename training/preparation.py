@@ -19,13 +19,15 @@ from dist_utils import Ranks, print0
 from evaluation.runner import plan_evaluation
 from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
+from inputs.prompts import may_think
 from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.vision_cache import SPARE, cache_at
+from modeling.delta import check_kernels
 from modeling.fp8 import check_products
-from modeling.loading import fingerprint, resolve_model, weights_hash
+from modeling.loading import MODEL_TYPES, fingerprint, resolve_model, weights_hash
 from modeling.lora import lora_differences
 from modeling.precision import ROUNDED_GRADIENTS
-from modeling.targets import names_vision
+from modeling.targets import names_vision, resolve_targets
 from training.checkpoints import find_checkpoint, size_and_sum, warn_of_other_base
 from training.compatibility import PLAN_VERSION
 from training.costs import tree_counter, uncounted
@@ -65,7 +67,9 @@ def prepare(
     if warning := dist_utils.from_rank0(lambda: check_products(args.base_precision, dtype, ranks.device)):
         print0(f"warning: {warning}")
     folder = dist_utils.local_rank0_first(lambda: resolve_model(args.model))
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = read_config(args, folder), AutoTokenizer.from_pretrained(folder)
+    if warning := dist_utils.from_rank0(lambda: check_kernels(config.model_type, ranks.device, dtype)):
+        print0(f"warning: {warning}")
     images = image_settings(folder, args.min_pixels, args.max_pixels)
     with collector_paused():
         train, val = dist_utils.from_rank0(lambda: load_rows(args, tokenizer, images, bad_rows))
@@ -76,7 +80,7 @@ def prepare(
     plan = make_plan(train.samples, plan_settings(args), 0)
     bounds = micro_batch_bounds(train.samples, plan_settings(args), args.max_tokens)
     dist_utils.from_rank0(lambda: describe_data(train, val, plan, tokenizer))
-    identity = identify(args, images, train, val, folder)
+    identity = identify(args, images, train, val, folder) | ({"thinking": "off"} if may_think(tokenizer) else {})
     checkpoint = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
     dist_utils.from_rank0(lambda: check_lora(args, config, is_new=not checkpoint))
     first = Path(args.init_from) if args.init_from else None
@@ -104,6 +108,19 @@ def prepare(
         checkpoint,
         base_weights,
     )
+
+
+def read_config(args: argparse.Namespace, folder: str) -> PretrainedConfig:
+    """The model's configuration. It settles what --lora-targets names, for the run's settings to record it.
+
+    Raises InputError for a --base-precision that was not tried on the model's family.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if args.base_precision != "bf16" and config.model_type == "qwen3_5":
+        family = MODEL_TYPES[config.model_type]
+        raise InputError(f"--base-precision {args.base_precision}: {family} runs in bf16 only")
+    args.lora_targets = resolve_targets(args.lora_targets, config.model_type)
+    return config
 
 
 def load_rows(args: argparse.Namespace, tokenizer, images, output: Path | None) -> tuple[VQAData, VQAData | None]:
@@ -136,13 +153,13 @@ def print_plan(args: argparse.Namespace) -> None:
     if args.dtype == "float32":
         raise InputError("--plan knows what bfloat16 costs: leave --dtype at auto")
     folder = resolve_model(args.model, weights=False)
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = read_config(args, folder), AutoTokenizer.from_pretrained(folder)
     if args.base_precision in ROUNDED_GRADIENTS and not GPUS[args.gpu].has_fp8:
         raise InputError(
             f"--base-precision {args.base_precision}: no FP8 products on {args.gpu}, where fp8-weights runs"
         )
     if unknown := uncounted(config, args):
-        raise InputError(f"--plan knows what LoRA on Qwen3-VL's language model costs, not {unknown}")
+        raise InputError(f"--plan knows what LoRA on the language model of Qwen3-VL and Qwen3.5 costs, not {unknown}")
     check_lora(args, config, is_new=True)
     images = image_settings(folder, args.min_pixels, args.max_pixels)
     with collector_paused():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import InputError, is_rank0, is_text, printable, quote
 from modeling.precision import PRECISIONS
-from modeling.targets import DEFAULT_TARGETS
+from modeling.targets import AUTO
 from training.gpus import GPUS
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vision-cache", default="", metavar="DIR",
         help="folder that keeps the vision tower's features from epoch to epoch; empty: none")  # fmt: skip
     add = parser.add_argument_group("model").add_argument
-    add("--model", default=DEFAULT_MODEL, help="hub name or folder: Qwen3-VL, Qwen2.5-VL or Qwen2-VL")
+    add("--model", default=DEFAULT_MODEL, help="hub name or folder: Qwen3.5, Qwen3-VL, Qwen2.5-VL or Qwen2-VL")
     add("--dtype", type=choice("auto", "bfloat16", "float32"), default="auto",
         help="precision of the frozen weights and of autocast; auto: bfloat16 on CUDA, float32 elsewhere")  # fmt: skip
     add("--base-precision", type=choice(*PRECISIONS), default="bf16",
@@ -165,8 +165,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rslora", action=switch, default=False, help="scale by alpha / sqrt(r) (rsLoRA)")
     add("--dora", action=switch, default=False,
         help="train magnitudes of weights too (DoRA), by PEFT's code, not compiled: slower, more memory")  # fmt: skip
-    add("--lora-targets", type=_targets, default=DEFAULT_TARGETS,
-        help="language-model layers, by name or regular expression; vision, merger: the vision tower's")  # fmt: skip
+    add("--lora-targets", type=_targets, default=AUTO,
+        help="language-model layers, by name or regular expression; vision, merger: the vision tower's; "
+        "auto: attention and MLP")  # fmt: skip
     add("--init-from", default="", help="adapter folder with the weights that LoRA starts from; empty: new ones")
     add("--lora-dropout", type=share, default=0.05, help="dropout before LoRA; 0: none")
     add = parser.add_argument_group("optimization").add_argument

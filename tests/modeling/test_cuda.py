@@ -62,6 +62,7 @@ def test_a_float32_step_on_the_gpu_equals_samples_one_by_one(world, tmp_path):
                 batch.answer_at,
                 batch.image_at,
                 model.encode_images(batch),
+                paths=batch.paths,
             )
             logits = model.base.lm_head(hidden)
             losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")

@@ -36,7 +36,7 @@ def test_packing_and_cutting_do_not_change_gradients(world, trees, more):
     assert tiny.relative_error(run_step(world, [trees], **more)[1], one[1]) > 0.01  # there is dropout
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_5"])
 def test_packing_does_not_change_gradients_of_other_families(tmp_path, family):
     """Qwen2.5-VL's tower reorders patches: a patch's place is that in its order."""
     world = tiny.write_world(tmp_path / "world", tiny.mixed_rows()[14:], family)

@@ -1,8 +1,10 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL, each with random weights: the promises of test_model.py and test_eval.py, and what
-differs between them."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, each with random weights: the promises of test_model.py and test_eval.py,
+and what differs between them."""
 
 import json
 import shutil
+from collections import Counter
+from itertools import chain
 
 import pytest
 import test_cuda
@@ -87,9 +89,13 @@ def test_every_supported_family_is_tested():
     assert set(MODEL_TYPES) == set(tiny.FAMILIES)
 
 
-def test_lora_is_on_every_language_layer_and_nowhere_else(world):
+def test_lora_is_on_every_language_layer_and_nowhere_else(world, family):
     counts = {name: count for name, (count, _) in lora_table(tiny.lora_model(world)).items()}
-    assert counts == dict.fromkeys(DEFAULT_TARGETS.split(","), 3)
+    of_a_kind = 3 * [DEFAULT_TARGETS.split(",")]
+    if family == "qwen3_5":  # two of the three layers have linear attention
+        linear, mlp = ["in_proj_qkv", "in_proj_z", "out_proj"], ["gate_proj", "up_proj", "down_proj"]
+        of_a_kind = [linear + mlp, linear + mlp, DEFAULT_TARGETS.split(",")]
+    assert counts == Counter(chain(*of_a_kind))
 
 
 def test_answers_equal_plain_generation_one_by_one(world, tmp_path):
@@ -202,6 +208,7 @@ def test_pixel_limits_are_read_as_the_hub_s_folders_spell_them(windows, tmp_path
 
 
 REFUSED = {
+    "is of type qwen3_5_moe, a mixture of experts": {"model_type": "qwen3_5_moe"},
     "is of type qwen3_vl_moe, a mixture of experts": {"model_type": "qwen3_vl_moe"},
     "is of type llava": {"model_type": "llava"},
     "has quantized weights": {"model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "awq"}},

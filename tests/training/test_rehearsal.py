@@ -214,7 +214,8 @@ def test_too_little_memory_is_told_with_the_settings_that_need_less(world, monke
 def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, settings, room, seconds, tried):
     """`room`: for activations, in `kept_bytes`; `seconds`: of training."""
     text = SimpleNamespace(num_hidden_layers=2, hidden_size=64, intermediate_size=128)
-    model = SimpleNamespace(base=SimpleNamespace(config=SimpleNamespace(text_config=text)), model=None)
+    config = SimpleNamespace(model_type="qwen3_vl", text_config=text)
+    model = SimpleNamespace(base=SimpleNamespace(config=config), model=None)
     prepared = SimpleNamespace(config=None, train=None, val=None, plan=[], checkpoint=Path("checkpoint-000007"))
     prepared.bounds = SimpleNamespace(tokens=4096)
     args = SimpleNamespace(**({"memory_budget": "auto", "dora": False} | settings))

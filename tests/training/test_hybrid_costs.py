@@ -1,0 +1,81 @@
+"""--plan counts the operations and the memory of Qwen3.5, and says that nothing of it was measured."""
+
+import pytest
+import tiny
+import torch
+from runs import arguments
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+from transformers.models.qwen3_5 import Qwen3_5Config
+
+import train
+from modeling.delta import reference_rule
+from modeling.memory import kept_bytes
+from training import costs
+from trees import grow_tree, tree_shape
+
+QWEN3_5_9B = Qwen3_5Config(vision_config={"out_hidden_size": 4096})  # transformers' defaults are the 9B's
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny.write_world(tmp_path_factory.mktemp("hybrid_costs"), family="qwen3_5")
+
+
+def weights(module: nn.Module) -> int:
+    return sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
+
+
+def test_every_projection_is_counted(world):
+    """Of a tree of one image with 17 questions, by the layers of the installed model."""
+    base = tiny.family_model("qwen3_5", tiny.AutoTokenizer.from_pretrained(world / "model"))
+    (data, _), config = tiny.load_world(world), AutoConfig.from_pretrained(world / "model")
+    tree = grow_tree(data.samples, range(17))
+    flops, images = costs.tree_load(config, data.samples, tree)
+    chosen = [data.samples[i] for i in tree.samples]
+    shape = tree_shape(chosen, tree.prefix_ids)
+    tokens, answers = shape.prefix + sum(shape.branches), sum(sample.trained.sum() for sample in chosen)
+    layers, visual = base.model.language_model.layers, base.model.visual
+    *_, last = layers
+    language = 4 * tokens * (sum(map(weights, layers)) - weights(last.mlp))
+    assert flops.language == language + 4 * answers * (weights(last.mlp) + weights(base.lm_head))
+    per_patch = weights(visual.blocks) + visual.patch_embed.proj.weight.numel() + weights(visual.merger) / 4
+    assert flops.tower == 2 * per_patch * chosen[0].patches[0] and images == 1
+
+
+def test_the_recurrence_is_counted_in_chunks_of_64_tokens(monkeypatch):
+    """By the products of the reference code, where a solved triangular system stands for that of its inverse."""
+    monkeypatch.setattr(torch.linalg, "solve_triangular", lambda system, wanted, **_: system @ wanted)
+    text = QWEN3_5_9B.text_config
+    heads, k, v = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
+    inverse = 2 / 3 * 64**3 * heads  # of the triangular matrix, which torch does not count
+    for length in (1, 64, 65, 195):
+        query, key, value = (torch.zeros(1, length, heads, d) for d in (k, k, v))
+        gates = torch.zeros(1, length, heads)
+        with FlopCounterMode(display=False) as counter:
+            reference_rule()(query, key, value, gates, gates, output_final_state=True)
+        layers, _, counted = costs.linear_attention(text, [length])
+        assert layers == 24 and counted == pytest.approx(counter.get_total_flops() + inverse * -(-length // 64))
+    assert costs.linear_attention(text, [195, 64])[-1] == counted * 5 / 4
+
+
+def test_attention_is_counted_in_a_quarter_of_the_layers():
+    """A token alone sees itself, in each of 8 layers with 16 heads of 256."""
+    recurrence = 24 * costs.linear_attention(QWEN3_5_9B.text_config, [1])[-1]
+    flops = costs.step_flops(QWEN3_5_9B, [], 1, [], 0)
+    assert flops.attention == pytest.approx(3.5 * (8 * 4 * 16 * 256 + recurrence))
+    assert costs.linear_attention(AutoConfig.for_model("qwen3_vl").text_config, [9]) == (0, 0, 0.0)
+
+
+def test_the_memory_of_the_9b_is_counted_by_layer():
+    """In vectors of the hidden size, 4,096, to which the MLP's of the intermediate size, 12,288, are added: linear
+    layers keep 4 + 3 * 2 + 3 and 68 numbers for each of 32 heads, the others 4 + 6."""
+    assert kept_bytes(QWEN3_5_9B, 10) == 10 * 2 * (24 * (13 * 4096 + 68 * 32) + 8 * 10 * 4096 + 32 * 3 * 12288)
+
+
+def test_the_plan_of_qwen3_5_says_that_it_was_not_measured(world, tmp_path, capsys):
+    assert train.main([*arguments(world, ""), "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert "Qwen3.5: operations and memory are counted, nothing of it was measured on a GPU" in told
+    assert "GPU hours" in told and max(map(len, told.splitlines())) <= 100
