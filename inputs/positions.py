@@ -31,7 +31,8 @@ def token_paths(tree: np.ndarray, branch: np.ndarray) -> dict:
     order: (tokens without padding,) indices: of the roots' tokens, then of the branches'. Roots are sequences that
     begin with nothing: trunks, and branches of trees without one. root_starts, branch_starts: where each begins in its
     part of `order`, and the last ends. root_of: (branches,) the number of the root that each continues.
-    starts_on_cpu: both starts as lists, which stay on the CPU.
+    starts_on_cpu: both starts as lists, which stay on the CPU. leaves: the numbers, among roots and branches, of the
+    sequences that no other continues, in the batch's order; leaf_ends: the index of the last token of each.
     """
     indices = np.arange(len(tree))
     begins = np.append(True, (np.diff(tree) != 0) | (np.diff(branch) != 0))
@@ -50,14 +51,15 @@ def token_paths(tree: np.ndarray, branch: np.ndarray) -> dict:
     branches = np.flatnonzero(trunk_of >= 0)
     root_starts, branch_starts = (np.append(0, lengths[part].cumsum()) for part in (roots, branches))
     counted = np.append(roots, branches)
-    leaves = [place for place in np.argsort(counted) if counted[place] not in set(trunk_of)]
+    leaves = np.argsort(counted)
+    leaves = leaves[~np.isin(counted[leaves], trunk_of)]
     return {
         "before": np.stack(before),
         "order": np.concatenate([np.arange(starts[n], starts[n] + lengths[n]) for n in (*roots, *branches)]),
         "root_starts": root_starts,
         "branch_starts": branch_starts,
         "root_of": np.searchsorted(roots, trunk_of[branches]),
-        "leaves": np.array(leaves, int),
+        "leaves": leaves,
         "leaf_ends": (starts + lengths - 1)[counted[leaves]],
         "starts_on_cpu": (root_starts.tolist(), branch_starts.tolist()),
     }
