@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-STARTED = time.perf_counter()  # of a command: it imports this before torch
+STARTED = time.perf_counter()  # when a command began: its first import comes here, before torch
 PARTIAL = ".onelook-"  # prefix of the name of a file or a folder that is being written or replaced
 WRITE_ERRORS = OSError, SafetensorError  # that a write raises which a disk does not take; safetensors has its own
 SHOWN = 100  # characters of a user's value in a message

@@ -71,8 +71,8 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, held_out: list[str], 
     folder = resolve_model(name)
     if fp8_blocks(getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)):
         raise InputError(
-            f"{name} was published in FP8, to which LoRA can't be added without being rounded away: "
-            "name the model that it was made from by --model, or serve the adapter beside it"
+            f"{name} was published in FP8, where a merge would round LoRA away:\n"
+            "  name the model that it was made from by --model, or serve the adapter beside it"
         )
     warn_of_other_base(ckpt, folder)
     to_float32 = args.dtype == "float32"

@@ -89,7 +89,7 @@ def prepare_base(model: nn.Module) -> nn.Module:
         language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
     use_tree_delta(language_model)
     language_model.layers[-1].forward = types.MethodType(_last_layer, language_model.layers[-1])
-    visual.blocks[0].register_forward_pre_hook(_no_view)
+    visual.blocks[0].register_forward_pre_hook(_copy_patches)
     if capability and visual.dtype != torch.float32:  # these kernels take half precision only
         # cuDNN's kernel attends within whole images. Qwen2.5-VL's windows are smaller: flash takes their bounds.
         whole_images = capability >= 9 and not hasattr(visual.config, "window_size")
@@ -111,9 +111,9 @@ def _last_layer(layer, hidden_states: torch.Tensor, wanted: torch.Tensor, **kwar
 
 
 @torch.compiler.disable
-def _no_view(_block, args: tuple) -> tuple:
-    """The arguments of the first vision block, with a copy of the patches. The tower reshapes these into a view of
-    another tensor, which is compiled on its own."""
+def _copy_patches(_block, args: tuple) -> tuple:
+    """The arguments of the first vision block, with a copy of the patches. The tower passes a view of another tensor,
+    for which the block would be compiled on its own."""
     return args[0].clone(), *args[1:]
 
 
@@ -150,7 +150,7 @@ class Features:
 class TreeModel(nn.Module):
     """A base model, with LoRA or without, that runs a packed `Batch` of trees."""
 
-    dense_masks = False  # on CUDA too: for one question alone, FlexAttention takes longer to compile than it saves
+    dense_masks = False  # True for one question on CUDA: FlexAttention would take longer to compile than it saves
 
     def __init__(self, model: nn.Module, settings: ImageSettings, keep_features: Callable | None = None):
         """`keep_features(names, image_tokens, features)` gets the features of images that have a name in the vision
@@ -209,8 +209,8 @@ class TreeModel(nn.Module):
         are one for each question that a cache holds.
         """
         language_model = self.base.model.language_model
-        # Inputs of the first layer are like those of later ones, or it would be compiled on its own: they need a
-        # gradient, and are no view of another tensor, as `embeds[None]` would be.
+        # The first layer's inputs must be like those of later ones, or it is compiled on its own: they require a
+        # gradient, and are not a view of another tensor, as `embeds[None]` would be.
         embeds, deepstack = language_model.embed_tokens(ids[None]), {}  # (1, T, D)
         if features is not None:
             embeds = embeds.index_copy(1, image_at, features.embeds[None].to(embeds.dtype))
@@ -218,7 +218,7 @@ class TreeModel(nn.Module):
                 deepstack = {"visual_pos_masks": image_at, "deepstack_visual_embeds": features.deepstack}
         linear = {}
         if self.has_linear_layers:
-            if paths is not None:  # lists would be recompiled for
+            if paths is not None:  # with lists, layers would be compiled again for every batch
                 paths = paths | {"starts_on_cpu": tuple(map(torch.tensor, paths["starts_on_cpu"]))}
             mask, linear = {"full_attention": mask, "linear_attention": None}, {"paths": paths}
         if torch.is_grad_enabled():
@@ -238,16 +238,9 @@ class TreeModel(nn.Module):
     def answer_states(self, batch: Batch, past=None) -> torch.Tensor:
         """Last hidden states (N, D) of the tokens that predict answers. `past` is a key-value cache to fill."""
         mask, features = tree_mask(batch, self.dense_masks), self.image_features(batch)
+        optional = {"past": past, "dropout_keys": batch.dropout_keys, "paths": batch.paths}
         return self.hidden_states(
-            batch.ids,
-            batch.positions,
-            mask,
-            batch.answer_at,
-            batch.image_at,
-            features,
-            past,
-            batch.dropout_keys,
-            batch.paths,
+            batch.ids, batch.positions, mask, batch.answer_at, batch.image_at, features, **optional
         )
 
     def answer_logits(self, batch: Batch) -> torch.Tensor:

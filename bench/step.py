@@ -3,7 +3,7 @@
     python bench/step.py                                          # Qwen3-VL-8B with random weights, full resolution
     python bench/step.py --preset tiny                            # a minute on a CPU: shows that it runs, not how fast
     python bench/step.py --cases tree-9 --profile                 # and where its time goes
-    python bench/step.py --preset 2b --cases tree-9,tree-28          # 28 questions: a micro-batch of 8,164 tokens
+    python bench/step.py --preset 2b --cases tree-9,tree-28       # 28 questions: a micro-batch of 8,164 tokens
 
 Random weights cost what real ones cost. The workload is that of the reference job: 2,700 image tokens, and 195 tokens
 per question. The recipe runs one question per sequence, padded to 2,900, with full logits and every layer checkpointed.

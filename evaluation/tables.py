@@ -28,10 +28,10 @@ TEX_ESCAPES |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\t
 TEX_ESCAPES |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 TEX_ESCAPES |= {"[": "{[}", "*": "{*}"}  # at the start of a line, the line break before it would take them as options
 TEX_ESCAPES |= {sign: f"$\\{name}$" for sign, name in zip("≤≥≠≈∞", ("leq", "geq", "neq", "approx", "infty"))}
-# pdfLaTeX has Greek letters in formulas only. They are symbols where they stand alone, as in 5 μm, and words elsewhere.
-TEX_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi"
-TEX_GREEK += " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
-TEX_GREEK = {letter: f"$\\{name}$" for letter, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", TEX_GREEK.split())}
+# pdfLaTeX has Greek letters in formulas only. A letter that stands alone, as in 5 μm, becomes one; words stay words.
+GREEK_NAMES = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi"
+GREEK_NAMES += " chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+TEX_GREEK = {letter: f"$\\{name}$" for letter, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", GREEK_NAMES.split())}
 ANY_GREEK = r"[\u0370-\u03ff\u1f00-\u1fff]"
 LONE_GREEK = re.compile(rf"(?<!{ANY_GREEK})[{''.join(TEX_GREEK)}](?!{ANY_GREEK})")
 

@@ -100,8 +100,7 @@ def end_of_turn(tokenizer) -> str:
     name, question, answer = f"the tokenizer of {tokenizer.name_or_path}", "Question 1?", "Answer 1."
     if not tokenizer.chat_template:
         raise InputError(f"{name} has no chat template: use the Instruct model, or put its chat_template.jinja there")
-    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-    answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    asked, answered = _turn("user", question, has_image=True), _turn("assistant", answer)
     try:
         open_prompt = _render([asked], tokenizer)
         prompt = _render([asked], tokenizer, add_generation_prompt=True)
@@ -123,6 +122,10 @@ def end_of_turn(tokenizer) -> str:
     return ends[min(ends)]
 
 
+def _turn(role: str, text: str, has_image: bool = False) -> dict:
+    return {"role": role, "content": [{"type": "image"}] * has_image + [{"type": "text", "text": text}]}
+
+
 def _render(messages: list[dict], tokenizer, **options) -> str:
     """The chat template's text, without thinking where the model could do either. Raises ValueError where the template,
     a program, fails."""
@@ -133,8 +136,9 @@ def _render(messages: list[dict], tokenizer, **options) -> str:
 
 
 def may_think(tokenizer) -> bool:
-    """Whether the chat template ends a prompt with an empty thinking block, where the model is not to think."""
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Question 1?"}]}
+    """Whether the model may think before it answers. A prompt of its chat template ends with an empty thinking block,
+    where it is not to think."""
+    question = _turn("user", "Question 1?", has_image=True)
     return _is_closed(_render([question], tokenizer, add_generation_prompt=True))
 
 
@@ -150,8 +154,7 @@ def rewrites_answers(tokenizer) -> bool:
     Source: qwen3_5_think.jinja and qwen3_5_nothink.jinja in trl/chat_templates of github.com/huggingface/trl, which
     name them as the files that Qwen publishes; `last_query_index` is the rule.
     """
-    question = {"role": "user", "content": [{"type": "text", "text": "Question 1?"}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "Answer 1."}]}
+    question, answer = _turn("user", "Question 1?"), _turn("assistant", "Answer 1.")
     try:
         asked, again = (
             _render(messages, tokenizer, add_generation_prompt=True)
@@ -173,7 +176,7 @@ def render_segments(
     Raises ValueError if the template does not render a conversation as its prompt followed by its answer.
     """
     if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
+        messages = [_turn("system", system), *messages]
     segments, rendered = [], ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or (only_last and message is not messages[-1]):

@@ -86,8 +86,8 @@ def parse_row(where: str, row, by: Iterable[str] = ()) -> Row:
 
 
 def each_answer(row: Row) -> list[Row]:
-    """A row for each trained answer of a conversation, which ends with it. The last has the row's own id and fields; an
-    earlier one's id ends in its number, as in 7#1."""
+    """A row for each trained answer of a conversation, which is the row's last turn. The last row keeps the id and the
+    fields; the id of an earlier one ends in its number, as in 7#1."""
     trained = [number for number, message in enumerate(row.messages) if message.get("weight")]
     rows = []
     for place, number in enumerate(trained, 1):

@@ -47,8 +47,7 @@ class TextEncoder:
         self.shared = {}  # equal weights and places of images
 
     def by_answer(self, rows: Iterable[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """The rows. One with several trained answers becomes one row for each of them, where the chat template would
-        write the earlier ones in another way than each was asked for."""
+        """The rows; one row for each trained answer, where the chat template `rewrites_answers`."""
         for row in rows:
             yield from each_answer(row) if self.only_last and isinstance(row, Row) else [row]
 

@@ -88,7 +88,7 @@ def latest(x: torch.Tensor, before: torch.Tensor, at: torch.Tensor) -> torch.Ten
 
 
 def keep_leaves(cache: Cache, places: torch.Tensor) -> None:
-    """Go on with the leaves at these places only (n,)."""
+    """Keep what linear attention remembers of the leaves at these places (n,), and nothing of the others."""
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionLayer):
             layer.reorder_cache(places)
@@ -126,7 +126,7 @@ def delta_rule(query, key, value, decay, beta, starts, starts_on_cpu, states):
         out, ends = chunk_gated_delta_rule(*inputs, initial_state=states, **options)
         return out[0], ends
     groups = value.shape[1] // key.shape[1]
-    # Older versions of transformers leave that to the caller of the rule.
+    # Repeated here, because older versions of transformers leave that to the caller of the rule.
     query, key = (x.repeat_interleave(groups, dim=1) for x in (query, key))
     results = []
     with torch.autocast(value.device.type, enabled=False):  # its sums are in float32
@@ -157,7 +157,7 @@ def has_kernels(device: torch.device) -> bool:
 
 def slow_code(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
     """A warning where a model's linear attention runs by slow code; empty elsewhere."""
-    if not model_type.startswith("qwen3_5"):
+    if model_type != "qwen3_5":
         return ""
     slow = "linear attention runs slowly, by transformers' reference code"
     if device.type != "cuda" or dtype == torch.float32:
@@ -169,8 +169,7 @@ def slow_code(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def check_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
     """The warning of `slow_code`. Raises InputError for versions of the kernels, or of Triton, with wrong gradients."""
-    warning = slow_code(model_type, device, dtype)
-    if warning or not model_type.startswith("qwen3_5"):
+    if (warning := slow_code(model_type, device, dtype)) or model_type != "qwen3_5":
         return warning
     if _release("fla-core") < OLDEST:  # a part of it since 0.4
         raise InputError(f"{LIBRARY} is older than {'.'.join(map(str, OLDEST))}: pip install -U {LIBRARY}")

@@ -28,8 +28,8 @@ def resolve_model(name: str, weights: bool = True) -> str:
     folder = name if is_folder else _download(name, allow_patterns="config.json")
     if problem := _unsupported(Path(folder) / "config.json"):
         known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
-        what = f"dense {known} only, in full precision or in FP8 blocks"
-        raise InputError(f"model {name} {problem}; this program trains {what}")
+        what = f"this program trains dense models only, in full precision or in FP8 blocks:\n  {known}"
+        raise InputError(f"model {name} {problem}\n  {what}")
     if not is_folder:
         return _download(name, **({} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}))
     if missing := _missing(Path(folder), weights):

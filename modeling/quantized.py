@@ -1,5 +1,5 @@
 """Loading a model whose decoder layers are quantized, or turned back into numbers, one after the other as they are
-read: at no time is there a layer more in another type than the one at hand."""
+read: only the layer at hand is ever in memory in a second type."""
 
 import copy
 from pathlib import Path
@@ -47,7 +47,8 @@ def add_quantized_layers(
             setattr(language_model, name, module)
     places = _places(folder)
     if elsewhere := [name for name in places if name.endswith(SCALES) and ".language_model.layers." not in name]:
-        raise InputError(f"model {folder} has {elsewhere[0]}: FP8 outside the language model's layers is not supported")
+        what = "FP8 outside the language model's layers, which is not supported"
+        raise InputError(f"model {folder} has {what}:\n  {elsewhere[0]}")
     for number, layer in enumerate(language_model.layers):
         _fill(layer, f"model.language_model.layers.{number}.", places, dtype, device, block)
         quantize_layer(layer.requires_grad_(False), precision)

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 import trees
 from data import FLEX_BLOCK, VQAData, at_limit
-from dist_utils import print0
+from dist_utils import Ranks, print0
 from evaluation.runner import plan_evaluation
 from inputs.images import ImageSettings
 from modeling.linear import weight_bytes
@@ -28,6 +28,7 @@ from modeling.loading import MODEL_TYPES
 from modeling.lora import add_lora, lora_table
 from modeling.memory import EAGER_SHARE, MEMORY_BUDGETS, kept_bytes, memory_margin
 from modeling.precision import forward_precision
+from training.checkpoints import step_of
 from training.costs import (
     EAGER_TIME,
     GPUS_PER_NODE,
@@ -35,6 +36,7 @@ from training.costs import (
     SLOWER,
     all_reduce_seconds,
     batch_seconds,
+    known_gpu,
     tree_load,
     uncounted,
 )
@@ -255,6 +257,25 @@ def compare_with_plan(args: argparse.Namespace, prepared, gpu: Gpu | None, gpus:
         f"planned {hours_planned:.2f} h, took {seconds / 3600:.2f} h; "
         f"planned peak {peak_planned:.1f} GiB, peak was {peak:.1f} GiB"
     )
+
+
+def compiling_pays(args: argparse.Namespace, prepared, model: PeftModel, budget: float, ranks: Ranks) -> bool:
+    """Whether compiling layers for a memory budget takes less time than it saves in the run's remaining steps; True
+    where costs are not known. It prints the answer. `prepared` is what training.preparation.prepare gave."""
+    gpu = known_gpu(ranks.device)
+    if not gpu or uncounted(prepared.config, args):
+        return True
+    rows = prepared.train, prepared.val, prepared.plan
+    job = make_job(args, prepared.config, *rows, prepared.bounds.tokens, model)
+    job.done = step_of(prepared.checkpoint) if prepared.checkpoint else 0
+    options = [Budget(None, EAGER_TIME, 0, True), Budget(budget, SLOWER[budget], 0, True)]
+    times = pace(job, gpu, options, [ranks.world_size])[ranks.world_size]
+    pays, saved = times.budget.share is not None, (EAGER_TIME - SLOWER[budget]) * times.training
+    print0(
+        f"layers are {'' if pays else 'not '}compiled (--compile auto): "
+        f"compiling takes {COMPILE_S} s and saves {saved:,.0f} s of training"
+    )
+    return pays
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

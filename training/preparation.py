@@ -159,7 +159,8 @@ def print_plan(args: argparse.Namespace) -> None:
             f"--base-precision {args.base_precision}: no FP8 products on {args.gpu}, where fp8-weights runs"
         )
     if unknown := uncounted(config, args):
-        raise InputError(f"--plan knows what LoRA on the language model of Qwen3-VL and Qwen3.5 costs, not {unknown}")
+        known = "LoRA on the language models of Qwen3-VL and Qwen3.5"
+        raise InputError(f"--plan knows the costs of {known},\n  not those of {unknown}")
     check_lora(args, config, is_new=True)
     images = image_settings(folder, args.min_pixels, args.max_pixels)
     with collector_paused():

@@ -22,9 +22,8 @@ from modeling.memory import (
     compile_layers,
     kept_bytes,
 )
-from training.checkpoints import mark_best, step_of, write_checkpoint
-from training.costs import EAGER_TIME, SLOWER, known_gpu, uncounted
-from training.plan import COMPILE_S, Budget, make_job, pace
+from training.checkpoints import mark_best, write_checkpoint
+from training.plan import compiling_pays
 from training.settings import to_toml
 from trees import Assignment, MicroBatch, PlanSettings, group_numbers, grow_tree, questions_by_file
 
@@ -113,32 +112,10 @@ def memory_budgets(args: argparse.Namespace, prepared, model: TreeModel, ranks: 
     highest = choose_memory_budget(model.base.config, tokens, room)
     budgets = [budget for budget in MEMORY_BUDGETS if budget <= highest]
     fits = EAGER_SHARE * kept_bytes(model.base.config, tokens) < room
-    if args.compile == "auto" and fits and not compiling_pays(args, prepared, model, highest, ranks):
-        return [None, *budgets]
+    if args.compile == "auto" and fits:
+        pays = dist_utils.from_rank0(lambda: compiling_pays(args, prepared, model.model, highest, ranks))
+        return budgets if pays else [None, *budgets]
     return budgets
-
-
-def compiling_pays(args: argparse.Namespace, prepared, model: TreeModel, budget: float, ranks: Ranks) -> bool:
-    """Whether the run's remaining steps save more time with layers compiled for `budget` than compiling takes, which
-    is said in a line. They are compiled where costs are not known. A collective."""
-
-    def decide() -> bool:
-        gpu = known_gpu(ranks.device)
-        if not gpu or uncounted(prepared.config, args):
-            return True
-        rows = prepared.train, prepared.val, prepared.plan
-        job = make_job(args, prepared.config, *rows, prepared.bounds.tokens, model.model)
-        job.done = step_of(prepared.checkpoint) if prepared.checkpoint else 0
-        options = [Budget(None, EAGER_TIME, 0, True), Budget(budget, SLOWER[budget], 0, True)]
-        times = pace(job, gpu, options, [ranks.world_size])[ranks.world_size]
-        pays, saved = times.budget.share is not None, (EAGER_TIME - SLOWER[budget]) * times.training
-        print0(
-            f"layers are {'' if pays else 'not '}compiled (--compile auto): that takes {COMPILE_S} s and saves "
-            f"{saved:,.0f} s of training"
-        )
-        return pays
-
-    return dist_utils.from_rank0(decide)
 
 
 def rehearse_step(

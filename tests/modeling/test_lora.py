@@ -139,7 +139,7 @@ def test_a_target_that_is_no_linear_layer_of_the_language_model_is_refused_befor
 
 def test_a_plan_is_refused_for_what_it_does_not_count(world):
     for more, what in ((["--dora"], "DoRA"), (["--lora-targets=q_proj,merger"], "a trained vision tower")):
-        with pytest.raises(InputError, match=f"costs, not {what}"):
+        with pytest.raises(InputError, match=f"not those of {what}"):
             train.main([*arguments(world, ""), "--plan", *more])
 
 

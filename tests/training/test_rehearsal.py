@@ -227,10 +227,10 @@ def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, 
 
     kept = kept_bytes(model.base.config, 4096)
     monkeypatch.setattr("training.rehearsal.activation_room", lambda _: room * kept)
-    monkeypatch.setattr("training.rehearsal.known_gpu", lambda _: GPUS["h100"])
-    monkeypatch.setattr("training.rehearsal.uncounted", lambda *_: "")
-    monkeypatch.setattr("training.rehearsal.make_job", lambda *_: SimpleNamespace())
-    monkeypatch.setattr("training.rehearsal.pace", pace_of)
+    monkeypatch.setattr("training.plan.known_gpu", lambda _: GPUS["h100"])
+    monkeypatch.setattr("training.plan.uncounted", lambda *_: "")
+    monkeypatch.setattr("training.plan.make_job", lambda *_: SimpleNamespace())
+    monkeypatch.setattr("training.plan.pace", pace_of)
     assert memory_budgets(args, prepared, model, Ranks(0, 1, torch.device("cuda"))) == tried
     told, saved = capsys.readouterr().out, (costs.EAGER_TIME - 1) * seconds
     assert left in ([], [7])
@@ -238,6 +238,6 @@ def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, 
         compiled = "" if None not in tried else "not "
         assert told.startswith(f"layers are {compiled}compiled") and f"saves {saved:,.0f} s of training" in told
         assert max(map(len, told.splitlines())) <= 100
-    monkeypatch.setattr("training.rehearsal.known_gpu", lambda _: None)  # nothing is known of its rates: as before
+    monkeypatch.setattr("training.plan.known_gpu", lambda _: None)  # nothing is known of its rates: as before
     compiled = [budget for budget in tried if budget is not None]
     assert memory_budgets(args, prepared, model, Ranks(0, 1, torch.device("cuda"))) == (compiled or [None])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,12 @@ def test_all_wrong_settings_are_named_at_once(rows_file, config):
 @pytest.mark.parametrize(("written", "meant"), [("true", "on"), ("false", "off"), ('"auto"', "auto")])
 def test_settings_files_of_older_versions_say_whether_to_compile(config, written, meant):
     assert parse_settings(config(f"compile = {written}\n")).compile == meant
+
+
+def test_the_default_recipe_holds_the_defaults():
+    values = tomllib.loads((ROOT / "recipes" / "default.toml").read_text(encoding="utf-8"))
+    defaults = vars(build_parser().parse_args([]))
+    assert values == {name: defaults[name.replace("-", "_")] for name in values}
 
 
 def test_a_list_is_given_once(rows_file):
