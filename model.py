@@ -101,7 +101,7 @@ def _last_layer(layer, hidden_states: torch.Tensor, wanted: torch.Tensor, **kwar
     """The last decoder layer (1, T, D) to (1, N, D): only the tokens `wanted` (N,) go on to its MLP and to the head."""
     normed = layer.input_layernorm(hidden_states)
     if hasattr(layer, "linear_attn"):
-        mixed = layer.linear_attn(hidden_states=normed, **kwargs)
+        mixed = layer.linear_attn(hidden_states=normed, cache_params=kwargs["past_key_values"], **kwargs)
     else:
         mixed, _ = layer.self_attn(hidden_states=normed, **kwargs)
     hidden = (hidden_states + mixed).index_select(1, wanted)

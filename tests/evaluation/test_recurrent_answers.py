@@ -101,3 +101,10 @@ def test_options_are_as_likely_as_each_in_a_row_of_its_own(world, tmp_path):
 
 def test_the_loss_of_given_answers_is_the_reference_s(world, tmp_path):
     test_eval.test_loss_equals_the_reference_and_does_not_depend_on_packing(world, tmp_path)
+
+
+def test_a_model_that_ends_with_a_linear_layer_answers_as_plain_generation_does(tmp_path, monkeypatch):
+    """Released models end with full attention, as the other tests do."""
+    monkeypatch.setitem(tiny.HYBRID, "layer_types", ["linear_attention", "full_attention", "linear_attention"])
+    world = tiny.write_world(tmp_path / "world", family="qwen3_5")
+    test_eval.test_answers_equal_plain_generation_one_by_one(world, tmp_path, None)
