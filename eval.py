@@ -29,7 +29,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import dist_utils
 from common import STARTED, InputError, lock_folder, nearest_existing, removed_if_refused, sign, write_whole, writing
@@ -59,7 +59,7 @@ from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.adapters import base_name
 from modeling.delta import slow_code
 from modeling.fp8 import check_products
-from modeling.loading import fingerprint, resolve_model
+from modeling.loading import check_precision, fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
 from modeling.memory import start_compile_workers
 from modeling.precision import forward_precision
@@ -305,6 +305,7 @@ def identify(
 def load_model(
     folder: str, ckpt: Path | None, settings: ImageSettings, dtype, device: torch.device, precision: str = "bf16"
 ) -> TreeModel:
+    check_precision(AutoConfig.from_pretrained(folder).model_type, precision)
     warn_of_other_base(ckpt, folder)
     base = load_base(folder, dtype, device, precision)
     if slow := slow_code(base.config.model_type, device, dtype):

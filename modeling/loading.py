@@ -85,6 +85,12 @@ def fp8_blocks(quantization: dict | None) -> list[int]:
     return quantization.get("weight_block_size") or []
 
 
+def check_precision(model_type: str, precision: str) -> None:
+    """Raise InputError for a --base-precision that was not tried on a model's family."""
+    if precision != "bf16" and model_type == "qwen3_5":
+        raise InputError(f"--base-precision {precision}: {MODEL_TYPES[model_type]} runs in bf16 only")
+
+
 def fingerprint(folder: str) -> str:
     """Changes with the model's configuration and the names and sizes of its weight files, not with where they lie."""
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())

@@ -24,7 +24,7 @@ from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.vision_cache import SPARE, cache_at
 from modeling.delta import check_kernels
 from modeling.fp8 import check_products
-from modeling.loading import MODEL_TYPES, fingerprint, resolve_model, weights_hash
+from modeling.loading import check_precision, fingerprint, resolve_model, weights_hash
 from modeling.lora import lora_differences
 from modeling.precision import ROUNDED_GRADIENTS
 from modeling.targets import names_vision, resolve_targets
@@ -116,9 +116,7 @@ def read_config(args: argparse.Namespace, folder: str) -> PretrainedConfig:
     Raises InputError for a --base-precision that was not tried on the model's family.
     """
     config = AutoConfig.from_pretrained(folder)
-    if args.base_precision != "bf16" and config.model_type == "qwen3_5":
-        family = MODEL_TYPES[config.model_type]
-        raise InputError(f"--base-precision {args.base_precision}: {family} runs in bf16 only")
+    check_precision(config.model_type, args.base_precision)
     args.lora_targets = resolve_targets(args.lora_targets, config.model_type)
     return config
 

@@ -21,6 +21,7 @@ from test_model import (  # noqa: F401 (these run here with this family)
 )
 
 import data as data_file
+import eval as evaluation
 import train
 from common import InputError
 from data import build_batch
@@ -222,3 +223,5 @@ def test_a_run_says_that_it_is_slow_and_records_what_lora_is_on(world, tmp_path,
     assert parse_settings(["--config", str(tmp_path / "out" / "settings.toml")]).lora_targets == HYBRID_TARGETS
     with pytest.raises(InputError, match="^--base-precision fp8-weights: Qwen3.5 runs in bf16 only$"):
         train.main([*words, "--base-precision=fp8-weights", "--output", str(tmp_path / "other")])
+    with pytest.raises(InputError, match="^--base-precision fp8-weights: Qwen3.5 runs in bf16 only$"):
+        evaluation.main(["--ckpt", str(tmp_path / "out"), "--base-precision=fp8-weights", "--workers=0"])
