@@ -314,11 +314,15 @@ def build_batch(
         parts.append(_padding_fields(offset, max(offset, at_least), pad_to))
     arrays = {name: np.concatenate([part[name] for part in parts if name in part], axis=-1) for name in parts[0]}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    paths = token_paths(arrays["tree"], arrays["branch"])  # for every family, as it takes a millisecond
-    paths = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in paths.items()}
+    paths = recurrent_paths(arrays["tree"], arrays["branch"])  # for every family, as it takes a millisecond
     files, keys = [file for file, _ in images], [key for _, key in images]
     image_fields = _image_fields(files, keys, data.grids, settings, cache)
     return Batch(**tensors, **image_fields, paths=paths, samples=samples, assignment=assignment)
+
+
+def recurrent_paths(tree: np.ndarray, branch: np.ndarray) -> dict:
+    """`Batch.paths`: those of `token_paths`, as tensors."""
+    return {name: v if isinstance(v, tuple) else torch.from_numpy(v) for name, v in token_paths(tree, branch).items()}
 
 
 def _branch_fields(sample: Sample, start: int, end: int, grids: dict, merge_size: int) -> dict[str, np.ndarray]:

@@ -25,10 +25,7 @@ def kept_bytes(config, tokens: int) -> int:
 
 
 def _hybrid_width(text, kind: str) -> int:
-    """Numbers of 16 bits that a layer of Qwen3.5 keeps per token at most. Counted from the code, not measured.
-
-    The states in which branches begin are left out: in float32, 2 MiB per branch and linear layer of the 9B.
-    """
+    """Numbers of 16 bits that a layer of Qwen3.5 keeps per token at most. Counted from the code, not measured."""
     shared = 4 * text.hidden_size + 3 * text.intermediate_size  # inputs of norms and what they give; the MLP
     if kind == "full_attention":  # queries, their gate, one key and value per query, the output before and after it
         return shared + 6 * text.num_attention_heads * text.head_dim
@@ -38,6 +35,17 @@ def _hybrid_width(text, kind: str) -> int:
     # What the convolution gives, in float32 before its activation; the recurrence's output, its gate and their product;
     # a row of a chunk's inverse matrix (64 numbers), its decay and beta per head.
     return shared + 3 * mixed + 3 * values + (64 + 4) * heads
+
+
+def state_bytes(config, branches: int) -> int:
+    """Bytes of the states in which branches begin, kept for the backward pass: for each layer of linear attention, a
+    matrix per head in float32. 0 for a model without."""
+    text = config.text_config
+    layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
+    if not layers:
+        return 0
+    state = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+    return 4 * branches * layers * state
 
 
 def memory_margin(total: float) -> float:

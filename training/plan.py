@@ -26,7 +26,7 @@ from inputs.images import ImageSettings
 from modeling.linear import weight_bytes
 from modeling.loading import MODEL_TYPES
 from modeling.lora import add_lora, lora_table
-from modeling.memory import EAGER_SHARE, MEMORY_BUDGETS, kept_bytes, memory_margin
+from modeling.memory import EAGER_SHARE, MEMORY_BUDGETS, kept_bytes, memory_margin, state_bytes
 from modeling.precision import forward_precision
 from training.checkpoints import step_of
 from training.costs import (
@@ -128,9 +128,9 @@ class Budget:
 
 def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
     """The memory budgets that a run may choose from for micro-batches of `tokens` tokens, the leanest last."""
-    kept = kept_bytes(job.config, tokens)
-    room = gpu.memory_gib * GIB - job.weight_bytes - 4 * job.lora - memory_margin(gpu.memory_gib * GIB)
-    fixed = job.weight_bytes + 4 * 4 * job.lora  # float32 LoRA, its gradient, AdamW's two moments
+    kept, states = kept_bytes(job.config, tokens), state_bytes(job.config, min(job.args.batch_size, tokens))
+    room = gpu.memory_gib * GIB - job.weight_bytes - 4 * job.lora - memory_margin(gpu.memory_gib * GIB) - states
+    fixed = job.weight_bytes + 4 * 4 * job.lora + states  # float32 LoRA, its gradient, AdamW's two moments
     costs, args = [], job.args
     if args.compile == "off" or (args.compile, args.memory_budget) == ("auto", "auto"):
         costs.append((None, EAGER_SHARE, EAGER_TIME))

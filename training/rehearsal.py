@@ -11,7 +11,7 @@ import torch
 
 import dist_utils
 from common import PARTIAL, InputError, write_whole, writing
-from data import Batch, TreeDataset
+from data import Batch, TreeDataset, recurrent_paths
 from dist_utils import Ranks, no_sync, print0, unwrap
 from model import TreeModel, autocast
 from modeling.memory import (
@@ -21,6 +21,7 @@ from modeling.memory import (
     choose_memory_budget,
     compile_layers,
     kept_bytes,
+    state_bytes,
 )
 from training.checkpoints import mark_best, write_checkpoint
 from training.plan import compiling_pays
@@ -35,6 +36,7 @@ class Bounds:
     tokens: int
     answers: int  # answer tokens
     patches: int
+    branches: int
     largest: MicroBatch  # trees of at most so many tokens with so many patches
 
 
@@ -54,7 +56,8 @@ def micro_batch_bounds(samples: list, settings: PlanSettings, max_tokens: int) -
     by_tokens = _most_answers(np.array(group_numbers(samples)), tokens, answers, times, settings.most_branches, room)
     chosen = _most_patches(tokens, patches, room)
     trees = tuple(grow_tree(samples, [index]) for index in chosen)
-    return Bounds(room, min(by_tokens, most_in_a_step(answers)), int(patches[chosen].sum()), trees)
+    branches = min(settings.batch_size, int(times.sum()))  # all questions of a step
+    return Bounds(room, min(by_tokens, most_in_a_step(answers)), int(patches[chosen].sum()), branches, trees)
 
 
 def _most_patches(tokens: np.ndarray, patches: np.ndarray, room: int) -> list[int]:
@@ -108,6 +111,7 @@ def memory_budgets(args: argparse.Namespace, prepared, model: TreeModel, ranks: 
     if args.memory_budget != "auto":
         return [args.memory_budget]
     room = min(dist_utils.gather_to_all(activation_room(ranks.device)))  # compiled alike on every rank
+    room -= state_bytes(model.base.config, prepared.bounds.branches)
     tokens = prepared.bounds.tokens
     highest = choose_memory_budget(model.base.config, tokens, room)
     budgets = [budget for budget in MEMORY_BUDGETS if budget <= highest]
@@ -157,11 +161,14 @@ def rehearse_step(
 
 
 def largest_batch(dataset: TreeDataset, bounds: Bounds) -> Batch:
-    """A micro-batch of real trees that reaches all bounds: the data set pads its tokens, its answer tokens repeat."""
+    """A micro-batch of real trees that reaches all bounds: the data set pads its tokens, its answer tokens repeat, and
+    linear attention gets them as a trunk with as many branches as there may be."""
     batch = dataset[Assignment(bounds.largest)]
     repeated = torch.arange(bounds.answers) % len(batch.targets)
     names = "answer_at", "targets", "weights", "question"
-    return replace(batch, **{name: getattr(batch, name)[repeated] for name in names})
+    branch = np.arange(len(batch.ids)) * (bounds.branches + 1) // len(batch.ids)
+    paths = recurrent_paths(np.zeros_like(branch), branch)
+    return replace(batch, paths=paths, **{name: getattr(batch, name)[repeated] for name in names})
 
 
 def _fits_in_memory(model, batch, ranks: Ranks, dtype) -> bool:

@@ -11,7 +11,7 @@ from transformers.models.qwen3_5 import Qwen3_5Config
 
 import train
 from modeling.delta import reference_rule
-from modeling.memory import kept_bytes
+from modeling.memory import kept_bytes, state_bytes
 from training import costs
 from trees import grow_tree, tree_shape
 
@@ -72,6 +72,12 @@ def test_the_memory_of_the_9b_is_counted_by_layer():
     """In vectors of the hidden size, 4,096, to which the MLP's of the intermediate size, 12,288, are added: linear
     layers keep 4 + 3 * 2 + 3 and 68 numbers for each of 32 heads, the others 4 + 6."""
     assert kept_bytes(QWEN3_5_9B, 10) == 10 * 2 * (24 * (13 * 4096 + 68 * 32) + 8 * 10 * 4096 + 32 * 3 * 12288)
+
+
+def test_states_in_which_branches_begin_are_counted():
+    """One matrix of 128 x 128 in float32 for each of 32 heads and 24 layers: 48 MiB per branch of the 9B."""
+    assert state_bytes(QWEN3_5_9B, 96) == 96 * 48 * 2**20
+    assert state_bytes(AutoConfig.for_model("qwen3_vl"), 96) == 0
 
 
 def test_the_plan_of_qwen3_5_says_that_it_was_not_measured(world, tmp_path, capsys):

@@ -59,7 +59,7 @@ def job_of_the_8b() -> plan.Job:
     """The 8B with micro-batches of the benchmark's tree of 9; no data. Its layers are built once, without weights."""
     args = SimpleNamespace(compile="on", memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
     vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
-    vars(args).update(base_precision="bf16")
+    vars(args).update(base_precision="bf16", batch_size=96)
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
     return make_job(args, config, VQAData("", [], {}), None, [()], 2704 + 9 * 195)
 

@@ -159,6 +159,7 @@ def test_the_rehearsed_micro_batch_reaches_all_bounds(world, tmp_path, images):
     batch = largest_batch(dataset, bounds)
     assert (len(batch.ids), len(batch.patches), len(batch.targets)) == tuple(limits(bounds))
     assert len(batch.answer_at) == len(batch.weights) == len(batch.question) and bool(len(batch.patches)) is images
+    assert len(batch.paths["root_of"]) == bounds.branches == 8 and len(batch.paths["order"]) == bounds.tokens
 
 
 @pytest.mark.parametrize("images", [True, False])
@@ -217,7 +218,7 @@ def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, 
     config = SimpleNamespace(model_type="qwen3_vl", text_config=text)
     model = SimpleNamespace(base=SimpleNamespace(config=config), model=None)
     prepared = SimpleNamespace(config=None, train=None, val=None, plan=[], checkpoint=Path("checkpoint-000007"))
-    prepared.bounds = SimpleNamespace(tokens=4096)
+    prepared.bounds = SimpleNamespace(tokens=4096, branches=8)
     args = SimpleNamespace(**({"memory_budget": "auto", "dora": False} | settings))
     left = []
 
