@@ -325,7 +325,8 @@ def _fill(step: Step, ranks: int, limit: float, may_cut: bool) -> list[MicroBatc
     """
     shares, rooms = [()] * ranks, [limit] * ranks
     for tree in step:
-        rank = next((rank for rank in range(ranks) if tree.cost <= rooms[rank]), None)
+        cost = tree.cost
+        rank = next((rank for rank, room in enumerate(rooms) if cost <= room), None)
         pieces = [(rank, tree)] if rank is not None else _cut(tree, rooms) if may_cut and not tree.whole else []
         if not pieces:
             return None
