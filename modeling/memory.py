@@ -37,12 +37,16 @@ def _hybrid_width(text, kind: str) -> int:
     return shared + 3 * mixed + 3 * values + (64 + 4) * heads
 
 
+def count_linear_layers(text) -> int:
+    """Layers of linear attention in a language model, from its configuration."""
+    return (getattr(text, "layer_types", None) or []).count("linear_attention")
+
+
 def state_bytes(config, branches: int) -> int:
     """Bytes of the states in which branches begin, kept for the backward pass: for each layer of linear attention, a
     matrix per head in float32. 0 for a model without."""
     text = config.text_config
-    layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
-    if not layers:
+    if not (layers := count_linear_layers(text)):
         return 0
     state = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
     return 4 * branches * layers * state

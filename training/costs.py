@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 import trees
+from modeling.memory import count_linear_layers
 from modeling.targets import names_vision
 from training.gpus import GPUS, Gpu
 from trees import Tree
@@ -86,8 +87,7 @@ def linear_attention(text: PretrainedConfig, lengths: list[int]) -> tuple[int, i
     keys; 2 C C V for each of the matrix U and the output within the chunk; 2 C K V for each of what W reads of the
     state, what the chunk adds to it and what queries read of it; 2/3 C C C for the inverse of a triangular matrix.
     """
-    layers = (getattr(text, "layer_types", None) or []).count("linear_attention")
-    if not layers:
+    if not (layers := count_linear_layers(text)):
         return 0, 0, 0.0
     k, v, heads = text.linear_key_head_dim, text.linear_value_head_dim, text.linear_num_value_heads
     # in_proj_qkv, in_proj_z, out_proj, in_proj_a and in_proj_b
