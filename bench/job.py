@@ -2,10 +2,13 @@
 
     python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --gpus 1,2 --max-steps 12       # DIR: config, tokenizer
     python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --gpus 4 --epochs 1             # one whole epoch
+    python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --images 300 --questions 1800 --question-tokens 60 \\
+        --size 1024x1024 --epochs 3 --report                                # a small job, from command to report
 
 The images of the rows are repeated under new names until there are 4,550 with 41,079 questions, as in Kvasir-VQA's
 training split. Each question is lengthened to 195 tokens, including its answer and template, and each image has
-1920x1440 pixels, 2,700 image tokens. --mixed leaves the questions as they are and draws images of mixed sizes.
+1920x1440 pixels, 2,700 image tokens. --mixed leaves the questions as they are and draws images of mixed sizes. The
+recipe's questions and images are as long and as large, but --mixed leaves it those of its preset.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import zip_longest
 from multiprocessing import Pool, Process
 from pathlib import Path
@@ -25,7 +29,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from step import PRESETS, device_name, random_model, recipe_step, synchronize, write_json
+from step import PRESETS, Preset, device_name, random_model, recipe_step, synchronize, write_json
 
 import dist_utils
 from demo.endoscopy import make_picture
@@ -35,6 +39,7 @@ from training.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 IMAGES, QUESTIONS, EPOCHS, VAL_IMAGES = 4550, 41079, 3, 20
 RECIPE_BATCH, RECIPE_STEPS = 16, 7704  # questions per optimizer step, steps of the job
+REPORT_TOKENS = 32  # of an answer; random weights never end one
 
 
 # ----------------------------------------------------------------------------------------------------------- workload
@@ -154,14 +159,31 @@ def train(work: Path, gpus: int, settings: list[str]) -> dict:
     return row | {"planned": next((x for x in log.read_text().splitlines() if x.startswith("planned ")), "")}
 
 
+def report(work: Path, gpus: int) -> float:
+    """Evaluate the run on `gpus` GPUs, base and tuned, on the held-out rows. Returns the seconds until the report."""
+    words = "eval.py", "--ckpt", work / f"run-{gpus}", "--with-base", "--max-new-tokens", REPORT_TOKENS
+    return torchrun(gpus, *words, log=work / f"eval-{gpus}.log")
+
+
 def recipe(args, work: Path, gpus: int) -> dict:
     """Run the usual recipe on `gpus` GPUs, one rank each, and return its figures."""
-    words = [Path(__file__), "--recipe-steps", args.recipe_steps, "--preset", args.preset]
+    words = [Path(__file__), "--recipe-steps", args.recipe_steps, "--preset", args.preset, *["--mixed"] * args.mixed]
+    words += ["--size", args.size, "--question-tokens", args.question_tokens]
     torchrun(gpus, *words, "--work", work, log=work / f"recipe-{gpus}.log")
     took = json.loads((work / "recipe.json").read_text())
     row = {"case": f"usual recipe, {gpus} GPU(s)", "gpus": gpus, "steps": len(took), "step_s": statistics.median(took)}
     row |= {"questions": RECIPE_BATCH * len(took), "questions_per_s": RECIPE_BATCH / row["step_s"]}
     return row | {"step_s_range": [min(took), max(took)], "job_hours": RECIPE_STEPS * row["step_s"] / 3600}
+
+
+def recipe_preset(args) -> Preset:
+    """The model of the recipe with the job's images and questions, padded to the job's length."""
+    preset = PRESETS[args.preset]
+    if args.mixed:
+        return preset
+    width, height = map(int, args.size.split("x"))
+    padded = width * height // 32**2 + 5 + args.question_tokens  # an image token stands for 32 x 32 pixels
+    return replace(preset, size=(width, height), question_tokens=args.question_tokens, padded=padded)
 
 
 def recipe_worker(args) -> int:
@@ -170,7 +192,7 @@ def recipe_worker(args) -> int:
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     folder = args.work / f"recipe-{ranks.rank}"
     folder.mkdir(exist_ok=True)
-    model, one_question = recipe_step(PRESETS[args.preset], ranks.device, dtype, folder, lambda m: wrap(m, ranks))
+    model, one_question = recipe_step(recipe_preset(args), ranks.device, dtype, folder, lambda m: wrap(m, ranks))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     took, passes = [], RECIPE_BATCH // ranks.world_size
     for _ in range(args.recipe_steps + 1):
@@ -221,6 +243,7 @@ def main(argv: list[str], _stop) -> int:
     parser.add_argument("--size", default="1920x1440", help="of the images, in pixels")
     parser.add_argument("--mixed", action="store_true", help="questions as they are, images of mixed sizes")
     parser.add_argument("--pictures", type=int, default=128, help="different images")
+    parser.add_argument("--report", action="store_true", help="then evaluate, base and tuned, on the held-out rows")
     parser.add_argument("--recipe-steps", type=int, default=3, help="optimizer steps of the usual recipe; 0: none")
     parser.add_argument("--preset", choices=PRESETS, default="8b", help="model of the usual recipe")
     parser.add_argument("--name", default="job")
@@ -232,6 +255,9 @@ def main(argv: list[str], _stop) -> int:
         make_job(args, args.work)
     args.work, gpus = args.work.resolve(), [int(n) for n in args.gpus.split(",")]
     rows = [train(args.work, n, settings) for n in gpus]
+    for row in rows if args.report else []:
+        row["report_s"] = report(args.work, row["gpus"])
+        print(f"{row['case']}: trained after {row['seconds']:.0f} s, report after {row['report_s']:.0f} s more")
     rows += [recipe(args, args.work, n) for n in gpus[-1:] if args.recipe_steps]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(device_name(device))

@@ -14,6 +14,7 @@ import runs
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import eval
 import train
 from inputs.images import ImageSettings, load_patches
 
@@ -73,8 +74,8 @@ def test_the_evaluation_benchmark_gets_the_same_answers_both_ways(world, table):
 
 def forked(ranks: int, script, *words, log: Path) -> float:
     """Stands in for job.torchrun: the same, but without the launcher."""
-    started, main = time.perf_counter(), {"train.py": train.main, "job.py": job.main}[Path(script).name]
-    runs.Run(words, log, ranks, main=main).succeed()
+    started, programs = time.perf_counter(), {"train.py": train, "eval.py": eval, "job.py": job}
+    runs.Run(words, log, ranks, main=programs[Path(script).name].main).succeed()
     return time.perf_counter() - started
 
 
@@ -87,12 +88,14 @@ def test_the_job_benchmark_trains_and_reports_both_speeds(world, table, tmp_path
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["--rows", tmp_path / "rows.jsonl", "--model", world / "model", "--work", tmp_path / "job"]
     words += ["--images", 6, "--size", "64x48", "--question-tokens", 60, "--pictures", 2]
-    words += ["--preset", "tiny", "--recipe-steps", 1]
+    words += ["--preset", "tiny", "--recipe-steps", 1, "--report"]
     words += ["--batch-size", 3, "--max-steps", 3, "--workers", 0]  # settings of train.py
     monkeypatch.setattr(job, "torchrun", forked)
     result, printed = table(lambda: job.main(sys.argv[1:], None), *words)
     trees, recipe = result["rows"]
     assert trees["steps"] == 3 and trees["questions"] == 2 and recipe["questions"] == 16  # 8 questions in all
+    report = (tmp_path / "job" / "run-1").glob("eval/*/report.html")
+    assert trees["report_s"] > 0 and len(list(report)) == 1 and "report after" in printed
     assert trees["job_hours"] > 0 and recipe["job_hours"] > 0 and "3 epochs, h" in printed
     made = [json.loads(line) for line in (tmp_path / "job" / "train.jsonl").read_text().splitlines()]
     assert len({row["image_filename"] for row in made}) == 6 and len(made) == 8
