@@ -10,7 +10,7 @@ import torch._dynamo.config
 import torch.nn.functional as F
 from torch import library
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,6 +22,7 @@ from data import FLEX_BLOCK, Batch
 OPTIONS = {"IS_DIVISIBLE": True}
 # The fastest of the settings that were timed on an H100 with heads of 128 (docs/benchmarks.md).
 HOPPER_OPTIONS = OPTIONS | {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_stages": 3, "fwd_num_warps": 8}
+PAIRS_AT_ONCE = 2**25  # of queries and keys, whose visibility is looked at in one pass: a byte each, a few times
 
 
 def tree_mask(batch: Batch, dense: bool = False) -> torch.Tensor | BlockMask:
@@ -29,7 +30,7 @@ def tree_mask(batch: Batch, dense: bool = False) -> torch.Tensor | BlockMask:
     elsewhere."""
     if batch.ids.device.type == "cuda" and not dense:
         assert len(batch.ids) % FLEX_BLOCK == 0, len(batch.ids)
-        return _block_mask(batch.tree, batch.branch)
+        return block_mask(batch.tree, batch.branch)
     keys = batch.tree, batch.branch, torch.arange(len(batch.ids), device=batch.ids.device)
     return visible(*(key[:, None] for key in keys), *keys)[None, None]
 
@@ -39,24 +40,44 @@ def visible(tree_q, branch_q, order_q, tree_k, branch_k, order_k) -> torch.Tenso
     return (tree_q == tree_k) & (order_k <= order_q) & ((branch_k == 0) | (branch_k == branch_q))
 
 
-def _block_mask(tree: torch.Tensor, branch: torch.Tensor) -> BlockMask:
-    # Compiled, the mask is evaluated block by block: eager code would hold all T x T of it in memory.
+def block_mask(tree: torch.Tensor, branch: torch.Tensor) -> BlockMask:
+    """The block mask of tokens with these tree and branch numbers (T,), T a multiple of FLEX_BLOCK.
+
+    As torch's `create_block_mask`, which holds all T x T of the mask, or is compiled for 10 s at each first start.
+    """
+
     def mask(_batch, _head, q, k):
         return visible(tree[q], branch[q], q, tree[k], branch[k], k)
 
-    return _compiled(create_block_mask)(mask, None, None, len(tree), len(tree), device=tree.device)
+    length = len(tree)
+    keys = tree, branch, torch.arange(length, device=tree.device)
+    rows = FLEX_BLOCK * max(1, PAIRS_AT_ONCE // (FLEX_BLOCK * length))
+    pairs = []  # visible ones, in each block of queries and keys
+    for queries in zip(*(key[:, None].split(rows) for key in keys)):
+        blocks = visible(*queries, *keys).unflatten(1, (-1, FLEX_BLOCK)).unflatten(0, (-1, FLEX_BLOCK))
+        pairs.append(blocks.sum((1, 3)))
+    pairs = torch.cat(pairs)[None, None]  # (1, 1, T / FLEX_BLOCK, T / FLEX_BLOCK)
+    is_full = pairs == FLEX_BLOCK**2
+    in_part, whole = _numbers_and_indices((pairs > 0) & ~is_full), _numbers_and_indices(is_full)
+    lengths = {"BLOCK_SIZE": FLEX_BLOCK, "seq_lengths": (length, length)}
+    return BlockMask.from_kv_blocks(*in_part, *whole, mask_mod=mask, **lengths)
+
+
+def _numbers_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each block of queries, how many blocks of keys it has in `blocks` (1, 1, n, n) bool; their indices first."""
+    return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
 @cache
-def _compiled(function):
+def _compiled_flex_attention():
     torch._dynamo.config.specialize_float = True  # `scale` is a constant: see compile_layers in modeling/memory.py
-    return torch.compile(function, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, kernel_options=OPTIONS, **_):
     """transformers' attention interface: (1, heads, Q, d) and (1, kv_heads, K, d) to ((1, Q, heads, d), None)."""
     if isinstance(attention_mask, BlockMask):
-        attend = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+        attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             # One key head per query head gives the backward kernel more parallel work: 1.63 ms against 2.06, H100.
