@@ -34,15 +34,29 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (rows, K) of a weight, as bytes, and scales (rows, 1) in float32.
+    """Codes (rows, K) of a weight, as bytes, and scales (rows, 1) in float32."""
+    scales = weight_scales(weight)
+    return weight_codes(weight, scales), scales
 
-    Scales are powers of two: bfloat16 then holds codes times scales exactly, and e4m3 loses nothing by it but one of
-    its 18 binades. Codes are bytes because casts of a whole model (`model.double()`) leave integers alone, and so do
-    PEFT, which casts LoRA to the type of the weight, and communication libraries without e4m3.
+
+def weight_scales(weight: torch.Tensor) -> torch.Tensor:
+    """Scales (rows, 1) in float32 of a weight (rows, K).
+
+    They are powers of two: bfloat16 then holds codes times scales exactly, and e4m3 loses nothing by it but one of its
+    18 binades.
     """
-    wide = weight.detach().float()
-    scales = (wide.abs().amax(-1, keepdim=True).clamp(min=TINIEST) / LARGEST).log2().ceil().exp2()
-    return (wide / scales).to(E4M3).contiguous().view(torch.uint8), scales
+    largest = weight.detach().abs().amax(-1, keepdim=True).float()
+    return (largest.clamp(min=TINIEST) / LARGEST).log2().ceil().exp2()
+
+
+def weight_codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes (rows, K) of a weight at these scales (rows, 1), in contiguous rows.
+
+    The reciprocal of a power of two is exact in bfloat16 too, and so is a weight times that: it needs no copy in
+    float32. Codes are bytes because casts of a whole model (`model.double()`) leave integers alone, and so do PEFT,
+    which casts LoRA to the type of the weight, and communication libraries without e4m3.
+    """
+    return (weight.detach() * scales.reciprocal().to(weight.dtype)).to(E4M3).contiguous().view(torch.uint8)
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

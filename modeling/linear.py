@@ -6,7 +6,16 @@ from torch import library, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from common import InputError
-from modeling.fp8 import dequantize, dequantized_product, fp8_product, multiply, quantize, quantize_weight
+from modeling.fp8 import (
+    dequantize,
+    dequantized_product,
+    fp8_product,
+    multiply,
+    quantize,
+    quantize_weight,
+    weight_codes,
+    weight_scales,
+)
 from modeling.precision import BYTES_PER_WEIGHT, ROUNDED_GRADIENTS
 
 FP8_ALIGNMENT = 16  # what sizes of matrices must be multiples of
@@ -21,7 +30,9 @@ class QuantizedLinear(nn.Linear):
             super().__init__(linear.in_features, linear.out_features, bias=False)
         weight, scales, transposed, transposed_scales = linear.weight.detach(), None, None, None
         if precision in ROUNDED_GRADIENTS:
-            transposed, transposed_scales = quantize_weight(weight.T)  # (in, out), (in, 1)
+            transposed_scales = weight_scales(weight.T)  # (in, 1)
+        if precision == "fp8":
+            transposed = weight_codes(weight.T, transposed_scales)  # (in, out)
         if precision != "fp8-backward":
             weight, scales = quantize_weight(weight)  # (out, in), (out, 1)
         self.precision, self.bias, self.weight = precision, linear.bias, nn.Parameter(weight, requires_grad=False)
@@ -64,7 +75,8 @@ def lora_linear(
     compiler can't split one operation.
 
     codes, code_scales: x in FP8; the product is one of FP8 then. scales: of a weight of codes. transposed and its
-    scales: W' in FP8, for the gradient of x. Without `low` there is no LoRA.
+    scales: W' in FP8, for the gradient of x; with its scales alone, the backward pass makes it of the weight. Without
+    `low` there is no LoRA.
     """
     if codes is not None:
         out = multiply(codes, code_scales, weight, scales, x.dtype)
@@ -92,9 +104,12 @@ def _backward(ctx, gradient):
 
 
 def _input_gradient(gradient, weight, scales, transposed, transposed_scales) -> torch.Tensor:
-    if transposed is not None:
-        return fp8_product(*quantize(gradient), transposed, transposed_scales, gradient.dtype)
-    return gradient @ weight if scales is None else dequantized_product(gradient, weight, scales)
+    if transposed_scales is None:
+        return gradient @ weight if scales is None else dequantized_product(gradient, weight, scales)
+    if transposed is None:
+        # Outside the product's operation: compiled code reads W once and writes its transpose's codes, in one kernel.
+        transposed = weight_codes(weight.T, transposed_scales)
+    return fp8_product(*quantize(gradient), transposed, transposed_scales, gradient.dtype)
 
 
 lora_linear.register_autograd(_backward, setup_context=_setup_context)

