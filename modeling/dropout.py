@@ -9,10 +9,16 @@ from torch import nn
 
 from inputs.positions import scramble
 
-# Layers of the same parent that get the same input share its masks, and the pass over it.
+# Layers of the same parent that get the same input share its masks, and the product of LoRA with it.
 SHARED_INPUTS = {name: "qkv" for name in ("q_proj", "k_proj", "v_proj")}
 SHARED_INPUTS |= {name: "gate_up" for name in ("gate_proj", "up_proj")}
 SHARED_INPUTS |= {f"in_proj_{name}": "in_proj" for name in ("qkv", "z", "a", "b")}
+
+
+def input_name(layer: str) -> str:
+    """What the input of the layer of this full name is called: the same for all layers that share it."""
+    parent, _, own = layer.rpartition(".")
+    return f"{parent}.{SHARED_INPUTS.get(own, own)}"
 
 
 class RowKeys:
@@ -54,8 +60,7 @@ def use_place_dropout(model: PeftModel) -> None:
     base, by_input, rows = model.get_base_model(), {}, RowKeys()
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLinear) and isinstance(drop := layer.lora_dropout["default"], nn.Dropout):
-            parent, _, own = name.rpartition(".")
-            shared, weight = f"{parent}.{SHARED_INPUTS.get(own, own)}", layer.base_layer.weight
+            shared, weight = input_name(name), layer.base_layer.weight
             if shared not in by_input:
                 by_input[shared] = PlaceDropout(drop.p, rows, shared, weight.shape[1], weight.device)
             layer.lora_dropout["default"] = by_input[shared]

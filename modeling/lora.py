@@ -4,6 +4,7 @@ import json
 import re
 import types
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -15,21 +16,48 @@ from torch import nn
 
 from common import InputError, quote
 from modeling.adapters import KEEPS_BASE, lora_config, peft_name
-from modeling.dropout import use_place_dropout
+from modeling.dropout import input_name, use_place_dropout
 from modeling.linear import linear_with_lora
 from modeling.targets import AUTO, module_suffixes, resolve_targets, target_pattern
 
 
+class SharedInput:
+    """LoRA layers of one module, their parent, that get the same input x. While the parent runs, the first of them
+    computes drop(x) A' for all. Outside of that each computes its own, and nothing is kept."""
+
+    def __init__(self, layers: list[LoraLinear]):
+        self.layers = layers
+        self.close()
+
+    def close(self) -> None:
+        self.is_open, self.x, self.products = False, None, ()  # products: (T, r) of each layer, of x
+
+
 def use_lean_lora(model: PeftModel) -> PeftModel:
-    """Give every LoRA layer the forward x W' + bias + s drop(x) A' B', with float32 A and B cast once to W's type."""
-    for layer in _lean_layers(model):
-        layer.forward = types.MethodType(_lean_forward, layer)
+    """Give every LoRA layer but DoRA's the forward x W' + bias + s drop(x) A' B', with float32 A and B cast once to
+    W's type."""
+    by_input = defaultdict(list)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLinear) and not layer.lora_variant:
+            layer.forward = types.MethodType(_lean_forward, layer)
+            by_input[input_name(name)].append(layer)
+    for name, layers in by_input.items():
+        group = SharedInput(layers)
+        for place, layer in enumerate(layers):
+            layer.shared_input, layer.place = group, place
+        if len(layers) > 1:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            parent.shared_input, parent.own_forward = group, parent.forward
+            parent.forward = types.MethodType(_forward_with_shared_input, parent)
     return model
 
 
-def _lean_layers(model: PeftModel) -> list[LoraLinear]:
-    """All LoRA layers but DoRA's, which keep PEFT's forward pass."""
-    return [module for module in model.modules() if isinstance(module, LoraLinear) and not module.lora_variant]
+def _forward_with_shared_input(parent: nn.Module, *args, **kwargs):
+    parent.shared_input.is_open = True
+    try:
+        return parent.own_forward(*args, **kwargs)
+    finally:  # also when memory runs out: a product holds all activations before it
+        parent.shared_input.close()
 
 
 def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
@@ -38,11 +66,26 @@ def _lean_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         return base(x)
     dtype = base.weight.dtype if base.weight.is_floating_point() else x.dtype  # codes are bytes
     rows = x.flatten(0, -2).to(dtype)  # (T, in)
-    a = layer.lora_A["default"].weight.to(dtype)  # (r, in)
     # The scale goes into B, of (out, r) numbers, not into the result, of (T, out).
     b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(dtype)  # (out, r)
-    low = layer.lora_dropout["default"](rows) @ a.T  # (T, r)
-    return linear_with_lora(base, rows, low, b).unflatten(0, x.shape[:-1])
+    return linear_with_lora(base, rows, _low_product(layer, x, rows), b).unflatten(0, x.shape[:-1])
+
+
+def _low_product(layer: LoraLinear, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """drop(rows) A' (T, r), of the rows (T, in) of x."""
+    group = layer.shared_input
+    if not group.is_open:
+        return _low_products([layer], rows)[0]
+    if group.x is not x:
+        group.x, group.products = x, _low_products(group.layers, rows)
+    return group.products[layer.place]
+
+
+def _low_products(layers: list[LoraLinear], rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """drop(rows) A' (T, r) of each layer, as columns of one product: rows are dropped and read once."""
+    matrices = [layer.lora_A["default"].weight for layer in layers]  # (r, in)
+    a = torch.cat(matrices).to(rows.dtype)
+    return (layers[0].lora_dropout["default"](rows) @ a.T).split([len(matrix) for matrix in matrices], dim=1)
 
 
 # ------------------------------------------------------------------------------------------ adapters: make, save, load

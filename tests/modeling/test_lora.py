@@ -3,20 +3,26 @@
 import json
 import re
 import shutil
+import weakref
+from collections import Counter
+from contextlib import suppress
 
 import pytest
 import tiny
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from runs import Run, adapter, arguments, lines
 from safetensors.torch import save_file
 from steps import assert_exact, run_step, whole
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval as evaluation
 import merge
 import train
 from common import InputError
 from model import load_base
-from modeling.lora import add_lora, lora_table
+from modeling.lora import add_lora, lora_table, merge_lora
 from modeling.targets import DEFAULT_TARGETS
 from training.checkpoints import read_state
 from trees import Assignment
@@ -100,6 +106,143 @@ def test_two_processes_train_the_vision_tower_like_one(world, tmp_path):
     assert len(one) == 17 and two == pytest.approx(one, rel=1e-3)
     moved = [name for name, weight in adapter(tmp_path / "2", 17).items() if "lora_B" in name and weight.any()]
     assert any("visual" in name for name in moved) and any("q_proj" in name for name in moved)
+
+
+# -------------------------------------------------------------------------------------------------------- shared inputs
+
+
+class LowProducts(TorchDispatchMode):
+    """Counts LoRA's products drop(x) A' by their width: r, or the sum of all r of layers that share an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.widths = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if operation == torch.ops.aten.mm.default and out.shape[1] <= 16:  # the head's are wider
+            self.widths[out.shape[1]] += 1
+        return out
+
+
+def low_products(model, batch) -> dict[int, int]:
+    with torch.no_grad(), LowProducts() as products:
+        model(batch)
+    return products.widths
+
+
+def loss_and_gradients(model, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    losses, _ = model(batch)
+    losses.sum().backward()
+    return {"losses": losses.detach()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def use_forward_of_peft(model) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            del layer.forward
+
+
+def all_kept(model) -> set:
+    """What groups of layers keep of their inputs and products."""
+    groups = [module.shared_input for module in model.modules() if hasattr(module, "shared_input")]
+    return {(group.is_open, group.x, group.products) for group in groups}
+
+
+NOTHING = {(False, None, ())}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("family", "targets", "widths"),
+    [
+        ("", DEFAULT_TARGETS, {10: 1, 12: 2, 8: 3, 4: 6}),  # k of the first layer has an r of 2
+        ("", "k_proj,v_proj,up_proj", {6: 1, 8: 2, 4: 3}),
+        ("qwen2_5_vl", "vision,q_proj,k_proj", {6: 1, 8: 2 + 3, 4: 3 * 3}),  # gate and up of the tower too
+        ("qwen3_5", r".*in_proj_(qkv|z|a|b),.*self_attn.(k|v)_proj", {16: 2, 6: 1}),
+    ],
+)
+def test_layers_that_share_an_input_share_a_product_and_keep_results_and_gradients(
+    world, tmp_path, family, targets, widths, dropout
+):
+    if family:
+        world = tiny.write_world(tmp_path / "world", tiny.mixed_rows()[14:], family)
+    model = tiny.lora_model(world, dropout, targets=targets)
+    k = next(layer for name, layer in model.named_modules() if name.endswith("k_proj"))
+    shapes = ((k.in_features, 2), (2, k.out_features))
+    k.lora_A["default"], k.lora_B["default"] = (nn.Linear(*shape, bias=False) for shape in shapes)
+    model.double()  # in float32, sums of a wider product differ by up to 5e-6
+    data, dataset = tiny.load_world(world)
+    batch = dataset[Assignment(tuple(whole(data.samples)))]
+    ours, products = loss_and_gradients(model, batch), low_products(model, batch)
+    assert products == widths and all_kept(model) == NOTHING
+    use_forward_of_peft(model)
+    theirs = loss_and_gradients(model, batch)
+    error = tiny.relative_error(ours, theirs)
+    print(f"relative error {error:.1e}")
+    assert error < 1e-12 and sum(low_products(model, batch).values()) > sum(widths.values())
+
+
+def test_a_disabled_or_merged_adapter_has_no_products_and_keeps_nothing(world):
+    model, (data, dataset) = tiny.lora_model(world), tiny.load_world(world)
+    batch = dataset[Assignment((whole(data.samples)[0],))]
+    with model.model.disable_adapter():
+        assert low_products(model, batch) == {} and all_kept(model) == NOTHING
+    assert low_products(model, batch) == {12: 3, 8: 3, 4: 6}
+    merge_lora(model.model)
+    assert low_products(model, batch) == {} and all_kept(model) == NOTHING
+
+
+@pytest.fixture
+def mlp(world) -> nn.Module:
+    return tiny.lora_model(world).base.model.language_model.layers[0].mlp
+
+
+def test_memory_that_runs_out_between_layers_leaves_no_product_or_activation(mlp, monkeypatch):
+    def run_out(_x):
+        raise torch.OutOfMemoryError
+
+    x = torch.ones(1, 3, mlp.hidden_size, requires_grad=True) * 2
+    kept = weakref.ref(x)
+    with monkeypatch.context() as patch, suppress(torch.OutOfMemoryError):
+        patch.setattr(mlp.up_proj, "forward", run_out)
+        mlp(x)
+        pytest.fail("did not run out")
+    del x
+    assert all_kept(mlp) == NOTHING and kept() is None
+
+
+def test_compiled_code_shares_products_too(mlp):
+    products = []
+
+    def count(graph, _inputs):
+        products.append(sum("matmul" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(mlp, fullgraph=True, backend=count)  # whole: keeping products breaks no graph
+    x = torch.randn(1, 3, mlp.hidden_size)
+    assert torch.equal(compiled(x), mlp(x)) and all_kept(mlp) == NOTHING
+    assert products == [2]  # of gate and up, and of down
+
+
+def test_a_layer_never_gets_the_product_of_another_input_or_of_earlier_weights(mlp):
+    x, a = torch.randn(1, 3, mlp.hidden_size), mlp.up_proj.lora_A["default"].weight
+    # Both layers twice in a pass, with inputs of their own.
+    mlp.own_forward = lambda x: torch.stack([mlp.gate_proj(x), mlp.up_proj(2 * x), mlp.gate_proj(-x), mlp.up_proj(x)])
+
+    @torch.no_grad()
+    def results():
+        found = [mlp(x), mlp.gate_proj(x)]  # the second outside of a pass: up does not take its part
+        a.mul_(2)
+        found += [mlp.up_proj(x), mlp(x)]
+        a.div_(2)
+        return found
+
+    ours = results()
+    use_forward_of_peft(mlp)
+    for own, theirs in zip(ours, results()):
+        assert torch.allclose(own, theirs, rtol=1e-5, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
