@@ -27,11 +27,10 @@ IMAGE_S = 0.024  # small kernels of the vision tower, per image
 SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.17, 0.0: 1.27}  # memory budget -> step time against budget 1: a tree of 9, H100
 GPUS_PER_NODE = 8
 NETWORK = 100e9 / 8  # bytes per second between two nodes, in each direction: 100 Gbit/s
-# --base-precision -> time of the language model's matrix products against bf16: trees of 17 on an H200, and trees of 9
-# too where layers are dequantized (bench/results/step-precision-h200.json). fp8-backward kept a transposed copy then;
-# making it anew moves 3 bytes per weight, which is not in here: 1% of those trees' time by an H200's 4.8e12 bytes/s.
-PRECISION_TIME = {"bf16": 1.0, "fp8-backward": 0.84, "fp8": 0.67, "fp8-weights": 1.2}
-EAGER_TIME = 1.37  # step time against budget 1 where layers are not compiled: 7,308 tokens, H200
+# --base-precision -> time of the language model's matrix products against bf16: trees of 9 and 17 on H200s
+# (bench/results/step-precision-h200.json)
+PRECISION_TIME = {"bf16": 1.0, "fp8-backward": 0.84, "fp8": 0.64, "fp8-weights": 1.2}
+EAGER_TIME = 2.05  # the same where layers are not compiled: bench/results/small-job-h200.json
 
 
 def known_gpu(device: torch.device) -> Gpu | None:

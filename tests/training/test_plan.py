@@ -316,20 +316,19 @@ def test_the_peak_memory_of_a_run_is_the_one_seen(budget, tokens, peak_gib):
 
 @pytest.mark.parametrize("row", PRECISIONS, ids=lambda row: f"{row['case']} {row['precision']}")
 def test_memory_and_time_of_each_base_precision_are_the_measured_ones(row):
-    """Time against that of bf16 for a tree of 17; a busy CPU paced those of 9. fp8-backward then kept one byte more
-    per weight of the layers."""
-    questions, precision = int(row["case"].partition("-")[2]), row["precision"]
+    """Time against that of bf16; with features ready, a busy CPU paced the steps."""
+    (kind, questions), precision = row["case"].split("-"), row["precision"]
+    questions = int(questions)
     config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
     args = SimpleNamespace(**(vars(job_of_the_8b().args) | {"base_precision": precision, "memory_budget": 1.0}))
     job = make_job(args, config, VQAData("", [], {}), None, [()], 2704 + 195 * questions)
     (choice,) = budgets(job, GPUS["h200"], job.largest)
-    copy = 36 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288) if precision == "fp8-backward" else 0
-    assert choice.peak / GIB == pytest.approx(row["peak_gib"] - copy / GIB, rel=0.05)
-    if questions == 17:
+    assert choice.peak / GIB == pytest.approx(row["peak_gib"], rel=0.05)
+    if kind == "tree":
         load = costs.step_flops(config, [10800], 2704, [195] * questions, 32 * questions), 1
         plain, own = (costs.batch_seconds([load], GPUS["h200"], precision=name) for name in ("bf16", precision))
-        (measured,) = (r["ms_per_question"] for r in PRECISIONS if (r["case"], r["precision"]) == ("tree-17", "bf16"))
-        assert own / plain == pytest.approx(row["ms_per_question"] / measured, rel=0.02)
+        (measured,) = (r["ms_per_question"] for r in PRECISIONS if (r["case"], r["precision"]) == (row["case"], "bf16"))
+        assert own / plain == pytest.approx(row["ms_per_question"] / measured, rel=0.035)
 
 
 def test_a_plan_for_a_gpu_without_fp8_products_is_refused(world):
@@ -363,7 +362,7 @@ def test_less_memory_takes_more_time_and_a_budget_of_one_s_own_lies_between():
 
 
 def test_layers_are_compiled_where_that_saves_more_time_than_it_takes(world):
-    """At 1.37 times the step time for COMPILE_S seconds: equal after COMPILE_S / 0.37 seconds of training."""
+    """At EAGER_TIME times the step time for COMPILE_S seconds: equal after COMPILE_S / (EAGER_TIME - 1) of training."""
     options = budgets(job_of_8b(compile="auto"), GPUS["h100"], 4459)
     assert [option.share for option in options] == [None, 1.0, 0.5, 0.2, 0.0] and options[0].fits
     even = COMPILE_S / (costs.EAGER_TIME - 1)

@@ -205,10 +205,10 @@ def test_too_little_memory_is_told_with_the_settings_that_need_less(world, monke
         ({"compile": "off"}, 9.0, 9e9, [None]),
         ({"compile": "on"}, 9.0, 0, [1.0, 0.5, 0.2, 0.0]),
         ({"compile": "auto"}, 9.0, 9e9, [1.0, 0.5, 0.2, 0.0]),
-        ({"compile": "auto"}, 9.0, 60, [None, 1.0, 0.5, 0.2, 0.0]),  # the others, where memory does not suffice
-        ({"compile": "auto"}, 1.8, 60, [1.0, 0.5, 0.2, 0.0]),  # too little memory
-        ({"compile": "auto"}, 0.4, 60, [0.5, 0.2, 0.0]),
-        ({"compile": "auto", "memory_budget": 0.5}, 9.0, 60, [0.5]),
+        ({"compile": "auto"}, 9.0, 40, [None, 1.0, 0.5, 0.2, 0.0]),  # the others, where memory does not suffice
+        ({"compile": "auto"}, 1.8, 40, [1.0, 0.5, 0.2, 0.0]),  # too little memory
+        ({"compile": "auto"}, 0.4, 40, [0.5, 0.2, 0.0]),
+        ({"compile": "auto", "memory_budget": 0.5}, 9.0, 40, [0.5]),
         ({"compile": "auto", "dora": True}, 9.0, 9e9, [None]),
     ],
 )
