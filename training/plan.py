@@ -132,7 +132,7 @@ def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
     room = gpu.memory_gib * GIB - job.weight_bytes - 4 * job.lora - memory_margin(gpu.memory_gib * GIB) - states
     fixed = job.weight_bytes + 4 * 4 * job.lora + states  # float32 LoRA, its gradient, AdamW's two moments
     costs, args = [], job.args
-    if args.compile == "off" or (args.compile, args.memory_budget) == ("auto", "auto"):
+    if args.compile == "off" or (args.compile, args.memory_budget, args.base_precision) == ("auto", "auto", "bf16"):
         costs.append((None, EAGER_SHARE, EAGER_TIME))
     if args.compile != "off":
         measured = sorted(SLOWER)

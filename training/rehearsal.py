@@ -116,7 +116,7 @@ def memory_budgets(args: argparse.Namespace, prepared, model: TreeModel, ranks: 
     highest = choose_memory_budget(model.base.config, tokens, room)
     budgets = [budget for budget in MEMORY_BUDGETS if budget <= highest]
     fits = EAGER_SHARE * kept_bytes(model.base.config, tokens) < room
-    if args.compile == "auto" and fits:
+    if args.compile == "auto" and args.base_precision == "bf16" and fits:  # others are slower than bf16 if not compiled
         pays = dist_utils.from_rank0(lambda: compiling_pays(args, prepared, model.model, highest, ranks))
         return budgets if pays else [None, *budgets]
     return budgets

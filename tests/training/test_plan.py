@@ -371,6 +371,9 @@ def test_layers_are_compiled_where_that_saves_more_time_than_it_takes(world):
     assert choose([tight, *options[1:]], 0.0) is options[1]  # memory comes first
     (own,) = budgets(job_of_8b(compile="auto", memory_budget=0.5), GPUS["h100"], 4459)
     assert own.share == 0.5
+    assert None not in [
+        option.share for option in budgets(job_of_8b(compile="auto", base_precision="fp8"), GPUS["h100"], 4459)
+    ]
     # A run that many GPUs share is over before compiling has paid. So is what is left of a resumed one.
     job, _ = job_of(world, **{"max-steps": 0, "epochs": 9, "lora-r": 1})
     rate = 1e-9  # so low that what does not depend on it is next to nothing

@@ -206,6 +206,7 @@ def test_too_little_memory_is_told_with_the_settings_that_need_less(world, monke
         ({"compile": "on"}, 9.0, 0, [1.0, 0.5, 0.2, 0.0]),
         ({"compile": "auto"}, 9.0, 9e9, [1.0, 0.5, 0.2, 0.0]),
         ({"compile": "auto"}, 9.0, 40, [None, 1.0, 0.5, 0.2, 0.0]),  # the others, where memory does not suffice
+        ({"compile": "auto", "base_precision": "fp8"}, 9.0, 40, [1.0, 0.5, 0.2, 0.0]),  # too slow without
         ({"compile": "auto"}, 1.8, 40, [1.0, 0.5, 0.2, 0.0]),  # too little memory
         ({"compile": "auto"}, 0.4, 40, [0.5, 0.2, 0.0]),
         ({"compile": "auto", "memory_budget": 0.5}, 9.0, 40, [0.5]),
@@ -219,7 +220,7 @@ def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, 
     model = SimpleNamespace(base=SimpleNamespace(config=config), model=None)
     prepared = SimpleNamespace(config=None, train=None, val=None, plan=[], checkpoint=Path("checkpoint-000007"))
     prepared.bounds = SimpleNamespace(tokens=4096, branches=8)
-    args = SimpleNamespace(**({"memory_budget": "auto", "dora": False} | settings))
+    args = SimpleNamespace(**({"memory_budget": "auto", "dora": False, "base_precision": "bf16"} | settings))
     left = []
 
     def pace_of(job, gpu, options, counts):
