@@ -137,12 +137,12 @@ def random_model(
     return model.requires_grad_(False)
 
 
-def make_data(preset: Preset, questions: int, folder: Path) -> tuple[VQAData, ImageSettings]:
+def make_data(preset: Preset, questions: int, folder: Path, seed: int = 0) -> tuple[VQAData, ImageSettings]:
     """One image with `questions` questions that share everything before them."""
     side = math.isqrt(preset.config["vision_config"]["num_position_embeddings"])
     settings = ImageSettings(16, 2, 2, 1024, 2**24, (0.5,) * 3, (0.5,) * 3, side)
     width, height = preset.size
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     picture = folder / "picture.png"
     Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(picture)
     grid = settings.grid(height, width)

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faults
@@ -82,6 +83,13 @@ def load(world, tmp_path, tokenizer, settings):
         return load_data([tmp_path / "rows.jsonl"], images, tokenizer, settings, max_tokens, **options)
 
     return load
+
+
+@pytest.fixture
+def announce():
+    """Print what a slow test does next and the seconds until then: `pytest -s` shows where the time goes."""
+    started = time.perf_counter()
+    return lambda step: print(f"{time.perf_counter() - started:7.1f} s: {step}", flush=True)
 
 
 @pytest.fixture

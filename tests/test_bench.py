@@ -6,6 +6,7 @@ import math
 import runpy
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval
 import train
 from inputs.images import ImageSettings, load_patches
+from modeling import fp8
 
 BENCH = runs.ROOT / "bench"
 sys.path.append(str(BENCH))
+import gradients as gradient_bench  # noqa: E402
 import job  # noqa: E402
 import learning  # noqa: E402
 import learning_data  # noqa: E402
 import learning_tower  # noqa: E402
 import start  # noqa: E402
 import step as bench  # noqa: E402
+import variants  # noqa: E402
 
 
 @pytest.fixture
@@ -138,6 +142,134 @@ def test_counted_operations_are_torch_s(tmp_path, questions):
             rows = answers if "layers.1.mlp" in name else tokens
             lora += 6 * 8 * (module.in_features + module.out_features) * rows  # 2 forward, 4 backward, each times r
     assert counter.get_total_flops() == counted + lora
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+CPU, TINY = torch.device("cpu"), gradient_bench.PRESETS["tiny"]
+
+
+def test_the_gradient_benchmark_compares_precisions_and_variants_with_float32(table, monkeypatch):
+    fast, multiply = [], fp8.multiply
+    monkeypatch.setattr(fp8, "multiply", lambda *args: fast.append(fp8.FAST_ACCUMULATION) or multiply(*args))
+    result, printed = table("gradients.py", "--preset", "tiny", "--batches", 2)
+    plain, outliers = ({row["name"]: row for row in part["rows"]} for part in result["tables"])
+    assert [*plain] == [*outliers] == ["eager transformers + peft, bf16", *(row.name for row in variants.ROUNDED_ROWS)]
+    apart = {name: row["all"] for name, row in plain.items()}
+    assert 0.5 < apart["bf16"] / apart["eager transformers + peft, bf16"] < 2
+    assert 0 < 2 * apart["bf16"] < apart["fp8-backward"] < apart["fp8-weights"] < apart["fp8"] < 0.3
+    assert (
+        apart["first and last layer in bf16"] < apart["fp8"] and apart["residual of x as a second term"] < apart["fp8"]
+    )
+    assert plain["full sums (no fast accumulation)"] == plain["fp8"] | {"name": "full sums (no fast accumulation)"}
+    assert apart["smoothed"] != apart["fp8"] != apart["down_proj in bf16"]
+    assert 0 < fast.count(False) < len(fast) and fp8.FAST_ACCUMULATION
+    assert all(part["cosine"] < 0.5 for part in result["tables"])  # another picture and other questions in each batch
+    assert all(outliers[name]["all"] > row["all"] and row["ms"] is None for name, row in plain.items())
+    assert "| plain" in printed and "| with outlier channels" in printed
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_its_trees_have_the_gradients_of_questions_one_by_one_in_float32(tmp_path, outliers):
+    batches = [bench.make_data(TINY, 3, tmp_path)]
+    (exact,) = gradient_bench.one_by_one(TINY, torch.float32, CPU, batches, outliers=outliers)
+    model = gradient_bench.tree_model(TINY, torch.float32, CPU, batches[0][1], outliers=outliers)
+    (trees,) = gradient_bench.of_trees(model, torch.float32, [gradient_bench.one_tree(*batches[0], CPU)])
+    assert gradient_bench.distances([trees], [exact])["worst"] < 1e-5
+
+
+def test_a_variant_with_the_products_of_fp8_has_its_gradients_bit_for_bit(tmp_path):
+    """Smoothing without factors changes nothing."""
+    data, results = bench.make_data(TINY, 3, tmp_path), []
+    for smooth in (False, True):
+        row = variants.Row("", "fp8", rounds=lambda layer, path: layer != 1, smooth=smooth)
+        change = partial(variants.round_layers, row=row, factors={})
+        model = gradient_bench.tree_model(TINY, torch.bfloat16, CPU, data[1], change=change)
+        kinds = {type(linear) for *_, linear in variants.decoder_linears(model.base, variants.QuantizedLinear)}
+        assert kinds == {variants.VariantLinear if smooth else variants.QuantizedLinear}
+        results += gradient_bench.of_trees(model, torch.bfloat16, [gradient_bench.one_tree(*data, CPU)])
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_columns_are_those_worked_out_by_hand():
+    exact = [{"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([10.0])}] * 2
+    errors = [{"b": torch.tensor([1.0]), "a": torch.tensor([3.0, 0.0])}]
+    errors += [{"b": torch.tensor([1.0]), "a": torch.tensor([-3.0, 0.0])}]
+    ours = [{name: right[name] + error[name] for name in error} for right, error in zip(exact, errors)]
+    columns = gradient_bench.distances(ours, exact)
+    assert columns["worst"] == pytest.approx(3 / 5) and columns["median"] == pytest.approx((3 / 5 + 1 / 10) / 2)
+    assert columns["all"] == pytest.approx((10 / 125) ** 0.5)
+    assert columns["cosine"] == pytest.approx((1 - 9) / 10)
+
+
+@pytest.fixture
+def product():
+    """x (40, 64) with three tokens that have outliers, a weight (48, 64), and a product's relative error per token."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 64, dtype=torch.float64), torch.randn(48, 64, dtype=torch.float64)
+    x[::15, 7] = 100.0
+    exact = x @ weight.T
+
+    def product(name: str) -> torch.Tensor:
+        way = variants.PRODUCTS[name]
+        return (way.multiply(x, *way.prepare(weight)) - exact).norm(dim=1) / exact.norm(dim=1)
+
+    product.x, product.weight = x, weight
+    return product
+
+
+def test_variants_multiply_numbers_that_are_rounded_as_their_names_say(product):
+    x, weight = product.x, product.weight
+    (codes, scales), (own, own_scales) = variants.to_int8(weight), variants.to_int8(x)
+    assert torch.equal(codes.double().abs().amax(1), torch.full((48,), 127.0, dtype=torch.float64))
+    assert ((codes * scales - weight).abs() <= 0.501 * scales).all()
+    exact = ((own.double() @ codes.double().T) * own_scales * scales.T).double()
+    assert torch.allclose(variants.multiply_int8(x, codes, scales), exact, rtol=1e-5)
+    plain, both, some = (product(name) for name in ("fp8", "residual", "residual of outliers"))
+    tokens = torch.arange(40) % 15 == 0
+    assert torch.equal(variants.has_outliers(x), tokens)
+    assert torch.equal(some[~tokens], plain[~tokens]) and torch.allclose(some[tokens], both[tokens])
+    # What remains with a residual is the rounding of the weight.
+    weight_alone = product("fp8-weights")
+    assert (both - weight_alone).abs().max() < 0.2 * (plain - weight_alone).abs().max()
+
+
+def test_smoothing_has_powers_of_two_that_layers_with_the_same_input_share():
+    torch.manual_seed(0)
+    inputs = {}
+    for index in range(variants.LAYERS):
+        for paths in variants.AFTER_NORM:
+            x = torch.randn(20, 32, dtype=torch.bfloat16)
+            x[:, 5] *= 256
+            inputs |= {(index, path): (x, torch.randn(16, 32, dtype=torch.bfloat16)) for path in paths}
+    inputs[2, "self_attn.k_proj"][1][:, 9] *= 4096  # of the three it has the largest numbers
+    factors = variants.smoothing(inputs)
+    q, k = factors[2, "self_attn.q_proj"], factors[2, "self_attn.k_proj"]
+    assert len(factors) == 5 * variants.LAYERS and torch.equal(q, k)
+    assert torch.equal(q.log2().round(), q.log2()) and q[5] == 16 * q.median() == 1024 * q[9]  # square roots
+    linear = torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16)
+    as_it_is = variants.Product(lambda weight: (weight,), torch.nn.functional.linear)
+    x = inputs[2, "self_attn.q_proj"][0]
+    smoothed = variants.ForwardProduct.apply(x, variants.VariantLinear(linear, as_it_is, q))
+    assert torch.equal(smoothed, linear(x))  # nothing but rounding changes
+
+
+def test_the_time_of_a_row_is_that_of_its_layers_products(monkeypatch):
+    """With the second layer's inputs, repeated to the rows of a whole tree; the mean over layers, some in bfloat16."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    way = variants.PRODUCTS["fp8"]
+    rows = []
+    count = variants.Product(way.prepare, lambda x, *kept: rows.append(len(x)) or way.multiply(x, *kept))
+    assert variants.product_ms(count, torch.randn(90, 32), torch.randn(16, 32), repeats=2) > 0
+    assert rows == [4480] * 4  # two before they are timed
+    seen = []
+    times = {id(way): 1.0, id(variants.IN_BF16): 10.0}
+    monkeypatch.setattr(variants, "product_ms", lambda product, x, w: seen.append((x, w)) or times[id(product)])
+    inputs = {(1, path): (path, "weight") for path in variants.SHAPES}
+    named = {row.name: variants.row_ms(row, inputs) for row in variants.ROUNDED_ROWS if row.product in ("bf16", "fp8")}
+    assert named["bf16"] == 40 and named["fp8"] == named["smoothed"] == 4
+    assert named["down_proj in bf16"] == 13 and named["first and last layer in bf16"] == 22
+    assert {x for x, _ in seen} == set(variants.SHAPES)
 
 
 # ------------------------------------------------------------------------------------------------------------- learning

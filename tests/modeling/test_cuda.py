@@ -6,18 +6,15 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
 from steps import whole
-from test_bench import bench
+from test_bench import bench, gradient_bench
 
 from data import build_batch
-from model import TreeModel, autocast, prepare_base
 from modeling.attention import tree_attention, tree_mask, visible
 from modeling.fp8 import dequantize, multiply, product_error, quantize, quantize_weight, weight_codes
-from modeling.lora import add_lora
 from modeling.memory import compile_layers
-from modeling.targets import DEFAULT_TARGETS, target_pattern
-from trees import Assignment, grow_tree
+from modeling.targets import DEFAULT_TARGETS
+from trees import Assignment
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -108,50 +105,19 @@ def test_recomputed_activations_have_the_same_dropout(world):
         assert tiny.relative_error(again, results[0]) < 1e-2  # other masks: 0.4; tf32 inside FlexAttention
 
 
-def first_layers_of_8b(dtype, add):
-    """Four layers of each tower at Qwen3-VL-8B's widths; `add` puts LoRA on them, and neither half of it is zero."""
-    text, vision = bench.QWEN3_VL_8B["text_config"], bench.QWEN3_VL_8B["vision_config"]
-    config = {
-        "text_config": text | {"num_hidden_layers": 4},
-        "vision_config": vision | {"depth": 4, "deepstack_visual_indexes": [0, 1, 2]},
-    }
-    model = add(bench.random_model(config, torch.bfloat16, torch.device("cuda")).to(dtype))
-    generator = torch.Generator("cuda").manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.02, generator=generator)
-    return model
-
-
-def gradients_one_by_one(dtype, targets, data, settings):
-    """Gradients of the mean loss per answer token: one question per sequence, by transformers and PEFT, eager."""
-    config, device = LoraConfig(r=8, lora_alpha=16, target_modules=target_pattern(targets)), torch.device("cuda")
-    model = first_layers_of_8b(dtype, lambda base: get_peft_model(base, config))
-    tokens = sum(int(sample.trained.sum()) for sample in data.samples)
-    for index in range(len(data.samples)):
-        batch = build_batch(data, Assignment((grow_tree(data.samples, [index]),)), settings).to(device)
-        inputs, labels = bench.recipe_inputs(batch, len(batch.ids))
-        with autocast(device, dtype):
-            logits = model(**inputs).logits[0].float()
-        loss = torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=-100, reduction="sum")
-        (loss / tokens).backward()
-    return {name: p.grad.float() for name, p in model.named_parameters() if p.requires_grad}
-
-
 @pytest.mark.parametrize("targets", [DEFAULT_TARGETS, DEFAULT_TARGETS + ",vision,merger"], ids=["text", "all"])
-def test_compiled_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(targets, tmp_path):
+def test_compiled_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(targets, tmp_path, announce):
     torch.backends.cuda.matmul.allow_tf32 = False
-    preset = replace(bench.PRESETS["8b"], size=(960, 720))
-    data, settings = bench.make_data(preset, 9, tmp_path)
-    exact, peft = (gradients_one_by_one(dtype, targets, data, settings) for dtype in (torch.float32, torch.bfloat16))
-    add, device = lambda base: add_lora(prepare_base(base), "random", 8, 16, 0.0, targets), torch.device("cuda")
-    model = TreeModel(first_layers_of_8b(torch.bfloat16, add), settings)
+    preset, device = gradient_bench.PRESETS["8b"], torch.device("cuda")
+    batches, results = [bench.make_data(preset, 9, tmp_path)], []
+    for dtype in (torch.float32, torch.bfloat16):
+        announce(f"eager PEFT in {dtype}, one by one")
+        results += gradient_bench.one_by_one(preset, dtype, device, batches, targets)
+    announce("a tree, compiled")
+    exact, peft = results
+    model = gradient_bench.tree_model(preset, torch.bfloat16, device, batches[0][1], targets)
     compile_layers(model.model, 1.0)
-    batch = build_batch(data, Assignment((grow_tree(data.samples, list(range(9))),)), settings, pad_to=128).to(device)
-    with autocast(device, torch.bfloat16):
-        losses, _ = model(batch)
-    losses.mean().backward()
-    ours = {n.removeprefix("model."): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    (ours,) = gradient_bench.of_trees(model, torch.bfloat16, [gradient_bench.one_tree(*batches[0], device)])
     of_ours, of_peft = (tiny.relative_error(gradients, exact) for gradients in (ours, peft))
     print(f"worst relative error against float32: ours {of_ours:.4f}, eager PEFT {of_peft:.4f}")
     assert of_ours < 1.1 * of_peft
