@@ -57,7 +57,7 @@ from inputs.rows import parse_row
 from inputs.vision_cache import VisionCache
 from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.adapters import base_name
-from modeling.delta import slow_code
+from modeling.delta import check_version
 from modeling.fp8 import check_products
 from modeling.loading import check_precision, fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
@@ -305,11 +305,12 @@ def identify(
 def load_model(
     folder: str, ckpt: Path | None, settings: ImageSettings, dtype, device: torch.device, precision: str = "bf16"
 ) -> TreeModel:
-    check_precision(AutoConfig.from_pretrained(folder).model_type, precision)
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    check_precision(model_type, precision)
+    if slow := check_version(model_type, device, dtype):
+        print0(f"warning: {slow}")
     warn_of_other_base(ckpt, folder)
     base = load_base(folder, dtype, device, precision)
-    if slow := slow_code(base.config.model_type, device, dtype):
-        print0(f"warning: {slow}")
     if unused := unused_settings(base):
         print0(
             f"warning: {folder}/generation_config.json sets {', '.join(unused)}\n  generated answers do not follow it"

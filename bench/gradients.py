@@ -72,7 +72,7 @@ def lora_model(preset: bench.Preset, dtype: torch.dtype, device: torch.device, a
     """A preset's model with the LoRA that `add` puts on it, neither half of which is zero."""
     if device.type == "cuda":
         gc.collect()  # models are in circles
-    base = bench.random_model(preset.config, torch.bfloat16, device)
+    base = bench.random_model(bench.config_of(preset), torch.bfloat16, device)
     if outliers:
         generator = torch.Generator().manual_seed(2)
         for layer in base.model.language_model.layers:

@@ -3,6 +3,7 @@
     python bench/step.py                                          # Qwen3-VL-8B with random weights, full resolution
     python bench/step.py --preset tiny                            # a minute on a CPU: shows that it runs, not how fast
     python bench/step.py --cases tree-9 --profile                 # and where its time goes
+    python bench/step.py --preset qwen3.5-9b --cases recipe,tree-1,tree-9,tree-17    # with flash-linear-attention
     python bench/step.py --preset 2b --cases tree-9,tree-28       # 28 questions: a micro-batch of 8,164 tokens
 
 Random weights cost what real ones cost. The workload is that of the reference job: 2,700 image tokens, and 195 tokens
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import Sample, VQAData, build_batch, padding
@@ -36,12 +37,13 @@ from modeling.linear import quantize_linear
 from modeling.lora import add_lora
 from modeling.memory import compile_layers
 from modeling.precision import PRECISIONS
-from modeling.targets import DEFAULT_TARGETS, target_pattern
+from modeling.targets import AUTO, resolve_targets, target_pattern
 from training.checkpoints import VERSIONS
 from training.costs import step_flops
 from trees import Assignment, StepFacts, grow_tree
 
 QWEN3_VL_8B = {
+    "model_type": "qwen3_vl",
     "text_config": {
         "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
@@ -58,6 +60,7 @@ QWEN3_VL_8B = {
 def qwen3_vl(text: dict, vision: dict) -> dict:
     """The 8B with other widths."""
     return {
+        "model_type": "qwen3_vl",
         "text_config": QWEN3_VL_8B["text_config"] | text,
         "vision_config": QWEN3_VL_8B["vision_config"] | {"out_hidden_size": text["hidden_size"]} | vision,
     }
@@ -73,7 +76,21 @@ QWEN3_VL_4B = qwen3_vl({"hidden_size": 2560, "intermediate_size": 9728}, SMALL_T
 QWEN3_VL_32B = qwen3_vl(
     {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64}, {}
 )
+# Widths from config.json of Qwen/Qwen3.5-9B. Its tower is that of Qwen3-VL-8B without deepstack.
+QWEN3_5_9B = {
+    "model_type": "qwen3_5",
+    "text_config": {
+        "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 262144,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "mrope_interleaved": True,
+                            "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25},
+    },
+    "vision_config": QWEN3_VL_8B["vision_config"] | {"deepstack_visual_indexes": []},
+}  # fmt: skip
 TINY = {
+    "model_type": "qwen3_vl",
     "text_config": {
         "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 8192,
@@ -84,6 +101,12 @@ TINY = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 16,
         "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     },
+}  # fmt: skip
+TINY_QWEN3_5 = {
+    "model_type": "qwen3_5",
+    "text_config": {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                    "linear_value_head_dim": 16} | TINY["text_config"] | {"num_hidden_layers": 4},
+    "vision_config": TINY["vision_config"] | {"deepstack_visual_indexes": []},
 }  # fmt: skip
 IMAGE_TOKEN = 5
 
@@ -103,31 +126,36 @@ PRESETS = {
     "4b": Preset(QWEN3_VL_4B, (1920, 1440), 195, 32, 2900, 5),
     "8b": Preset(QWEN3_VL_8B, (1920, 1440), 195, 32, 2900, 5),
     "32b": Preset(QWEN3_VL_32B, (1920, 1440), 195, 32, 2900, 5),
+    "qwen3.5-9b": Preset(QWEN3_5_9B, (1920, 1440), 195, 32, 2900, 5),
     "tiny": Preset(TINY, (128, 96), 20, 4, 40, 2),
+    "tiny-qwen3.5": Preset(TINY_QWEN3_5, (128, 96), 20, 4, 40, 2),
 }
 
 
 # ----------------------------------------------------------------------------------------------------------- workload
 
 
+def config_of(preset: Preset) -> PretrainedConfig:
+    return AutoConfig.for_model(**preset.config, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False)
+
+
 def random_model(
-    config: dict | Qwen3VLConfig, dtype: torch.dtype, device: torch.device, precision: str = "bf16"
-) -> Qwen3VLForConditionalGeneration:
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, precision: str = "bf16"
+) -> PreTrainedModel:
     """A model with random weights, created on the device itself, one layer after the other."""
-    if isinstance(config, dict):
-        config = Qwen3VLConfig(**config, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False)
-    config.text_config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(config).to(dtype)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").to(dtype)
     for name, module in list(model.named_modules()):
         module.to_empty(device=device, recurse=False)
         with torch.no_grad():
             for own, weight in module.named_parameters(recurse=False):
                 if weight.dim() > 1:
                     weight.normal_(0, 0.02)
-                else:
-                    weight.fill_(0.0 if own == "bias" else 1.0)
+                elif own == "A_log":  # heads of Qwen3.5 whose states last from one token to hundreds
+                    weight.uniform_(-6, 0)
+                else:  # Qwen3.5 multiplies by 1 + weight in all norms but the gated one
+                    weight.fill_(own != "bias" and type(module).__name__ != "Qwen3_5RMSNorm")
         if precision != "bf16" and isinstance(module, torch.nn.Linear) and ".language_model.layers." in name:
             quantize_linear(model, name, precision)
     for module in model.modules():  # rotary tables are buffers, which to_empty leaves undefined
@@ -186,10 +214,9 @@ def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder
 
     Returns the model, wrapped by `wrap`, and a function that runs forward and backward on one question.
     """
-    model = random_model(preset.config, dtype, device)
-    model = get_peft_model(
-        model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=target_pattern(DEFAULT_TARGETS))
-    )
+    model = random_model(config_of(preset), dtype, device)
+    targets = target_pattern(resolve_targets(AUTO, model.config.model_type))
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = wrap(model.train())
     data, settings = make_data(preset, 1, folder)
@@ -207,7 +234,7 @@ def recipe_step(preset: Preset, device: torch.device, dtype: torch.dtype, folder
 def tree_model(
     preset: Preset, device: torch.device, dtype: torch.dtype, folder: Path, args, precision: str = "bf16"
 ) -> TreeModel:
-    base = prepare_base(random_model(preset.config, dtype, device, precision))
+    base = prepare_base(random_model(config_of(preset), dtype, device, precision))
     model = TreeModel(add_lora(base, "random", 8, 16, 0.05), make_data(preset, 1, folder)[1])
     if device.type == "cuda" and args.compile:
         compile_layers(model.model, args.memory_budget)
@@ -339,7 +366,7 @@ def free_memory(device: torch.device) -> None:
 
 def run_cases(args, preset: Preset, device: torch.device, dtype: torch.dtype, ceiling: float):
     """Yield one row of results per case: those of every precision one after the other, the recipe in bf16 only."""
-    cases, config = args.cases.split(","), Qwen3VLConfig(**preset.config)
+    cases, config = args.cases.split(","), config_of(preset)
     patches = (preset.size[0] // 16) * (preset.size[1] // 16)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

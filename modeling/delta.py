@@ -167,18 +167,34 @@ def slow_code(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def check_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The warning of `slow_code`. Raises InputError for versions of the kernels, or of Triton, with wrong gradients."""
-    if (warning := slow_code(model_type, device, dtype)) or model_type != "qwen3_5":
-        return warning
-    if _release("fla-core") < OLDEST:  # a part of it since 0.4
+def check_version(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The warning of `slow_code`. Raises InputError for a library that is too old for Qwen3.5."""
+    warning = slow_code(model_type, device, dtype)
+    if model_type == "qwen3_5" and not warning and _release("fla-core") < OLDEST:  # a part of it since 0.4
         raise InputError(f"{LIBRARY} is older than {'.'.join(map(str, OLDEST))}: pip install -U {LIBRARY}")
+    return warning
+
+
+def check_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
+    """That of `check_version`, for training. Also raises InputError for a Triton with which gradients are wrong."""
+    if (warning := check_version(model_type, device, dtype)) or model_type != "qwen3_5":
+        return warning
     is_hopper, triton = torch.cuda.get_device_capability(device)[0] == 9, _release("triton")
     # github.com/fla-org/flash-linear-attention/issues/640
-    if is_hopper and (3, 4) <= triton < (3, 7, 1) and find_spec("tilelang") is None:
+    if is_hopper and (3, 4) <= triton < (3, 7, 1) and not _uses_tilelang():
         what = f"Triton {'.'.join(map(str, triton))} gives wrong gradients in {LIBRARY} on Hopper GPUs"
-        raise InputError(f"{what}:\n  pip install tilelang, or a PyTorch with Triton 3.7.1 or later")
+        raise InputError(f"{what}:\n  pip install 'tilelang[nvcc]', or a PyTorch with Triton 3.7.1 or later")
     return ""
+
+
+def _uses_tilelang() -> bool:
+    """Whether the library computes gradients by tilelang: where it is installed with CUDA's compiler, nvcc, and
+    FLA_TILELANG=0 does not turn it off."""
+    if find_spec("tilelang") is None:
+        return False
+    from fla.ops.common.backends import CommonTileLangBackend
+
+    return CommonTileLangBackend.can_use()
 
 
 def _release(package: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import pytest
 import runs
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 import eval
 import train
@@ -44,19 +45,20 @@ def table(tmp_path, monkeypatch, capsys):
     return table
 
 
-def test_the_benchmark_prints_a_table_and_writes_json(table):
-    result, printed = table("step.py", "--preset", "tiny", "--profile")
+@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3.5"])
+def test_the_benchmark_prints_a_table_and_writes_json(table, preset):
+    result, printed = table("step.py", "--preset", preset, "--profile")
     assert [row["case"] for row in result["rows"]] == ["recipe", "tree-1", "cached-9", "tree-9", "tree-17"]
     assert all(row["ms_per_question"] > 0 and row["tflops"] > 0 and row["busy"] > 0 for row in result["rows"])
     assert {"name", "device", "versions", "commit", "command"} <= result.keys() and "ms/question" in printed
     assert "matrix products" in printed and "vision tower" in printed
 
 
-@pytest.mark.parametrize(("preset", "billions"), [("2b", 2), ("4b", 4), ("8b", 8), ("32b", 32)])
+@pytest.mark.parametrize(("preset", "billions"), [("2b", 2), ("4b", 4), ("8b", 8), ("32b", 32), ("qwen3.5-9b", 9)])
 def test_the_benchmark_s_models_have_the_sizes_of_their_names(preset, billions):
     """The names leave out the vision tower. The two smaller models share lm_head's weights with the embeddings."""
     with torch.device("meta"):
-        model = bench.Qwen3VLForConditionalGeneration(bench.Qwen3VLConfig(**bench.PRESETS[preset].config))
+        model = bench.AutoModelForImageTextToText.from_config(bench.config_of(bench.PRESETS[preset]))
     count = sum(weight.numel() for weight in model.parameters())
     shared = model.lm_head.weight.numel() if preset in ("2b", "4b") else 0
     assert 1.04 < (count - shared) / 1e9 / billions < 1.12
@@ -122,6 +124,32 @@ def test_the_start_benchmark_times_the_parts_of_a_cold_and_a_warm_start(world, t
     assert "autotune_pointwise=False" in printed and "step 1" in printed
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen3.5"])
+def test_norms_of_random_models_give_vectors_of_length_one_per_number(tmp_path, name):
+    """Those of Qwen3.5 multiply by 1 + weight, and its states may not grow or vanish."""
+    preset, cpu = bench.PRESETS[name], torch.device("cpu")
+    model = bench.tree_model(preset, cpu, torch.float32, tmp_path, type("Args", (), {"compile": False}))
+    _, step, _ = bench.tree_step(model, preset, 2, cpu, torch.float32, tmp_path)
+    sizes, language_model = {}, model.base.model.language_model
+    for at, layer in enumerate(language_model.layers):
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.register_forward_hook(lambda norm, _, out, at=at: sizes.update({(at, norm): out.square().mean()}))
+    step()
+    assert len(sizes) == 2 * len(language_model.layers)
+    assert [size.item() for size in sizes.values()] == pytest.approx([1.0] * len(sizes), rel=0.05)
+    for linear in (layer.linear_attn for layer in language_model.layers if hasattr(layer, "linear_attn")):
+        lasts = 1 / (linear.A_log.exp() * math.log(1 + math.e))  # tokens, where nothing adds to dt_bias
+        assert lasts.min() > 0.5 and lasts.max() < 400
+
+
+def test_the_hybrid_preset_has_the_widths_that_transformers_gives_the_9b():
+    preset, default = bench.config_of(bench.PRESETS["qwen3.5-9b"]), AutoConfig.for_model("qwen3_5")
+    ours, theirs = (config.text_config.to_dict() for config in (preset, default))
+    different = {name for name in theirs if ours[name] != theirs[name]}
+    assert different == {"max_position_embeddings", "rope_parameters"}
+    assert preset.vision_config.out_hidden_size == preset.text_config.hidden_size
+
+
 @pytest.mark.parametrize("questions", [1, 9])
 def test_counted_operations_are_torch_s(tmp_path, questions):
     preset, cpu = bench.PRESETS["tiny"], torch.device("cpu")
@@ -133,7 +161,7 @@ def test_counted_operations_are_torch_s(tmp_path, questions):
     patches = (preset.size[0] // 16) * (preset.size[1] // 16)
     answers = questions * preset.answer_tokens
     branches = [preset.question_tokens] * questions
-    config = bench.Qwen3VLConfig(**preset.config)
+    config = bench.config_of(preset)
     flops = bench.step_flops(config, [patches], patches // 4 + 4, branches, answers)
     counted = flops.language + flops.tower  # torch omits attention
     lora = 0

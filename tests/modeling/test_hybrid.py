@@ -4,7 +4,7 @@ tests/modeling/test_families.py holds this family to what is promised of all.
 """
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -194,7 +194,8 @@ VERSIONS = {"fla-core": (0, 6, 0), "triton": (3, 7, 1)}
         ("cuda", torch.bfloat16, 9, {"triton": (3, 7, 1)}, "pip install flash-linear-attention"),
         ("cuda", torch.bfloat16, 9, VERSIONS, ""),
         ("cuda", torch.bfloat16, 8, VERSIONS | {"triton": (3, 6, 0)}, ""),
-        ("cuda", torch.bfloat16, 9, VERSIONS | {"triton": (3, 6, 0), "tilelang": (1,)}, ""),
+        ("cuda", torch.bfloat16, 9, VERSIONS | {"triton": (3, 6, 0), "tilelang": (1,), "nvcc": (13,)}, ""),
+        ("cuda", torch.bfloat16, 9, VERSIONS | {"triton": (3, 6, 0), "tilelang": (1,)}, "pip install 'tilelang[nvcc]'"),
         ("cuda", torch.bfloat16, 9, VERSIONS | {"triton": (3, 6, 0)}, "Triton 3.6.0 gives wrong gradients"),
         ("cuda", torch.bfloat16, 9, VERSIONS | {"fla-core": (0, 5, 2)}, "is older than 0.6: pip install -U flash-"),
     ],
@@ -202,10 +203,7 @@ VERSIONS = {"fla-core": (0, 6, 0), "triton": (3, 7, 1)}
 def test_a_start_says_which_code_runs_and_refuses_wrong_gradients(
     monkeypatch, device, dtype, capability, versions, told
 ):
-    installed = {"fla" if name == "fla-core" else name for name in versions}
-    monkeypatch.setattr(delta, "find_spec", lambda name: name if name in installed else None)
-    monkeypatch.setattr(delta, "_release", lambda name: versions.get(name, ()))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    pretend(monkeypatch, capability, versions)
     try:
         said = delta.check_kernels("qwen3_5", torch.device(device), dtype)
     except InputError as error:
@@ -214,6 +212,35 @@ def test_a_start_says_which_code_runs_and_refuses_wrong_gradients(
     assert told in said and bool(told) == bool(said)
     assert all(len(line) <= 100 for line in f"warning: {said}".splitlines())
     assert not delta.check_kernels("qwen3_vl", torch.device(device), dtype)
+
+
+def pretend(monkeypatch, capability: int, versions: dict) -> None:
+    """That these versions are installed, with a GPU of this capability."""
+    installed = {"fla" if name == "fla-core" else name for name in versions}
+    monkeypatch.setattr(delta, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(delta, "_release", lambda name: versions.get(name, ()))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    backends = ModuleType("fla.ops.common.backends")
+    backends.CommonTileLangBackend = SimpleNamespace(can_use=lambda: {"tilelang", "nvcc"} <= installed)
+    for name in ("fla", "fla.ops", "fla.ops.common"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, backends.__name__, backends)
+
+
+def test_an_evaluation_refuses_old_kernels_before_it_loads_weights(world, monkeypatch):
+    """It has no gradients, so the wrong ones of Triton 3.6 do not matter."""
+
+    def loads(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(evaluation, "load_base", loads)
+    arguments = str(world / "model"), None, None, torch.bfloat16, torch.device("cuda")
+    pretend(monkeypatch, 9, {"fla-core": (0, 5, 2), "triton": (3, 6, 0)})
+    with pytest.raises(InputError, match="^flash-linear-attention is older than 0.6: pip install -U flash-"):
+        evaluation.load_model(*arguments)
+    pretend(monkeypatch, 9, {"fla-core": (0, 6, 0), "triton": (3, 6, 0)})
+    with pytest.raises(NotImplementedError):
+        evaluation.load_model(*arguments)
 
 
 def test_a_run_says_that_it_is_slow_and_records_what_lora_is_on(world, tmp_path, capsys):

@@ -27,7 +27,7 @@ def step_of_the_8b_s_proportions(folder, budget: float | None) -> tuple[dict[str
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [12, 10, 10]},
     }  # fmt: skip
     vision = preset.config["vision_config"] | {"out_hidden_size": 512}
-    preset = replace(preset, config={"text_config": text, "vision_config": vision}, size=(960, 544))
+    preset = replace(preset, config=preset.config | {"text_config": text, "vision_config": vision}, size=(960, 544))
     torch.manual_seed(0)
     model = bench.tree_model(preset, cpu, torch.float32, folder, SimpleNamespace(compile=False))
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

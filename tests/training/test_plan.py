@@ -60,7 +60,7 @@ def job_of_the_8b() -> plan.Job:
     args = SimpleNamespace(compile="on", memory_budget="auto", lora_dropout=0.05, lora_r=8, max_tokens=8192)
     vars(args).update(model="", lora_alpha=16, lora_targets=DEFAULT_TARGETS, rslora=False, dora=False)
     vars(args).update(base_precision="bf16", batch_size=96)
-    config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
+    config = bench.config_of(bench.PRESETS["8b"])
     return make_job(args, config, VQAData("", [], {}), None, [()], 2704 + 9 * 195)
 
 
@@ -298,7 +298,7 @@ def test_the_time_of_a_tree_is_the_measured_one(questions):
     preset = bench.PRESETS["8b"]
     patches = preset.size[0] * preset.size[1] // 16**2
     branches, answers = [preset.question_tokens] * questions, questions * preset.answer_tokens
-    flops = costs.step_flops(bench.Qwen3VLConfig(**preset.config), [patches], patches // 4 + 4, branches, answers)
+    flops = costs.step_flops(bench.config_of(preset), [patches], patches // 4 + 4, branches, answers)
     (gpu,) = (gpu for gpu in GPUS.values() if MEASURED["device"] in gpu.devices)
     assert gpu.tflops == pytest.approx(MEASURED["matmul_tflops"], rel=0.01)
     assert 1000 * costs.batch_seconds([(flops, 1)], gpu) == pytest.approx(TREES[questions]["ms"], rel=0.01)
@@ -319,7 +319,7 @@ def test_memory_and_time_of_each_base_precision_are_the_measured_ones(row):
     """Time against that of bf16; with features ready, a busy CPU paced the steps."""
     (kind, questions), precision = row["case"].split("-"), row["precision"]
     questions = int(questions)
-    config = bench.Qwen3VLConfig(**bench.QWEN3_VL_8B)
+    config = bench.config_of(bench.PRESETS["8b"])
     args = SimpleNamespace(**(vars(job_of_the_8b().args) | {"base_precision": precision, "memory_budget": 1.0}))
     job = make_job(args, config, VQAData("", [], {}), None, [()], 2704 + 195 * questions)
     (choice,) = budgets(job, GPUS["h200"], job.largest)
