@@ -1,7 +1,7 @@
 """How far --base-precision and other ways to multiply move LoRA's gradients away from float32, and what they cost.
 
-    python bench/gradients.py --json gradients.json     # at the 8B's widths, about a minute on a GPU with FP8
-    python bench/gradients.py --preset tiny             # seconds on a CPU: FP8 is emulated, no times
+    python bench/gradients.py --json gradients.json     # at the 8B's widths, on a GPU with FP8
+    python bench/gradients.py --preset tiny                         # on a CPU: FP8 is emulated, no times
 
 Four layers of each tower with random weights, trees of 9 questions about a picture of 960 x 720, not compiled, without
 dropout. Float32's gradients come from transformers and PEFT, one question per sequence. All is done twice: plain, and
