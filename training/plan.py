@@ -46,8 +46,8 @@ from training.settings import count_steps, is_due, lora_arguments
 from trees import MicroBatch, Step
 
 GIB = 2**30
-START_S = 35  # of the 8B without compiling: bench/results/start-h200.json
-COMPILE_S = 55  # the same file's first start of the 8B, with 16 cores
+START_S = 35  # of the 8B without compiling: what COMPILE_S leaves of its first start
+COMPILE_S = 55  # in a first start of 90 s with 16 cores: bench/results/start-h200.json
 SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
 UNMEASURED = (
     "  {family}: operations and memory are counted, nothing of it was measured on a GPU\n"

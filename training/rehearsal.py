@@ -135,7 +135,7 @@ def rehearse_step(
     batch = largest_batch(dataset, bounds)
     for budget in budgets:
         if budget is not None:
-            print0(f"compiling for a memory budget of {budget}: this takes one to three minutes")
+            print0(f"compiling for a memory budget of {budget}: this takes about a minute, more on slow CPUs")
             compile_layers(unwrap(model).model, budget)
         # The first pass compiles too. Ranks agree after it, so that none is left waiting in the next attempt.
         if fits := all(dist_utils.gather_to_all(_fits_in_memory(model, batch, ranks, dtype))):

@@ -144,8 +144,8 @@ def rehearsal(world, **lora) -> tuple:
     return tiny.lora_model(world, **lora), TreeDataset(data, dataset.settings, at_least=bounds.tokens), bounds
 
 
-def rehearse(model, dataset, bounds) -> None:
-    rehearse_step(model, torch.optim.SGD(model.parameters()), dataset, bounds, ALONE, torch.float32, [None])
+def rehearse(model, dataset, bounds, budgets=(None,)) -> None:
+    rehearse_step(model, torch.optim.SGD(model.parameters()), dataset, bounds, ALONE, torch.float32, budgets)
 
 
 def without_images(folder):
@@ -197,6 +197,15 @@ def test_too_little_memory_is_told_with_the_settings_that_need_less(world, monke
 
 
 # --------------------------------------------------------------------------------------------------------- compiling
+
+
+def test_compiling_is_told_with_the_time_it_takes(world, monkeypatch, capfd):
+    run, compiled = rehearsal(world), []
+    monkeypatch.setattr("training.rehearsal.compile_layers", lambda model, budget: compiled.append((model, budget)))
+    rehearse(*run, budgets=[0.5])
+    assert compiled == [(run[0].model, 0.5)]
+    line = "compiling for a memory budget of 0.5: this takes about a minute, more on slow CPUs\n"
+    assert line in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
