@@ -51,20 +51,17 @@ class Sample:
     fields: dict  # of the row, see `Row.fields`
     file: int = 0  # number of its file of rows
     text_first: bool = False  # an image comes after text of its turn
+    tokens: int = field(init=False)  # language-model tokens
+    before_answers: int = field(init=False)  # ids before the first that is trained, and so before the last answer
 
-    @property
-    def tokens(self) -> int:
-        return self.tokens_before(len(self.ids))
+    def __post_init__(self):
+        # Kept, not computed on demand: plans read both about ten times per sample.
+        self.tokens, self.before_answers = self.tokens_before(len(self.ids)), int(self.trained.argmax())
 
     @property
     def trained(self) -> np.ndarray:
         """(n,) bool: the ids that are trained."""
         return self.weights > 0
-
-    @property
-    def before_answers(self) -> int:
-        """Number of ids before the first that is trained, and so before the last answer, where generation starts."""
-        return int(self.trained.argmax())
 
     def tokens_before(self, index: int) -> int:
         """Language-model tokens of the ids before `index`."""
@@ -85,7 +82,8 @@ class VQAData:
 
     def __getstate__(self) -> dict:
         """Samples travel to the other ranks field by field: one by one, each would bring a dict of its fields."""
-        return vars(self) | {"samples": [[getattr(sample, f.name) for sample in self.samples] for f in fields(Sample)]}
+        given = [f.name for f in fields(Sample) if f.init]
+        return vars(self) | {"samples": [[getattr(sample, name) for sample in self.samples] for name in given]}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state | {"samples": list(map(Sample, *state["samples"]))})
@@ -156,15 +154,16 @@ def encode_rows(
     special token, and for a chat template that can't be trained on.
     """
     encoder = TextEncoder(tokenizer, settings.has_box_tokens, system, prompt, image_first)
-    find = cache(lambda name: find_image(name, Path(images_dir), allow_outside_images))  # rows share images
-    find_unread = image_finder(Path(images_dir))
+    folder = Path(images_dir)
+    find = cache(lambda name: find_image(name, folder, allow_outside_images))  # rows share images
+    find_unread = image_finder(folder)
     bad, grids, unread, shared = [], {}, {}, {}
 
     def locate(row: Row) -> Text | ValueError:
         images = tuple(map(find, row.images))
         row.images = shared.setdefault(images, images)
         row.fields = shared.setdefault(repr(row.fields), row.fields)
-        refuse_unread_images(row, Path(images_dir), find_unread)
+        refuse_unread_images(row, folder, find_unread)
         try:
             return encoder.render(row.messages, row.fields.get("options", []))
         except ValueError as reason:

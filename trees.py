@@ -173,12 +173,10 @@ def _by_group(indices: Iterable[int], numbers: list[int]) -> list[list[int]]:
 
 def cut_to_fit(tree: Tree, max_tokens: int) -> list[Tree]:
     """A tree whole or, where it has over `max_tokens` tokens, in as few near-equal parts as have not."""
-    branches = range(len(tree.samples))
-    for count in range(1, len(branches) + 1):
-        chunks = np.array_split(branches, count)
+    parts, branches = [tree], range(len(tree.samples))
+    while len(parts) < len(branches) and any(part.tokens > max_tokens for part in parts):
+        chunks = np.array_split(branches, len(parts) + 1)
         parts = [tree.part(int(chunk[0]), int(chunk[-1]) + 1) for chunk in chunks]
-        if all(part.tokens <= max_tokens for part in parts):
-            break
     return parts
 
 
@@ -344,10 +342,11 @@ def _cut(tree: Tree, rooms: list[float]) -> list[tuple[int, Tree]]:
         while end < len(tree.samples) and tree.branch_costs[end] <= room:
             room -= tree.branch_costs[end]
             end += 1
-        if end > placed:
-            pieces.append((rank, tree.part(placed, end)))
+        if end == placed:  # all are placed, or the next fits nowhere: the rooms that follow are smaller
+            break
+        pieces.append((rank, placed, end))
         placed = end
-    return pieces if placed == len(tree.samples) else []
+    return [(rank, tree.part(*piece)) for rank, *piece in pieces] if placed == len(tree.samples) else []
 
 
 def pack(trees: Iterable[Tree], max_tokens: int) -> list[MicroBatch]:

@@ -63,13 +63,14 @@ class Fields:
     """
 
     def __init__(self, value: dict):
-        self.unread = {}  # plain name -> (name as written, value)
-        self.empty = {plain(name): content for name, content in value.items() if not is_filled(content)}
+        self.unread, self.empty = {}, {}  # plain name -> (name as written, value), and -> value
         for name, content in value.items():
-            if is_filled(content):
-                first, earlier = self.unread.setdefault(plain(name), (name, content))
-                if earlier != content:
-                    raise ValueError(f"`{first}` and `{name}` are the same field and differ")
+            if not is_filled(content):
+                self.empty[plain(name)] = content
+                continue
+            first, earlier = self.unread.setdefault(plain(name), (name, content))
+            if earlier != content:
+                raise ValueError(f"`{first}` and `{name}` are the same field and differ")
 
     def names(self) -> list[str]:
         """The names of the fields that have not been read, as written."""

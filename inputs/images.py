@@ -104,9 +104,9 @@ def find_image(name: str, folder: Path, allow_outside: bool) -> str:
     Raises ValueError for an image that is missing, or that lies outside the folder where that is not allowed, also by
     way of a link.
     """
-    candidates = [folder / f"{name}{extension}" for extension in IMAGE_EXTENSIONS]
+    candidates = (folder / f"{name}{extension}" for extension in IMAGE_EXTENSIONS)
     # os.path.isfile, unlike Path.is_file, never raises, whatever a row says.
-    path = Path(os.path.abspath(next(filter(os.path.isfile, candidates), candidates[0])))
+    path = Path(os.path.abspath(next(filter(os.path.isfile, candidates), folder / name)))
     try:
         str(path).encode()
     except UnicodeEncodeError:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -84,11 +85,13 @@ def check_files(paths: list[str], decode: bool) -> Iterator[PictureSize | str]:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on macOS
     count = min(processors, 1 + len(paths) // FILES_PER_PROCESS) if paths else 0
     checkers, idle = [Checker() for _ in range(count)], SimpleQueue()
+    together = 1 if decode else FILES_PER_PROCESS  # reading a header takes less time than asking for it
+    parts = [paths[start : start + together] for start in range(0, len(paths), together)]
 
-    def check(path: str) -> PictureSize | str:
+    def check(part: list[str]) -> list[PictureSize | str]:
         checker = idle.get()
         try:
-            return checker.check(path, decode)
+            return checker.check_all(part, decode)
         finally:
             idle.put(checker)
 
@@ -96,7 +99,7 @@ def check_files(paths: list[str], decode: bool) -> Iterator[PictureSize | str]:
         idle.put(checker)
     try:
         with ThreadPoolExecutor(count or 1) as pool:
-            yield from pool.map(check, paths)
+            yield from chain.from_iterable(pool.map(check, parts))
     finally:
         for checker in checkers:
             checker.end()
@@ -121,14 +124,24 @@ class Checker:
         )
 
     def check(self, path: str, decode: bool) -> PictureSize | str:
-        """Raises RuntimeError where the process fails by itself."""
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps([path, decode]) + "\n")
-            self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if answer:
-            result = json.loads(answer)
-            return result if isinstance(result, str) else PictureSize(*result)
+        """`check_file` in the process. Raises RuntimeError where the process fails by itself."""
+        return self.check_all([path], decode)[0]
+
+    def check_all(self, paths: list[str], decode: bool) -> list[PictureSize | str]:
+        """`check` of each. The process is asked once, and again for what is left after a file that ends it."""
+        results = []
+        while left := paths[len(results) :]:
+            with suppress(BrokenPipeError):
+                self.process.stdin.write(json.dumps([left, decode]) + "\n")
+                self.process.stdin.flush()
+            answers = [json.loads(line) for line in islice(self.process.stdout, len(left))]
+            results += [answer if isinstance(answer, str) else PictureSize(*answer) for answer in answers]
+            if len(answers) < len(left):
+                results.append(self._replaced(left[len(answers)]))
+        return results
+
+    def _replaced(self, path: str) -> str:
+        """What is wrong with the file that ended the process, in whose place another one is started."""
         code = self.end()
         if code >= 0:
             raise RuntimeError(f"the process that checks {path} ended with code {code}")
@@ -146,7 +159,7 @@ class Checker:
 
 
 def serve(seconds: int, memory: int) -> None:
-    """Check the files named on standard input, a JSON list [path, decode] per line. Each is answered with a line.
+    """Check the files named on standard input, a JSON list [paths, decode] per line. Each is answered with a line.
 
     A file that takes more processor time than `seconds` ends the process. Where one needs more bytes than `memory`,
     its decoder raises MemoryError or another error, or ends the process too.
@@ -160,8 +173,10 @@ def serve(seconds: int, memory: int) -> None:
     Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS // 2  # Pillow refuses twice as many, before it reserves memory for them
     warnings.simplefilter("ignore")
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        result = check_file(*json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        answer = result if isinstance(result, str) else [*result, result.bits, result.several]
-        print(json.dumps(answer), flush=True)
+        paths, decode = json.loads(line)
+        for path in paths:
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            result = check_file(path, decode)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            answer = result if isinstance(result, str) else [*result, result.bits, result.several]
+            print(json.dumps(answer), flush=True)

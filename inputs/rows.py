@@ -70,17 +70,18 @@ def parse_row(where: str, row, by: Iterable[str] = ()) -> Row:
     options, weight, system = take_options(row), _take_weight(row), _take_system(row)
     messages, accepted = _conversation(row, options, unread)
     messages = _with_system(messages, system)
-    _check_turns(messages)
+    texts = [_text_of(message) for message in messages]
+    _check_turns(messages, texts)
     images = _place_images(row, messages, unread)
     _weigh(messages, weight)
-    _refuse_placeholders(messages, options or {})
+    _refuse_placeholders(messages, texts, options or {})
     unread.add(row, shows_picture=bool(images))
     unread.fields = [name for name in unread.fields if plain(name) not in map(plain, own)]
-    unread.texts += [("text", name) for m in messages for name in MARKDOWN_PICTURE.findall(_text_of(m))]
+    unread.texts += [("text", name) for text in texts for name in MARKDOWN_PICTURE.findall(text)]
     unread.texts += [("id", name) for name in texts_in(own_id) if "." in name]
     kept |= {"options": list(options.values()) if options else None, "answers": accepted or None, "by": own or None}
     kept = {name: value for name, value in kept.items() if value is not None}
-    fields = {**kept, "question": _text_of(messages[-2]), "answer": _text_of(messages[-1])}
+    fields = {**kept, "question": texts[-2], "answer": texts[-1]}
     row_id = where if own_id is None else str(own_id)
     return Row(row_id, where, messages, images, fields, written, unread=unread)
 
@@ -268,7 +269,7 @@ def _stem(name: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_turns(messages: list[dict]) -> None:
+def _check_turns(messages: list[dict], texts: list[str]) -> None:
     """After an optional system turn, user and assistant alternate. Each turn has text, and only users show images."""
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     roles = [message["role"] for message in turns]
@@ -278,15 +279,15 @@ def _check_turns(messages: list[dict]) -> None:
     for message in messages:
         if message["role"] != "user" and any(part["type"] == "image" for part in message["content"]):
             raise ValueError(f"only a question can hold an image, found one in a turn of role {message['role']}")
-    for message in turns:
-        if not _text_of(message).strip():
+    for message, text in zip(turns, texts[-len(turns) :]):
+        if not text.strip():
             raise ValueError(f"no {'question' if message['role'] == 'user' else 'answer'}: a turn has no text")
 
 
-def _refuse_placeholders(messages: list[dict], options: dict[str, str]) -> None:
+def _refuse_placeholders(messages: list[dict], texts: list[str], options: dict[str, str]) -> None:
     """Raises ValueError for what looks like the place of a picture, video or sound in a text, as nothing fills it."""
-    texts = [(f"{message['role']} text", _text_of(message)) for message in messages]
-    for name, text in [*texts, *(("option", option) for option in options.values())]:
+    named = [(f"{message['role']} text", text) for message, text in zip(messages, texts)]
+    for name, text in [*named, *(("option", option) for option in options.values())]:
         if match := PLACEHOLDER.search(html.unescape(text)):
             remedy = "a question shows each of its images by <image>, take out all others"
             raise ValueError(f"the {name} holds {quote(match[0])}, a placeholder that nothing fills: {remedy}")

@@ -77,6 +77,8 @@ def test_trained_tokens_are_exactly_the_answers_and_their_end_of_turn(load, toke
     texts = [trained_text(sample, tokenizer) for sample in data.samples]
     assert texts == [f"{answer}<|im_end|>" for answer in answers] + ["red<|im_end|>white<|im_end|>"]
     assert [sample.fields["answer"] for sample in data.samples] == [*answers, "white"]
+    for sample in data.samples:
+        assert sample.trained[sample.before_answers] and not sample.trained[: sample.before_answers].any()
 
 
 def test_a_described_sample_shows_trained_tokens_and_images(load, tokenizer):

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 import dist_utils
@@ -82,7 +83,7 @@ def prepare(
     dist_utils.from_rank0(lambda: describe_data(train, val, plan, tokenizer))
     identity = identify(args, images, train, val, folder) | ({"thinking": "off"} if may_think(tokenizer) else {})
     checkpoint = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
-    dist_utils.from_rank0(lambda: check_lora(args, config, is_new=not checkpoint))
+    dist_utils.from_rank0(lambda: check_lora(args, empty_model(config, args), is_new=not checkpoint))
     first = Path(args.init_from) if args.init_from else None
     dist_utils.from_rank0(lambda: warn_of_other_base(checkpoint or first, folder))
     dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, train, val))
@@ -159,7 +160,8 @@ def print_plan(args: argparse.Namespace) -> None:
     if unknown := uncounted(config, args):
         known = "LoRA on the language models of Qwen3-VL and Qwen3.5"
         raise InputError(f"--plan knows the costs of {known},\n  not those of {unknown}")
-    check_lora(args, config, is_new=True)
+    model = empty_model(config, args)
+    check_lora(args, model, is_new=True)
     images = image_settings(folder, args.min_pixels, args.max_pixels)
     with collector_paused():
         train, val = load_rows(args, tokenizer, images, None)
@@ -167,16 +169,14 @@ def print_plan(args: argparse.Namespace) -> None:
     bounds = micro_batch_bounds(train.samples, plan_settings(args), args.max_tokens)
     check_cache(args, config, torch.bfloat16, images, train, val)
     describe_data(train, val, plan, tokenizer)
-    print0(report(make_job(args, config, train, val, plan, bounds.tokens), images))
+    print0(report(make_job(args, config, train, val, plan, bounds.tokens, model), images))
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_lora(args: argparse.Namespace, config: PretrainedConfig, is_new: bool) -> None:
-    """Raises InputError where --lora-targets names no layer, or --init-from does not fit a run that `is_new`. Loads no
-    weights."""
-    model = empty_model(config, args)
+def check_lora(args: argparse.Namespace, model: PeftModel, is_new: bool) -> None:
+    """Raises InputError where --init-from does not fit the `empty_model` of a run that `is_new`."""
     if args.init_from and is_new and (differences := lora_differences(model, Path(args.init_from))):
         raise InputError("\n  ".join([f"--init-from {args.init_from} does not fit:", *differences]))
 

@@ -306,6 +306,27 @@ def test_a_file_takes_a_limited_time_and_memory(tmp_path, monkeypatch):
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**20  # KiB
 
 
+def test_a_file_that_ends_the_process_leaves_the_checks_of_those_asked_for_with_it(tmp_path, monkeypatch):
+    noise(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "scans.jpg").write_bytes(many_scans())
+    noise(48, 40).save(tmp_path / "z.png")
+    monkeypatch.setattr(picture_checks, "LIMITS", (1, 2**27))
+    checker = picture_checks.Checker()
+    paths = [str(tmp_path / name) for name in ("a.png", "scans.jpg", "z.png", "scans.jpg")]
+    first, slow, last, again = checker.check_all(paths, True)
+    assert (first, last) == (picture_checks.check_file(paths[0], True), picture_checks.check_file(paths[2], True))
+    assert "takes over 1 seconds" in slow and slow == again
+    checker.end()
+
+
+def test_headers_are_read_in_the_order_of_the_files(tmp_path):
+    sizes = [(8 + number, 9) for number in range(3 * picture_checks.FILES_PER_PROCESS + 1)]
+    for height, width in sizes:
+        Image.new("RGB", (width, height)).save(tmp_path / f"{height}.png")
+    paths = [str(tmp_path / f"{height}.png") for height, _ in sizes]
+    assert list(picture_checks.check_files(paths, False)) == sizes
+
+
 def test_a_process_that_fails_by_itself_is_an_error_and_no_picture_s_fault(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONHOME", str(tmp_path))
     with pytest.raises(RuntimeError, match="ended with code 1"):

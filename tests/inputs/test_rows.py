@@ -23,6 +23,12 @@ def test_a_row_s_weight_is_read_and_1_where_there_is_none(tmp_path):
     assert not bad and [weights_of(row) for row in rows] == [[2.0], [0.5], [1.0], [1.0]]
 
 
+def test_an_answer_without_text_is_refused_behind_a_system_turn_too(tmp_path):
+    blank = llava("system: Be brief.", "user: How many?", "assistant:  ")
+    (row,) = read(tmp_path, json.dumps(blank))[1]
+    assert row.reason == "no answer: a turn has no text"
+
+
 WEIGHED = [({}, 1), ({"loss": True}, 1), ({"loss": False}, 0), ({"weight": 0}, 0), ({"loss_scale": 0.25}, 0.25)]
 
 
