@@ -4,17 +4,17 @@
     python bench/gradients.py --preset tiny                         # on a CPU: FP8 is emulated, no times
 
 Four layers of each tower with random weights, trees of 9 questions about a picture of 960 x 720, not compiled, without
-dropout. Float32's gradients come from transformers and PEFT, one question per sequence. All is done twice: plain, and
-with six channels of every norm in the decoder layers 50 to 100 times larger, as some channels of real models are.
+dropout. Float32's gradients come from transformers and PEFT, one question per sequence. There are two tables: one as it
+is, and one with six channels of every norm in the decoder layers 50 to 100 times larger, as some are in real models.
 
 | column | |
 |---|---|
 | worst, median, all | relative distance from float32 of the worst tensor, the median one and all numbers together, in percent; mean over trees |
-| cosine | between the errors of two trees, mean over pairs. Where it is 0, errors are random and averaging removes them; where it reaches that of float32's gradients, printed below the table, it removes as little of them |
-| ms | forward products of 4,480 rows with the four shapes of a layer (q, k, gate, down), inputs quantized, compiled; mean over layers |
+| cosine | between the errors of different trees, all pairs together. At 0, errors are random and a larger batch averages them out; at the cosine of float32's own gradients, printed below the table, it keeps as much of them as of the gradient |
+| ms | forward products of 4,480 rows with the four shapes of a layer (q, k, gate, down), quantizing included, compiled; mean over layers |
 
-Rows below `fp8-weights` are variants of `fp8`. They change the forward product; the backward pass stays that of `fp8`,
-but for layers in bfloat16 and for full sums. INT8 products are torch._int_mm, exact on CPUs too. Smoothing
+Rows below `fp8-weights` are variants of `fp8`. They change the forward product alone, except that full sums and layers in
+bfloat16 hold for the backward pass too. INT8 products are torch._int_mm, exact on CPUs too. Smoothing
 (SmoothQuant, arXiv:2211.10438) divides x and multiplies W by max|x|^0.5 / max|W|^0.5 of each channel of the inputs that
 come from a norm, which can be folded into it: its time is that of `fp8`. On a CPU full sums change nothing.
 """  # noqa: E501 (rows of a table)
@@ -71,7 +71,7 @@ PRESETS = {
 def lora_model(preset: bench.Preset, dtype: torch.dtype, device: torch.device, add: Callable, outliers=False):
     """A preset's model with the LoRA that `add` puts on it, neither half of which is zero."""
     if device.type == "cuda":
-        gc.collect()  # models are in circles
+        gc.collect()  # reference cycles keep the model before this one
     base = bench.random_model(bench.config_of(preset), torch.bfloat16, device)
     if outliers:
         generator = torch.Generator().manual_seed(2)
@@ -185,9 +185,9 @@ def measure(preset: bench.Preset, device: torch.device, batches: list[Data], out
             model = tree_model(preset, dtype, device, settings, outliers=outliers, change=change)
             if row.name == "bf16":
                 inputs = record_inputs(model.base)
-            found = distances(of_trees(model, dtype, trees), exact)
+            columns = distances(of_trees(model, dtype, trees), exact)
             factors = factors or smoothing(inputs)
-            rows.append({"name": row.name, **found, "ms": row_ms(row, inputs) if device.type == "cuda" else None})
+            rows.append({"name": row.name, **columns, "ms": row_ms(row, inputs) if device.type == "cuda" else None})
     return {"outliers": outliers, "rows": rows, "cosine": cosine(flat(exact)).item()}
 
 

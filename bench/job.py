@@ -2,13 +2,13 @@
 
     python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --gpus 1,2 --max-steps 12       # DIR: config, tokenizer
     python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --gpus 4 --epochs 1             # one whole epoch
-    python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --images 300 --questions 1800 --question-tokens 60 \\
+    python bench/job.py --rows kvasir_vqa_val.jsonl --model DIR --images 300 --questions 2450 --question-tokens 60 \\
         --size 1024x1024 --epochs 3 --report                                # a small job, from command to report
 
 The images of the rows are repeated under new names until there are 4,550 with 41,079 questions, as in Kvasir-VQA's
 training split. Each question is lengthened to 195 tokens, including its answer and template, and each image has
 1920x1440 pixels, 2,700 image tokens. --mixed leaves the questions as they are and draws images of mixed sizes. The
-recipe's questions and images are as long and as large, but --mixed leaves it those of its preset.
+recipe's questions and images have the same length and size; with --mixed it keeps those of its preset.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import chain, cycle
 from multiprocessing import Pool, Process
 from pathlib import Path
 from random import Random
@@ -45,11 +45,16 @@ REPORT_TOKENS = 32  # of an answer; random weights never end one
 # ----------------------------------------------------------------------------------------------------------- workload
 
 
-def repeat_rows(rows: list[dict], images: int) -> list[dict]:
-    """Rows about `images` images: those of `rows`, repeated with new image names each time."""
+def rows_by_image(rows: list[dict]) -> dict[str, list[dict]]:
     by_image: dict[str, list[dict]] = {}
     for row in rows:
         by_image.setdefault(row["image_filename"], []).append(row)
+    return by_image
+
+
+def repeat_rows(rows: list[dict], images: int) -> list[dict]:
+    """Rows about `images` images: those of `rows`, repeated with new image names each time."""
+    by_image = rows_by_image(rows)
     names, made = list(by_image), []
     Random(0).shuffle(names)  # the file sorts them by their number of questions
     for number in range(images):
@@ -59,16 +64,16 @@ def repeat_rows(rows: list[dict], images: int) -> list[dict]:
 
 
 def leave_out(rows: list[dict], questions: int) -> list[dict]:
-    """At most `questions` rows: the first images with several questions lose their last one."""
-    surplus, kept = max(0, len(rows) - questions), []
-    for row, following in zip_longest(rows, rows[1:], fillvalue={}):
-        is_last = following.get("image_filename") != row["image_filename"]
-        is_only = not kept or kept[-1]["image_filename"] != row["image_filename"]
-        if surplus and is_last and not is_only:
+    """At most `questions` rows, but one per image: image after image loses its last one, as often as needed."""
+    by_image = rows_by_image(rows)
+    surplus = len(rows) - max(questions, len(by_image))
+    for own in cycle(by_image.values()):
+        if surplus <= 0:
+            break
+        if len(own) > 1:
+            own.pop()
             surplus -= 1
-        else:
-            kept.append(row)
-    return kept
+    return list(chain.from_iterable(by_image.values()))
 
 
 def lengthen(row: dict, tokenizer, tokens: int) -> dict:
@@ -238,7 +243,7 @@ def main(argv: list[str], _stop) -> int:
     parser.add_argument("--work", type=Path, default=Path("job"), help="folder for rows, images, model, runs; kept")
     parser.add_argument("--gpus", default="1", help="numbers of GPUs, run one after the other")
     parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--questions", type=int, default=QUESTIONS, help="at most")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="at most, but one per image")
     parser.add_argument("--question-tokens", type=int, default=195, help="question, answer and template")
     parser.add_argument("--size", default="1920x1440", help="of the images, in pixels")
     parser.add_argument("--mixed", action="store_true", help="questions as they are, images of mixed sizes")

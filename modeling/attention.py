@@ -22,7 +22,7 @@ from data import FLEX_BLOCK, Batch
 OPTIONS = {"IS_DIVISIBLE": True}
 # The fastest of the settings that were timed on an H100 with heads of 128 (docs/benchmarks.md).
 HOPPER_OPTIONS = OPTIONS | {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_stages": 3, "fwd_num_warps": 8}
-PAIRS_AT_ONCE = 2**25  # of queries and keys, whose visibility is looked at in one pass: a byte each, a few times
+PAIRS_AT_ONCE = 2**25  # of a query and a key, in one pass of `block_mask`, which holds a few bytes for each
 
 
 def tree_mask(batch: Batch, dense: bool = False) -> torch.Tensor | BlockMask:
@@ -43,7 +43,8 @@ def visible(tree_q, branch_q, order_q, tree_k, branch_k, order_k) -> torch.Tenso
 def block_mask(tree: torch.Tensor, branch: torch.Tensor) -> BlockMask:
     """The block mask of tokens with these tree and branch numbers (T,), T a multiple of FLEX_BLOCK.
 
-    As torch's `create_block_mask`, which holds all T x T of the mask, or is compiled for 10 s at each first start.
+    It equals that of torch's `create_block_mask`, which holds the whole T x T mask, or, compiled, costs each first
+    start 10 s.
     """
 
     def mask(_batch, _head, q, k):
@@ -51,20 +52,20 @@ def block_mask(tree: torch.Tensor, branch: torch.Tensor) -> BlockMask:
 
     length = len(tree)
     keys = tree, branch, torch.arange(length, device=tree.device)
-    rows = FLEX_BLOCK * max(1, PAIRS_AT_ONCE // (FLEX_BLOCK * length))
-    pairs = []  # visible ones, in each block of queries and keys
-    for queries in zip(*(key[:, None].split(rows) for key in keys)):
+    queries_at_once = FLEX_BLOCK * max(1, PAIRS_AT_ONCE // (FLEX_BLOCK * length))
+    parts = []
+    for queries in zip(*(key[:, None].split(queries_at_once) for key in keys)):
         blocks = visible(*queries, *keys).unflatten(1, (-1, FLEX_BLOCK)).unflatten(0, (-1, FLEX_BLOCK))
-        pairs.append(blocks.sum((1, 3)))
-    pairs = torch.cat(pairs)[None, None]  # (1, 1, T / FLEX_BLOCK, T / FLEX_BLOCK)
-    is_full = pairs == FLEX_BLOCK**2
-    in_part, whole = _numbers_and_indices((pairs > 0) & ~is_full), _numbers_and_indices(is_full)
+        parts.append(torch.stack([blocks.any((1, 3)), blocks.all((1, 3))]))  # not sums: they would make int64 of all
+    some, every = torch.cat(parts, dim=1)[:, None, None]  # (1, 1, T / FLEX_BLOCK, T / FLEX_BLOCK) each
+    partial_blocks, full_blocks = _counts_and_indices(some & ~every), _counts_and_indices(every)
     lengths = {"BLOCK_SIZE": FLEX_BLOCK, "seq_lengths": (length, length)}
-    return BlockMask.from_kv_blocks(*in_part, *whole, mask_mod=mask, **lengths)
+    return BlockMask.from_kv_blocks(*partial_blocks, *full_blocks, mask_mod=mask, **lengths)
 
 
-def _numbers_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each block of queries, how many blocks of keys it has in `blocks` (1, 1, n, n) bool; their indices first."""
+def _counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `blocks` (1, 1, n, n) bool, for each block of queries: how many blocks of keys it has (1, 1, n), and their
+    indices, followed by those of the others (1, 1, n, n)."""
     return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 

@@ -176,7 +176,7 @@ def check_version(model_type: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def check_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
-    """That of `check_version`, for training. Also raises InputError for a Triton with which gradients are wrong."""
+    """The warning of `check_version`. Also raises InputError where training would get wrong gradients from Triton."""
     if (warning := check_version(model_type, device, dtype)) or model_type != "qwen3_5":
         return warning
     is_hopper, triton = torch.cuda.get_device_capability(device)[0] == 9, _release("triton")
@@ -190,8 +190,6 @@ def check_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> 
 def _uses_tilelang() -> bool:
     """Whether the library computes gradients by tilelang: where it is installed with CUDA's compiler, nvcc, and
     FLA_TILELANG=0 does not turn it off."""
-    if find_spec("tilelang") is None:
-        return False
     from fla.ops.common.backends import CommonTileLangBackend
 
     return CommonTileLangBackend.can_use()

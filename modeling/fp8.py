@@ -52,11 +52,12 @@ def weight_scales(weight: torch.Tensor) -> torch.Tensor:
 def weight_codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Codes (rows, K) of a weight at these scales (rows, 1), in contiguous rows.
 
-    The reciprocal of a power of two is exact in bfloat16 too, and so is a weight times that: it needs no copy in
-    float32. Codes are bytes because casts of a whole model (`model.double()`) leave integers alone, and so do PEFT,
-    which casts LoRA to the type of the weight, and communication libraries without e4m3.
+    A scale's reciprocal is a power of two, so bfloat16 holds it and a weight's product with it exactly, and the weight
+    needs no copy in float32. Codes are bytes because casts of a whole model (`model.double()`) leave integers alone,
+    and so do PEFT, which casts LoRA to the type of the weight, and communication libraries without e4m3.
     """
-    return (weight.detach() * scales.reciprocal().to(weight.dtype)).to(E4M3).contiguous().view(torch.uint8)
+    dtype = torch.promote_types(weight.dtype, torch.bfloat16)  # the range of float16 is too small: float32 then
+    return (weight.detach() * scales.reciprocal().to(dtype)).to(E4M3).contiguous().view(torch.uint8)
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -75,7 +75,7 @@ def lora_linear(
     compiler can't split one operation.
 
     codes, code_scales: x in FP8; the product is one of FP8 then. scales: of a weight of codes. transposed and its
-    scales: W' in FP8, for the gradient of x; with its scales alone, the backward pass makes it of the weight. Without
+    scales: W' in FP8, for the gradient of x; given the scales alone, the backward pass rounds the weight anew. Without
     `low` there is no LoRA.
     """
     if codes is not None:
@@ -107,7 +107,7 @@ def _input_gradient(gradient, weight, scales, transposed, transposed_scales) -> 
     if transposed_scales is None:
         return gradient @ weight if scales is None else dequantized_product(gradient, weight, scales)
     if transposed is None:
-        # Outside the product's operation: compiled code reads W once and writes its transpose's codes, in one kernel.
+        # Not inside `fp8_product`: the compiler makes one kernel of it, which reads W and writes its transpose's codes.
         transposed = weight_codes(weight.T, transposed_scales)
     return fp8_product(*quantize(gradient), transposed, transposed_scales, gradient.dtype)
 

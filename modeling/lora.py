@@ -22,8 +22,9 @@ from modeling.targets import AUTO, module_suffixes, resolve_targets, target_patt
 
 
 class SharedInput:
-    """LoRA layers of one module, their parent, that get the same input x. While the parent runs, the first of them
-    computes drop(x) A' for all. Outside of that each computes its own, and nothing is kept."""
+    """LoRA layers of one module, their parent, that get the same input x, as q, k and v do. While the parent runs, the
+    first of them to be called computes drop(x) A' for all. Called outside their parent, each computes its own. Nothing
+    is kept once the parent has returned."""
 
     def __init__(self, layers: list[LoraLinear]):
         self.layers = layers
@@ -56,7 +57,7 @@ def _forward_with_shared_input(parent: nn.Module, *args, **kwargs):
     parent.shared_input.is_open = True
     try:
         return parent.own_forward(*args, **kwargs)
-    finally:  # also when memory runs out: a product holds all activations before it
+    finally:  # also when memory runs out: a product's graph holds all activations before it
         parent.shared_input.close()
 
 
@@ -82,7 +83,7 @@ def _low_product(layer: LoraLinear, x: torch.Tensor, rows: torch.Tensor) -> torc
 
 
 def _low_products(layers: list[LoraLinear], rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """drop(rows) A' (T, r) of each layer, as columns of one product: rows are dropped and read once."""
+    """drop(rows) A' (T, r) of each layer, as columns of one product: dropout and product read the rows once."""
     matrices = [layer.lora_A["default"].weight for layer in layers]  # (r, in)
     a = torch.cat(matrices).to(rows.dtype)
     return (layers[0].lora_dropout["default"](rows) @ a.T).split([len(matrix) for matrix in matrices], dim=1)

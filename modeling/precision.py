@@ -3,7 +3,7 @@
 | value | forward | gradient of the input | bytes per weight |
 |---|---|---|---|
 | bf16 | in the model's type | in the model's type | 2 |
-| fp8-backward | in the model's type | FP8 product | 2: each backward pass makes FP8 of them |
+| fp8-backward | in the model's type | FP8 product | 2: rounded to FP8 anew in each backward pass |
 | fp8 | FP8 product | FP8 product | 2: two layouts in FP8 |
 | fp8-weights | in the model's type, of rounded weights | likewise | 1 |
 """

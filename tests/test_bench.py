@@ -6,6 +6,7 @@ import math
 import runpy
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +107,18 @@ def test_the_job_benchmark_trains_and_reports_both_speeds(world, table, tmp_path
     made = [json.loads(line) for line in (tmp_path / "job" / "train.jsonl").read_text().splitlines()]
     assert len({row["image_filename"] for row in made}) == 6 and len(made) == 8
     assert all(len((row["question"] + row["answer"]).split()) > 10 for row in made)  # made longer
+
+
+@pytest.mark.parametrize("questions", [9, 8, 6, 4, 3])
+def test_the_job_has_as_many_questions_as_asked_for_and_keeps_one_of_each_image(questions):
+    counts = {"a": 4, "b": 1, "c": 3}
+    rows = [{"image_filename": name, "question": n} for name, count in counts.items() for n in range(count)]
+    kept = job.leave_out(rows, questions)
+    assert len(kept) == min(questions, len(rows)) and [row for row in rows if row in kept] == kept
+    assert {row["image_filename"] for row in kept} == set(counts)
+    left = Counter(row["image_filename"] for row in kept)
+    # Images that can lose one lose about the same number.
+    assert max(counts[name] - left[name] for name in "ac") <= 1 + min(counts[name] - left[name] for name in "ac")
 
 
 def test_the_start_benchmark_times_the_parts_of_a_cold_and_a_warm_start(world, table, tmp_path):

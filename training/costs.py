@@ -30,7 +30,7 @@ NETWORK = 100e9 / 8  # bytes per second between two nodes, in each direction: 10
 # --base-precision -> time of the language model's matrix products against bf16: trees of 9 and 17 on H200s
 # (bench/results/step-precision-h200.json)
 PRECISION_TIME = {"bf16": 1.0, "fp8-backward": 0.84, "fp8": 0.64, "fp8-weights": 1.2}
-EAGER_TIME = 2.05  # the same where layers are not compiled: bench/results/small-job-h200.json
+EAGER_TIME = 2.05  # step time against budget 1 where layers are not compiled: bench/results/small-job-h200.json
 
 
 def known_gpu(device: torch.device) -> Gpu | None:

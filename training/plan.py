@@ -46,8 +46,8 @@ from training.settings import count_steps, is_due, lora_arguments
 from trees import MicroBatch, Step
 
 GIB = 2**30
-START_S = 35  # of the 8B without compiling: what COMPILE_S leaves of its first start
-COMPILE_S = 55  # in a first start of 90 s with 16 cores: bench/results/start-h200.json
+START_S = 35  # until the 8B trains, without compiling; with 16 cores and an H200
+COMPILE_S = 55  # the rest of the same start, of 90 s, with nothing compiled before: bench/results/start-h200.json
 SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
 UNMEASURED = (
     "  {family}: operations and memory are counted, nothing of it was measured on a GPU\n"
@@ -126,13 +126,18 @@ class Budget:
         return COMPILE_S * (self.share is not None) + self.slower * training
 
 
+def may_stay_uncompiled(args: argparse.Namespace) -> bool:
+    """Whether --compile auto weighs the time of compiling. Other precisions are slower than bf16 without it."""
+    return (args.compile, args.memory_budget, args.base_precision) == ("auto", "auto", "bf16")
+
+
 def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
     """The memory budgets that a run may choose from for micro-batches of `tokens` tokens, the leanest last."""
     kept, states = kept_bytes(job.config, tokens), state_bytes(job.config, min(job.args.batch_size, tokens))
     room = gpu.memory_gib * GIB - job.weight_bytes - 4 * job.lora - memory_margin(gpu.memory_gib * GIB) - states
     fixed = job.weight_bytes + 4 * 4 * job.lora + states  # float32 LoRA, its gradient, AdamW's two moments
     costs, args = [], job.args
-    if args.compile == "off" or (args.compile, args.memory_budget, args.base_precision) == ("auto", "auto", "bf16"):
+    if args.compile == "off" or may_stay_uncompiled(args):
         costs.append((None, EAGER_SHARE, EAGER_TIME))
     if args.compile != "off":
         measured = sorted(SLOWER)

@@ -24,7 +24,7 @@ from modeling.memory import (
     state_bytes,
 )
 from training.checkpoints import mark_best, write_checkpoint
-from training.plan import compiling_pays
+from training.plan import compiling_pays, may_stay_uncompiled
 from training.settings import to_toml
 from trees import Assignment, MicroBatch, PlanSettings, group_numbers, grow_tree, questions_by_file
 
@@ -116,7 +116,7 @@ def memory_budgets(args: argparse.Namespace, prepared, model: TreeModel, ranks: 
     highest = choose_memory_budget(model.base.config, tokens, room)
     budgets = [budget for budget in MEMORY_BUDGETS if budget <= highest]
     fits = EAGER_SHARE * kept_bytes(model.base.config, tokens) < room
-    if args.compile == "auto" and args.base_precision == "bf16" and fits:  # others are slower than bf16 if not compiled
+    if fits and may_stay_uncompiled(args):
         pays = dist_utils.from_rank0(lambda: compiling_pays(args, prepared, model.model, highest, ranks))
         return budgets if pays else [None, *budgets]
     return budgets

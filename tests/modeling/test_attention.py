@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.profiler import ProfilerActivity, profile
 
 from modeling import attention
 
@@ -38,3 +39,12 @@ def test_the_block_mask_is_the_one_that_torch_makes(tree, branch, pairs_at_once,
             assert torch.equal(own, torchs) and own.dtype == torchs.dtype and own.stride() == torchs.stride()
         elif own is not mask_mod:
             assert own == torchs
+
+
+def test_no_tensor_of_the_block_mask_takes_more_than_a_byte_per_pair_of_one_pass(monkeypatch):
+    monkeypatch.setattr(attention, "PAIRS_AT_ONCE", 2**18)
+    tree, branch = one_tree(700, 5, 150)  # 1,536 tokens: 9 times as many pairs
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        attention.block_mask(tree, branch)
+    largest = max(event.cpu_memory_usage for event in profiled.events())
+    assert 2**17 < largest <= 2**18

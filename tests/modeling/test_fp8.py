@@ -62,6 +62,15 @@ def test_weights_have_the_same_codes_in_their_own_type_as_in_float64(x, dtype):
         assert torch.equal(dequantize(codes, scales, torch.float64), rounded(weight.double(), scales.double()))
 
 
+def test_weights_in_float16_have_the_codes_of_float64_however_small_their_rows():
+    """A scale's reciprocal is over float16's range where a row's largest number is under 0.007."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(12, 64, generator=generator) * 10.0 ** torch.arange(-8, 4)[:, None]
+    weight[0] = 0
+    ours, expected = quantize_weight(weight.half()), quantize_weight(weight.half().double())
+    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_stays_so(x, value):
     """The step is skipped then: it must not look like an ordinary one."""
