@@ -96,7 +96,7 @@ def describe_comparison(comparison: dict, a: str, b: str) -> str:
     lost, won = len(comparison["only_a"]), len(comparison["only_b"])
     return (
         f"{b} − {a}: {mean:+.1f} points of exact match (95% interval over images {low:+.1f} to {high:+.1f})\n"
-        f"  {won:,} questions won, {lost:,} lost, McNemar p = {comparison['p']:.2g}"
+        f"  {won:,} questions won, {lost:,} lost, McNemar p = {comparison['p']:.2g} if questions were independent"
     )
 
 

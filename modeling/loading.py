@@ -42,8 +42,9 @@ def _download(name: str, **files) -> str:
         return snapshot_download(name, **files)
     except OSError as error:  # no such model, none that this user may have, no network, a full disk
         raise InputError(
-            f"model {name} can't be downloaded and is not in the cache: {' '.join(str(error).split())}; on a machine "
-            f"with internet: hf download {name}; or give a model's folder"
+            f"model {name} can't be downloaded and is not in the cache\n"
+            f"  on a machine with internet: hf download {name}; or give a model's folder\n"
+            f"  {' '.join(str(error).split())}"
         ) from None
 
 
