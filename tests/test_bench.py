@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 import eval
-import runs
 import train
 from inputs.images import ImageSettings, load_patches
 from modeling import fp8

@@ -13,6 +13,7 @@ import tiny
 import torch
 from huggingface_hub import constants
 from peft import PeftModel
+from runs import arguments
 from safetensors.torch import load_file, save_file
 from steps import whole
 from test_model import (  # noqa: F401 (these run here with each family)
@@ -35,7 +36,6 @@ from modeling.loading import MODEL_TYPES, resolve_model
 from modeling.lora import lora_table, save_adapter
 from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS
-from runs import arguments
 from trees import Assignment, grow_tree
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
