@@ -127,7 +127,7 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, watch: Stopwatch, 
     if result and not code:
         print0(accuracy_table({"base": base_result, "tuned": result} if base_result else {"tuned": result}))
     if not code:
-        print0(next_steps(output, bool(prepared.val_batches), is_demo))
+        print0(next_steps(output, progress.best, bool(prepared.val_batches), is_demo))
     return code, run.metrics
 
 

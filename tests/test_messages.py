@@ -117,14 +117,15 @@ def test_wrong_settings_of_eval_and_merge_are_named_as_those_of_train(parse, wor
 @pytest.mark.parametrize(("has_val", "rows"), [(True, []), (False, ["--data", "ROWS"])])
 def test_the_next_command_can_be_pasted_into_a_shell(monkeypatch, has_val, rows):
     monkeypatch.setattr("sys.argv", ["onelook/train.py"])
-    curves, title, command = next_steps(Path("/my runs/it's $1"), has_val, is_demo=False).splitlines()
+    curves, title, command = next_steps(Path("/my runs/it's $1"), {}, has_val, is_demo=False).splitlines()
     assert shlex.split(curves) == ["curves:", "/my runs/it's $1/curves.svg"] and title == "to evaluate it:"
     assert shlex.split(command) == ["python", "onelook/eval.py", "--ckpt", "/my runs/it's $1", *rows]
 
 
 def test_the_demo_ends_with_the_command_that_compares_and_the_one_for_own_rows(monkeypatch):
     monkeypatch.setattr("sys.argv", ["onelook/train.py"])
-    _, _, compare, _, own = next_steps(Path("runs/demo-1"), has_val=True, is_demo=True).splitlines()
+    _, title, compare, _, own = next_steps(Path("runs/demo-1"), {"step": 1400}, has_val=True, is_demo=True).splitlines()
+    assert title == "to evaluate its best checkpoint, of step 1,400:"
     _, program, *words = shlex.split(compare)
     assert program == "onelook/eval.py" and evaluation.parse(words).with_base
     _, program, *words = shlex.split(own)
@@ -187,7 +188,7 @@ def test_nothing_that_the_demo_and_its_next_commands_print_is_wider_than_the_ter
     with tempfile.TemporaryDirectory(prefix="w", dir="/tmp") as short:
         (Path(short) / "onelook").symlink_to(Path(train.__file__).parent)
         told = on_a_terminal(sys.executable, "onelook/train.py", "--max-steps=1", folder=Path(short))
-        command = shlex.split(told[[line.startswith("to evaluate it") for line in told].index(True) + 1])
+        command = shlex.split(told[[line.startswith("to evaluate") for line in told].index(True) + 1])
         rows = Path(short) / "runs" / "demo-data" / "val.jsonl"
         (rows.parent / "few.jsonl").write_text("".join(rows.read_text().splitlines(keepends=True)[:8]))
         words = ["--max-new-tokens=4", "--workers=0", "--data", str(rows.parent / "few.jsonl")]

@@ -195,15 +195,17 @@ def describe_lora(model) -> None:
     print0(f"  trained in all {sum(parameters for _, parameters in table.values()):,} parameters")
 
 
-def next_steps(output: Path, has_val: bool, is_demo: bool) -> str:
-    """What to look at, and commands to go on with, after a run that is done. Paths are quoted for a shell."""
+def next_steps(output: Path, best: dict, has_val: bool, is_demo: bool) -> str:
+    """What to look at, and commands to go on with, after a run that is done. Paths are quoted for a shell. `best`: the
+    best evaluation, see `Progress`."""
 
     def command(program: str, *words: str) -> str:
         return "  " + shlex.join(["python", str(Path(sys.argv[0]).with_name(program)), *words])
 
     options = ["--with-base"] * is_demo + ["--data", "ROWS"] * (not has_val)
     lines = [f"curves: {shlex.quote(str(output / 'curves.svg'))}"]
-    lines += ["to evaluate it:", command("eval.py", "--ckpt", str(output), *options)]
+    what = f"its best checkpoint, of step {best['step']:,}" if best else "it"
+    lines += [f"to evaluate {what}:", command("eval.py", "--ckpt", str(output), *options)]
     if is_demo:
         lines += ["to train on your own rows:", command("train.py", "--train", "train.jsonl", "--images", "pictures")]
     return "\n".join(lines)

@@ -425,8 +425,8 @@ def is_due(every: int, step: int, steps: int) -> bool:
 
 
 def to_toml(settings: argparse.Namespace) -> str:
-    """The settings as a file that --config reads. JSON's strings, numbers and booleans are TOML's too, except that TOML
-    wants DEL escaped."""
-    items = {name: value for name, value in vars(settings).items() if name != "config"}
+    """The settings as a file that --config reads, without --resume, which every start is asked for anew. JSON's
+    strings, numbers and booleans are TOML's too, except that TOML wants DEL escaped."""
+    items = {name: value for name, value in vars(settings).items() if name not in ("config", "resume")}
     lines = (f"{name.replace('_', '-')} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in items.items())
     return "".join(lines).replace("\x7f", "\\u007f")

@@ -214,6 +214,11 @@ def test_the_written_file_reads_back_to_the_same_settings(rows_file, config, sys
     assert to_toml(again) == written
 
 
+def test_a_run_s_settings_do_not_resume_it_by_themselves(rows_file, config):
+    resumed = parse_settings(["--train", rows_file, "--output=x", "--resume=auto"])
+    assert resumed.resume == "auto" and parse_settings(config(to_toml(resumed))).resume == "none"
+
+
 def test_the_defaults_read_back_too(config):
     settings = parse_settings([])
     assert vars(parse_settings(config(to_toml(settings)))) | {"config": ""} == vars(settings)
