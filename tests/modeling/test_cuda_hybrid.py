@@ -1,8 +1,8 @@
 """Qwen3.5 in bfloat16 against float32: with flash-linear-attention's kernels at the 9B's widths on a GPU, and by the
 reference code with a tiny model on a CPU, which shows that these tests run.
 
-`pytest -s` prints what a test does next: the first call of each kernel can take minutes, as Triton compiles and times its
-variants.
+`pytest -s` prints what a test does next: the first call of each kernel can take minutes, as Triton compiles and times
+its variants.
 """
 
 from dataclasses import replace
