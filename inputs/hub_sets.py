@@ -14,6 +14,7 @@ from common import InputError
 
 READ_ERRORS = OSError, ValueError, RuntimeError  # of the network, of names, of files, and of scripts that are not run
 NEEDED = ("question", "answer", "image")
+ROWS_AT_ONCE = 100  # that are taken from a parquet file, with their pictures
 # The names that columns of these fields have in other data sets, the most common ones first: for the line that a
 # message suggests.
 USUAL = {
@@ -160,7 +161,13 @@ def load_splits(hub_set: HubSet, fields: Iterable[str] = ()) -> dict:
     import datasets
 
     try:
-        splits = datasets.load_dataset(hub_set.name, hub_set.subset or None, streaming=True)
+        builder = datasets.load_dataset_builder(hub_set.name, hub_set.subset or None)
+        if hasattr(builder.config, "fragment_scan_options"):  # of parquet files, which else stay in memory once read
+            from pyarrow.dataset import ParquetFragmentScanOptions
+
+            builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
+            builder.config.batch_size = ROWS_AT_ONCE
+        splits = builder.as_streaming_dataset()
     except READ_ERRORS as error:
         raise InputError(f"{hub_set.name}: {error}") from None
     for split, rows in splits.items():

@@ -4,17 +4,20 @@ import io
 import json
 import os
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hub_files import write_set
 from PIL import Image
 
 from common import InputError
 from inputs import hub, hub_sets
-from inputs.hub_sets import SETS
+from inputs.hub_sets import SETS, HubSet, load_splits, read_values
 from inputs.row_files import read_rows
 
 
@@ -55,6 +58,24 @@ def kvasir(count: int, per_picture: int = 3) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------- pictures and splits
+
+
+def test_pictures_that_were_read_do_not_stay_in_memory(tmp_path):
+    """Python's and Arrow's memory at its highest, while a file of 32 MB in 16 groups of rows is read."""
+    pictures = [{"bytes": os.urandom(2**20), "path": None} for _ in range(32)]
+    table = pa.Table.from_pylist([{"image": each, "question": "What?", "answer": "this"} for each in pictures])
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "set" / "data" / "train-00000-of-00001.parquet", row_group_size=2)
+    del pictures, table
+    own = HubSet("set", {"question": "question", "answer": "answer", "image": "image"})
+    before, arrow = pa.total_allocated_bytes(), []
+    tracemalloc.start()
+    for _ in read_values(load_splits(own)["train"], own):
+        arrow.append(pa.total_allocated_bytes() - before)
+    peak = tracemalloc.get_traced_memory()[1] + max(arrow)
+    tracemalloc.stop()
+    print(f"{peak / 2**20:.1f} MB at the most")
+    assert len(arrow) == 32 and peak < 16 * 2**20
 
 
 def test_a_picture_in_every_row_is_one_file_and_all_its_questions_are_on_one_side(tmp_path, capsys):
