@@ -151,6 +151,7 @@ class TreeModel(nn.Module):
     """A base model, with LoRA or without, that runs a packed `Batch` of trees."""
 
     dense_masks = False  # True for one question on CUDA: FlexAttention would take longer to compile than it saves
+    leaves_out_late = False  # True after `leave_out_late`
 
     def __init__(self, model: nn.Module, settings: ImageSettings, keep_features: Callable | None = None):
         """`keep_features(names, image_tokens, features)` gets the features of images that have a name in the vision
@@ -167,6 +168,12 @@ class TreeModel(nn.Module):
         if not self.trains_vision:
             self.base.model.visual.eval()  # frozen: the same in both modes, so it is compiled once
         return self
+
+    def leave_out_late(self) -> None:
+        """Run the last decoder layer like all others, whose compiled code it then shares, and leave out tokens after
+        it. Results differ by rounding only."""
+        vars(self.base.model.language_model.layers[-1]).pop("forward", None)  # gone after an attempt that did not fit
+        self.leaves_out_late = True
 
     @property
     def base(self) -> nn.Module:
@@ -223,7 +230,7 @@ class TreeModel(nn.Module):
             mask, linear = {"full_attention": mask, "linear_attention": None}, {"paths": paths}
         if torch.is_grad_enabled():
             embeds.requires_grad_()
-        return language_model(
+        hidden = language_model(
             inputs_embeds=embeds,
             position_ids=positions[:, None],
             attention_mask=mask,
@@ -233,7 +240,8 @@ class TreeModel(nn.Module):
             **deepstack,
             **linear,
             **({"dropout_keys": dropout_keys} if self.dropout_rows else {}),
-        ).last_hidden_state[0]
+        ).last_hidden_state[0]  # (T, D) or (N, D)
+        return hidden.index_select(0, wanted) if self.leaves_out_late else hidden
 
     def answer_states(self, batch: Batch, past=None) -> torch.Tensor:
         """Last hidden states (N, D) of the tokens that predict answers. `past` is a key-value cache to fill."""

@@ -149,7 +149,7 @@ def set_up(
     # Model and optimizer, and where the run goes on.
     model, cache = build_model(args, prepared, ranks.device, dtype)
     watch.lap("model")
-    budgets = rehearsal.memory_budgets(args, prepared, model, ranks)
+    budgets, late = rehearsal.memory_budgets(args, prepared, model, ranks)
     model = dist_utils.wrap(model, ranks)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -158,7 +158,7 @@ def set_up(
         progress, identity = checkpoints.load_checkpoint(prepared.checkpoint, model, optimizer, output, identity)
     metrics = Metrics(output, progress, prepared.steps, len(prepared.sampler), known_gpu(ranks.device), ranks, trackers)
     run = Run(args, ranks, stop, dtype, output, prepared, model, cache, optimizer, identity, metrics)
-    rehearse(run, progress, budgets, watch)
+    rehearse(run, progress, budgets, late, watch)
     return run, progress
 
 
@@ -179,12 +179,12 @@ def build_model(
     return TreeModel(peft_model, prepared.images, FeatureWriter(cache).put), cache
 
 
-def rehearse(run: Run, progress: Progress, budgets: list[float | None], watch: Stopwatch) -> None:
+def rehearse(run: Run, progress: Progress, budgets: list[float | None], late: bool, watch: Stopwatch) -> None:
     """Try the largest micro-batch, a save and an evaluation of a few samples: none fails for the first time later."""
     prepared, ranks = run.prepared, run.ranks
     # Without the cache: the tower runs.
     dataset = TreeDataset(prepared.train, prepared.images, padding(ranks.device), at_least=prepared.bounds.tokens)
-    rehearsal.rehearse_step(run.model, run.optimizer, dataset, prepared.bounds, ranks, run.dtype, budgets)
+    rehearsal.rehearse_step(run.model, run.optimizer, dataset, prepared.bounds, ranks, run.dtype, budgets, late)
     watch.lap("rehearsal")
     dist_utils.from_rank0(
         lambda: rehearsal.rehearse_save(run.output, run.model, run.args, checkpoint_state(run, progress))

@@ -5,6 +5,7 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig
 
@@ -31,6 +32,12 @@ NETWORK = 100e9 / 8  # bytes per second between two nodes, in each direction: 10
 # (bench/results/step-precision-h200.json)
 PRECISION_TIME = {"bf16": 1.0, "fp8-backward": 0.84, "fp8": 0.64, "fp8-weights": 1.2}
 EAGER_TIME = 2.05  # step time against budget 1 where layers are not compiled: bench/results/small-job-h200.json
+LAST_LAYER_SHARE = 0.0145  # of a step, saved where the last layer leaves out tokens before its MLP
+
+
+def slowdown(budget: float) -> float:
+    """Step time at a memory budget against budget 1, interpolated between those of SLOWER."""
+    return float(np.interp(budget, *zip(*sorted(SLOWER.items()))))
 
 
 def known_gpu(device: torch.device) -> Gpu | None:
@@ -68,7 +75,7 @@ def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branch
     gate = q * (linear > 0)  # Qwen3.5's attention has an output gate
     language = 4 * full * h * (2 * q + 2 * kv + gate) * tokens + 4 * h * text.vocab_size * answers
     language += 4 * linear * weights * tokens
-    language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP runs for answer tokens only
+    language += 4 * 3 * h * i * ((layers - 1) * tokens + answers)  # the last MLP is needed for answer tokens only
     v, merged = vision.hidden_size, vision.spatial_merge_size**2 * vision.hidden_size
     tower = 2 * vision.depth * (4 * v * v + 2 * v * vision.intermediate_size)
     tower += 2 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * v

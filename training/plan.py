@@ -32,11 +32,13 @@ from training.checkpoints import step_of
 from training.costs import (
     EAGER_TIME,
     GPUS_PER_NODE,
+    LAST_LAYER_SHARE,
     NETWORK,
     SLOWER,
     all_reduce_seconds,
     batch_seconds,
     known_gpu,
+    slowdown,
     tree_load,
     uncounted,
 )
@@ -47,7 +49,9 @@ from trees import MicroBatch, Step
 
 GIB = 2**30
 START_S = 35  # until the 8B trains, without compiling; with 16 cores and an H200
-COMPILE_S = 55  # the rest of the same start, of 90 s, with nothing compiled before: bench/results/start-h200.json
+# The rest of the same start, of 90 s, with nothing compiled before: bench/results/start-h200.json
+COMPILE_S = 31  # where all decoder layers share their graphs
+LAST_LAYER_S = 24  # more where the last one has its own, in training and in evaluation
 SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
 UNMEASURED = (
     "  {family}: operations and memory are counted, nothing of it was measured on a GPU\n"
@@ -121,9 +125,25 @@ class Budget:
     peak: float  # bytes that a GPU holds at once
     fits: bool
 
+    def costs(self, training: float) -> tuple[float, float]:
+        """Seconds of compiling, and the step time against budget 1, of a run whose training takes `training` seconds
+        at budget 1."""
+        if self.share is None:
+            return 0, self.slower
+        if last_layer_pays(self.slower * training):
+            return COMPILE_S + LAST_LAYER_S, self.slower
+        return COMPILE_S, (1 + LAST_LAYER_SHARE) * self.slower
+
     def seconds(self, training: float) -> float:
         """Of compiling, and of training that takes `training` seconds at budget 1."""
-        return COMPILE_S * (self.share is not None) + self.slower * training
+        compiling, slower = self.costs(training)
+        return compiling + slower * training
+
+
+def last_layer_pays(training: float) -> bool:
+    """Whether a last layer that is compiled on its own, to leave out tokens before its MLP, saves more than it takes in
+    `training` seconds."""
+    return LAST_LAYER_SHARE * training > LAST_LAYER_S
 
 
 def may_stay_uncompiled(args: argparse.Namespace) -> bool:
@@ -140,10 +160,9 @@ def budgets(job: Job, gpu: Gpu, tokens: int) -> list[Budget]:
     if args.compile == "off" or may_stay_uncompiled(args):
         costs.append((None, EAGER_SHARE, EAGER_TIME))
     if args.compile != "off":
-        measured = sorted(SLOWER)
-        tables = [[table[share] for share in measured] for table in (MEMORY_BUDGETS, SLOWER)]
         shares = SLOWER if args.memory_budget == "auto" else [args.memory_budget]
-        costs += [(share, *(np.interp(share, measured, table) for table in tables)) for share in shares]
+        measured = list(zip(*sorted(MEMORY_BUDGETS.items())))
+        costs += [(share, np.interp(share, *measured), slowdown(share)) for share in shares]
     return [Budget(share, slower, fixed + part * kept, part * kept < room) for share, part, slower in costs]
 
 
@@ -188,6 +207,7 @@ class Pace(NamedTuple):
     evaluation: float
     training: float  # of all steps that the run has before it, at budget 1 and without the all-reduce
     budget: Budget
+    compiling: float
 
 
 def pace(job: Job, gpu: Gpu, options: list[Budget], gpu_counts: Iterable[int]) -> dict[int, Pace]:
@@ -210,9 +230,10 @@ def pace(job: Job, gpu: Gpu, options: list[Budget], gpu_counts: Iterable[int]) -
         work = [max(map(share_seconds, trees.share_out(step, gpus))) for step in job.plan]
         training = left * float(np.mean(work))
         budget = choose(options, training)
-        steps = [budget.slower * seconds + reduced for seconds in work]
+        compiling, slower = budget.costs(training)
+        steps = [slower * seconds + reduced for seconds in work]
         evaluation = max(sum(val_s[i] for i in share) for share in trees.balance(costs, gpus))
-        paces[gpus] = Pace(steps, evaluation, training, budget)
+        paces[gpus] = Pace(steps, evaluation, training, budget, compiling)
     return paces
 
 
@@ -222,7 +243,7 @@ def timeline(job: Job, times: Pace, epochs: int) -> list[tuple[int, str, float]]
     Checkpoints of new best evaluations can't be foreseen.
     """
     steps = count_steps(job.args, job.steps_per_epoch, epochs)
-    now = START_S + times.budget.seconds(0)
+    now = START_S + times.compiling
     events = [(0, "training starts", now)]
     # Every epoch draws other steps from the same trees: the first one's times stand for all of them.
     for step in range(1, steps + 1):
@@ -264,22 +285,29 @@ def compare_with_plan(args: argparse.Namespace, prepared, gpu: Gpu | None, gpus:
     )
 
 
-def compiling_pays(args: argparse.Namespace, prepared, model: PeftModel, budget: float, ranks: Ranks) -> bool:
-    """Whether compiling layers for a memory budget takes less time than it saves in the run's remaining steps; True
-    where costs are not known. It prints the answer. `prepared` is what training.preparation.prepare gave."""
+def training_seconds(args: argparse.Namespace, prepared, model: PeftModel, ranks: Ranks) -> float:
+    """Seconds of the run's remaining steps at budget 1, infinite where costs are not known. `prepared` is what
+    training.preparation.prepare gave."""
     gpu = known_gpu(ranks.device)
     if not gpu or uncounted(prepared.config, args):
-        return True
+        return math.inf
     rows = prepared.train, prepared.val, prepared.plan
     job = make_job(args, prepared.config, *rows, prepared.bounds.tokens, model)
     job.done = step_of(prepared.checkpoint) if prepared.checkpoint else 0
-    options = [Budget(None, EAGER_TIME, 0, True), Budget(budget, SLOWER[budget], 0, True)]
-    times = pace(job, gpu, options, [ranks.world_size])[ranks.world_size]
-    pays, saved = times.budget.share is not None, (EAGER_TIME - SLOWER[budget]) * times.training
-    print0(
-        f"layers are {'' if pays else 'not '}compiled (--compile auto): "
-        f"compiling takes {COMPILE_S} s and saves {saved:,.0f} s of training"
-    )
+    return pace(job, gpu, [Budget(1.0, 1.0, 0, True)], [ranks.world_size])[ranks.world_size].training
+
+
+def compiling_pays(share: float, training: float) -> bool:
+    """Whether compiling layers for a memory budget takes less time than it saves in training that takes `training`
+    seconds at budget 1. It prints the answer, unless that is infinite."""
+    eager, compiled = Budget(None, EAGER_TIME, 0, True), Budget(share, slowdown(share), 0, True)
+    pays = choose([eager, compiled], training) is compiled
+    if training < math.inf:
+        compiling, slower = compiled.costs(training)
+        print0(
+            f"layers are {'' if pays else 'not '}compiled (--compile auto): "
+            f"compiling takes {compiling} s and saves {(eager.slower - slower) * training:,.0f} s of training"
+        )
     return pays
 
 

@@ -24,7 +24,8 @@ from modeling.memory import (
     state_bytes,
 )
 from training.checkpoints import mark_best, write_checkpoint
-from training.plan import compiling_pays, may_stay_uncompiled
+from training.costs import slowdown
+from training.plan import compiling_pays, last_layer_pays, may_stay_uncompiled, training_seconds
 from training.settings import to_toml
 from trees import Assignment, MicroBatch, PlanSettings, group_numbers, grow_tree, questions_by_file
 
@@ -100,33 +101,36 @@ def _most_answers(
     return int(np.interp(room, [0, *filled], [0, *reached]) + 1e-6)
 
 
-def memory_budgets(args: argparse.Namespace, prepared, model: TreeModel, ranks: Ranks) -> list[float | None]:
-    """Memory budgets to try for the largest micro-batch, the best first; None: layers are not compiled. `prepared` is
-    what training.preparation.prepare gave.
+def memory_budgets(
+    args: argparse.Namespace, prepared, model: TreeModel, ranks: Ranks
+) -> tuple[list[float | None], bool]:
+    """Memory budgets to try for the largest micro-batch, the best first (None: layers are not compiled), and whether
+    compiled layers leave out tokens late (`TreeModel.leave_out_late`). `prepared` is what training.preparation.prepare
+    gave.
 
     Call it before the optimizer exists: the estimate leaves room for what comes later. A collective.
     """
     if args.compile == "off" or args.dora or ranks.device.type != "cuda":
-        return [None]
-    if args.memory_budget != "auto":
-        return [args.memory_budget]
+        return [None], False
+    config, tokens, budgets = model.base.config, prepared.bounds.tokens, [args.memory_budget]
     room = min(dist_utils.gather_to_all(activation_room(ranks.device)))  # compiled alike on every rank
-    room -= state_bytes(model.base.config, prepared.bounds.branches)
-    tokens = prepared.bounds.tokens
-    highest = choose_memory_budget(model.base.config, tokens, room)
-    budgets = [budget for budget in MEMORY_BUDGETS if budget <= highest]
-    fits = EAGER_SHARE * kept_bytes(model.base.config, tokens) < room
-    if fits and may_stay_uncompiled(args):
-        pays = dist_utils.from_rank0(lambda: compiling_pays(args, prepared, model.model, highest, ranks))
-        return budgets if pays else [None, *budgets]
-    return budgets
+    room -= state_bytes(config, prepared.bounds.branches)
+    if args.memory_budget == "auto":
+        highest = choose_memory_budget(config, tokens, room)
+        budgets = [budget for budget in MEMORY_BUDGETS if budget <= highest]
+    training = dist_utils.from_rank0(lambda: training_seconds(args, prepared, model.model, ranks))
+    late = not last_layer_pays(slowdown(budgets[0]) * training)
+    fits = EAGER_SHARE * kept_bytes(config, tokens) < room
+    if fits and may_stay_uncompiled(args) and not compiling_pays(budgets[0], training):
+        budgets = [None, *budgets]
+    return budgets, late
 
 
 def rehearse_step(
-    model, optimizer, dataset: TreeDataset, bounds: Bounds, ranks: Ranks, dtype, budgets: list[float | None]
+    model, optimizer, dataset: TreeDataset, bounds: Bounds, ranks: Ranks, dtype, budgets: list[float | None], late: bool
 ) -> None:
     """Run a micro-batch as large as any of the run forward and backward, compiled for the first of `budgets` that fits
-    on all ranks.
+    on all ranks. `budgets` and `late` are what `memory_budgets` gave.
 
     Raises InputError when memory does not suffice, and RuntimeError when a trained weight gets no finite gradient.
     Weights and optimizer stay as they were.
@@ -136,6 +140,8 @@ def rehearse_step(
     for budget in budgets:
         if budget is not None:
             print0(f"compiling for a memory budget of {budget}: this takes about a minute, more on slow CPUs")
+            if late:
+                unwrap(model).leave_out_late()
             compile_layers(unwrap(model).model, budget)
         # The first pass compiles too. Ranks agree after it, so that none is left waiting in the next attempt.
         if fits := all(dist_utils.gather_to_all(_fits_in_memory(model, batch, ranks, dtype))):

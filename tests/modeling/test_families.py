@@ -29,6 +29,9 @@ import eval as evaluation
 import model as model_file
 import train
 from common import InputError
+from data import build_batch
+from evaluation.answers import generate
+from evaluation.runner import plan_evaluation
 from inputs.images import ImageSettings, image_settings
 from model import load_base
 from modeling import attention, loading
@@ -100,6 +103,29 @@ def test_lora_is_on_every_language_layer_and_nowhere_else(world, family):
 
 def test_answers_equal_plain_generation_one_by_one(world, tmp_path):
     test_eval.test_answers_equal_plain_generation_one_by_one(world, tmp_path, None)
+
+
+def test_leaving_out_tokens_after_the_last_layer_changes_nothing(world, batch):
+    """Losses and gradients with dropout and LoRA on the vision tower, an evaluation, and answers from a cache."""
+    data, dataset = tiny.load_world(world)
+    (trees,) = plan_evaluation(data.samples, 9999)
+    prompts = build_batch(data, Assignment(trees), dataset.settings, prompts_only=True)
+    results = []
+    for late in (False, True):
+        model = tiny.lora_model(world, 0.1, targets=DEFAULT_TARGETS + ",vision,merger")
+        if late:
+            model.leave_out_late()
+        losses, _ = model(batch)
+        losses.sum().backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+        with torch.no_grad():
+            evaluated, right = model.eval()(batch)
+        tokens, probabilities = zip(*generate(model, prompts, 8, {1}))
+        results.append((losses.detach(), evaluated, torch.tensor(probabilities), right, tokens, gradients))
+    (*early, right, tokens, gradients), (*late, right_late, tokens_late, gradients_late) = results
+    torch.testing.assert_close(late, early, rtol=1e-5, atol=1e-6)
+    assert torch.equal(right, right_late) and tokens == tokens_late
+    assert tiny.relative_error(gradients_late, gradients) < 1e-5
 
 
 def test_windows_matter_and_blocks_of_whole_images_too(windows):

@@ -16,6 +16,7 @@ import torch
 from pictures import VALID_IMAGES, cut_short, noise, turned
 from PIL import ImageFile
 from runs import arguments, lines
+from steps import ALONE
 from test_bench import bench
 from test_trees import make_samples
 from transformers import AutoConfig, AutoTokenizer
@@ -31,7 +32,7 @@ from training import costs, plan, scaling
 from training import preparation as prepare
 from training.description import data_warnings
 from training.gpus import GPUS, Gpu
-from training.plan import COMPILE_S, GIB, Budget, budgets, choose, hours, make_job, pace, timeline
+from training.plan import COMPILE_S, GIB, LAST_LAYER_S, Budget, budgets, choose, hours, make_job, pace, timeline
 from training.rehearsal import micro_batch_bounds
 from training.scaling import GPU_COUNTS, batch_size_remedy
 from training.settings import parse_settings
@@ -232,7 +233,7 @@ def test_a_step_takes_as_long_as_the_busiest_rank_with_micro_batches_of_its_own(
         expected = max(sum(costs.batch_seconds(load, HERE) for load in of_rank) for of_rank in loads)
         reduced = costs.all_reduce_seconds(4 * job.lora, gpus, HERE)
         (step, *_), *_ = pace(job, HERE, [Budget(1.0, 1.5, 0, True)], [gpus])[gpus]
-        assert step == pytest.approx(1.5 * expected + reduced)
+        assert step == pytest.approx(1.5 * (1 + costs.LAST_LAYER_SHARE) * expected + reduced)
 
 
 def test_the_all_reduce_takes_what_its_slowest_link_takes():
@@ -362,10 +363,10 @@ def test_less_memory_takes_more_time_and_a_budget_of_one_s_own_lies_between():
 
 
 def test_layers_are_compiled_where_that_saves_more_time_than_it_takes(world):
-    """At EAGER_TIME times the step time for COMPILE_S seconds: equal after COMPILE_S / (EAGER_TIME - 1) of training."""
+    """Equal where COMPILE_S is what EAGER_TIME costs more than budget 1 without a last layer of its own."""
     options = budgets(job_of_8b(compile="auto"), GPUS["h100"], 4459)
     assert [option.share for option in options] == [None, 1.0, 0.5, 0.2, 0.0] and options[0].fits
-    even = COMPILE_S / (costs.EAGER_TIME - 1)
+    even = COMPILE_S / (costs.EAGER_TIME - 1 - costs.LAST_LAYER_SHARE)
     assert choose(options, 0.99 * even) is options[0] and choose(options, 1.01 * even) is options[1]
     tight = replace(options[0], fits=False)
     assert choose([tight, *options[1:]], 0.0) is options[1]  # memory comes first
@@ -385,6 +386,47 @@ def test_layers_are_compiled_where_that_saves_more_time_than_it_takes(world):
     assert starts == [plan.START_S + COMPILE_S, plan.START_S]
     job.done = job.steps_per_epoch * 8
     assert pace(job, slow, options, [1])[1].budget is options[0]
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.27])
+def test_the_last_layer_is_compiled_on_its_own_where_that_saves_more_time_than_it_takes(slower):
+    """Up to there a run pays for it with its steps. At that point both ways end at the same time."""
+    budget, even = Budget(0.5, slower, 0, True), LAST_LAYER_S / costs.LAST_LAYER_SHARE / slower
+    assert budget.costs(0.99 * even) == (COMPILE_S, slower * (1 + costs.LAST_LAYER_SHARE))
+    assert budget.costs(1.01 * even) == (COMPILE_S + LAST_LAYER_S, slower)
+    for training in (0, 0.5 * even, even, 2 * even):
+        saved = min(LAST_LAYER_S, costs.LAST_LAYER_SHARE * slower * training)
+        assert budget.seconds(training) == pytest.approx(COMPILE_S + saved + slower * training)
+    eager = Budget(None, costs.EAGER_TIME, 0, True)
+    assert eager.costs(0.01 * even) == eager.costs(9 * even) == (0, costs.EAGER_TIME)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8-backward", "fp8", "fp8-weights"])
+def test_a_run_plans_the_training_that_it_has_before_it(world, tmp_path, monkeypatch, precision):
+    job, data = job_of(world, **{"base-precision": precision, "max-steps": 0, "epochs": 2})
+    made = make_plan(data.samples, scaling.plan_settings(job.args), 0)
+    prepared = SimpleNamespace(config=job.config, train=data, val=data, plan=made, checkpoint=None)
+    prepared.bounds = SimpleNamespace(tokens=job.largest)
+    model = tiny.lora_model(world, precision=precision).model
+    assert plan.training_seconds(job.args, prepared, model, ALONE) == math.inf  # on an unknown GPU
+    monkeypatch.setitem(GPUS, "here", HERE)
+    whole = pace(job, HERE, AT_BUDGET_1, [1])[1].training
+    assert plan.training_seconds(job.args, prepared, model, ALONE) == pytest.approx(whole)
+    prepared.checkpoint = tmp_path / f"checkpoint-{len(made):06d}"
+    assert plan.training_seconds(job.args, prepared, model, ALONE) == pytest.approx(whole / 2)
+    job.args.dora = True
+    assert plan.training_seconds(job.args, prepared, model, ALONE) == math.inf
+
+
+def test_a_long_run_starts_later_for_faster_steps(world):
+    job, _ = job_of(world, **{"max-steps": 0, "epochs": 9, "lora-r": 1})
+    work = pace(job, replace(HERE, tflops=1e-9), AT_BUDGET_1, [1])[1].training
+    even = LAST_LAYER_S / costs.LAST_LAYER_SHARE
+    for share, compiling, slower in ((0.9, COMPILE_S, 1.0145), (1.1, COMPILE_S + LAST_LAYER_S, 1.0)):
+        times = pace(job, replace(HERE, tflops=1e-9 * work / (share * even), link=math.inf), AT_BUDGET_1, [1])[1]
+        (_, _, start), *_ = timeline(job, times, 9)
+        assert start == plan.START_S + compiling
+        assert 9 * sum(times.steps) == pytest.approx(slower * times.training)
 
 
 @pytest.mark.parametrize("tokens", [256, 128])

@@ -1,5 +1,6 @@
 """The rehearsal: no micro-batch of a run is larger than its bounds, and a micro-batch that reaches them runs first."""
 
+import json
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -7,18 +8,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rank_budgets
 import tiny
 import torch
+from runs import Run
 from steps import ALONE
 
 import trees
 from common import InputError
 from data import Sample, TreeDataset
 from dist_utils import Ranks
+from model import TreeModel
 from modeling.memory import kept_bytes
 from training import costs
 from training.gpus import GPUS
-from training.plan import Pace, choose
+from training.plan import COMPILE_S, LAST_LAYER_S
 from training.rehearsal import largest_batch, memory_budgets, micro_batch_bounds, rehearse_step
 from trees import PlanSettings, StepSampler, tree_shape
 
@@ -144,8 +148,8 @@ def rehearsal(world, **lora) -> tuple:
     return tiny.lora_model(world, **lora), TreeDataset(data, dataset.settings, at_least=bounds.tokens), bounds
 
 
-def rehearse(model, dataset, bounds, budgets=(None,)) -> None:
-    rehearse_step(model, torch.optim.SGD(model.parameters()), dataset, bounds, ALONE, torch.float32, budgets)
+def rehearse(model, dataset, bounds, budgets=(None,), late=True) -> None:
+    rehearse_step(model, torch.optim.SGD(model.parameters()), dataset, bounds, ALONE, torch.float32, budgets, late)
 
 
 def without_images(folder):
@@ -208,33 +212,60 @@ def test_compiling_is_told_with_the_time_it_takes(world, monkeypatch, capfd):
     assert line in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_only_compiled_layers_leave_out_tokens_late(world, monkeypatch, late):
+    """Not an attempt without compiling, and all compiled attempts after it."""
+    (model, *others), tried, attempt = rehearsal(world), [], TreeModel.forward
+
+    def forward(self, batch):
+        tried.append(self.leaves_out_late)
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError
+        return attempt(self, batch)
+
+    monkeypatch.setattr(TreeModel, "forward", forward)
+    monkeypatch.setattr("training.rehearsal.compile_layers", lambda *_: None)
+    rehearse(model, *others, budgets=[None, 1.0, 0.5], late=late)
+    assert tried == [False, late, late]
+
+
+ALL = [1.0, 0.5, 0.2, 0.0]
+
+
 @pytest.mark.parametrize(
-    ("settings", "room", "seconds", "tried"),
+    ("settings", "room", "seconds", "tried", "late"),
     [
-        ({"compile": "off"}, 9.0, 9e9, [None]),
-        ({"compile": "on"}, 9.0, 0, [1.0, 0.5, 0.2, 0.0]),
-        ({"compile": "auto"}, 9.0, 9e9, [1.0, 0.5, 0.2, 0.0]),
-        ({"compile": "auto"}, 9.0, 40, [None, 1.0, 0.5, 0.2, 0.0]),  # the others, where memory does not suffice
-        ({"compile": "auto", "base_precision": "fp8"}, 9.0, 40, [1.0, 0.5, 0.2, 0.0]),  # too slow without
-        ({"compile": "auto"}, 1.8, 40, [1.0, 0.5, 0.2, 0.0]),  # too little memory
-        ({"compile": "auto"}, 0.4, 40, [0.5, 0.2, 0.0]),
-        ({"compile": "auto", "memory_budget": 0.5}, 9.0, 40, [0.5]),
-        ({"compile": "auto", "dora": True}, 9.0, 9e9, [None]),
+        ({"compile": "off"}, 9.0, 9e9, [None], False),
+        ({"compile": "on"}, 9.0, 0, ALL, True),
+        ({"compile": "on"}, 9.0, 1650, ALL, True),  # 0.0145 of 1,655 s are the 24 s of compiling the last layer apart
+        ({"compile": "on"}, 9.0, 1660, ALL, False),
+        ({"compile": "auto"}, 9.0, 9e9, ALL, False),
+        ({"compile": "auto"}, 9.0, 31, ALL, True),  # compiling saves 1.0355 s of each
+        ({"compile": "auto"}, 9.0, 29, [None, *ALL], True),  # the others, where memory does not suffice
+        ({"compile": "auto", "base_precision": "fp8"}, 9.0, 29, ALL, True),  # too slow without
+        ({"compile": "auto", "base_precision": "fp8"}, 9.0, 1660, ALL, False),
+        ({"compile": "auto"}, 1.8, 29, ALL, True),  # too little memory
+        ({"compile": "auto"}, 0.4, 29, [0.5, 0.2, 0.0], True),
+        ({"compile": "auto"}, 0.4, 1600, [0.5, 0.2, 0.0], False),  # 1,744 s at that budget
+        ({"compile": "auto", "memory_budget": 0.5}, 9.0, 29, [0.5], True),
+        ({"compile": "on", "memory_budget": 0.75}, 9.0, 1570, [0.75], True),  # 1.045 times as long
+        ({"compile": "on", "memory_budget": 0.75}, 9.0, 1600, [0.75], False),
+        ({"compile": "auto", "dora": True}, 9.0, 9e9, [None], False),
     ],
 )
-def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, settings, room, seconds, tried):
-    """`room`: for activations, in `kept_bytes`; `seconds`: of training."""
+def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, settings, room, seconds, tried, late):
+    """`room`: for activations, in `kept_bytes`; `seconds`: of training at budget 1."""
     text = SimpleNamespace(num_hidden_layers=2, hidden_size=64, intermediate_size=128)
     config = SimpleNamespace(model_type="qwen3_vl", text_config=text)
     model = SimpleNamespace(base=SimpleNamespace(config=config), model=None)
     prepared = SimpleNamespace(config=None, train=None, val=None, plan=[], checkpoint=Path("checkpoint-000007"))
     prepared.bounds = SimpleNamespace(tokens=4096, branches=8)
     args = SimpleNamespace(**({"memory_budget": "auto", "dora": False, "base_precision": "bf16"} | settings))
-    left = []
+    left, ranks = [], Ranks(0, 1, torch.device("cuda"))
 
     def pace_of(job, gpu, options, counts):
         left.append(job.done)
-        return {1: Pace([], 0.0, seconds, choose(options, seconds))}
+        return {1: SimpleNamespace(training=seconds)}
 
     kept = kept_bytes(model.base.config, 4096)
     monkeypatch.setattr("training.rehearsal.activation_room", lambda _: room * kept)
@@ -242,13 +273,23 @@ def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, 
     monkeypatch.setattr("training.plan.uncounted", lambda *_: "")
     monkeypatch.setattr("training.plan.make_job", lambda *_: SimpleNamespace())
     monkeypatch.setattr("training.plan.pace", pace_of)
-    assert memory_budgets(args, prepared, model, Ranks(0, 1, torch.device("cuda"))) == tried
-    told, saved = capsys.readouterr().out, (costs.EAGER_TIME - 1) * seconds
-    assert left in ([], [7])
-    if left:
-        compiled = "" if None not in tried else "not "
-        assert told.startswith(f"layers are {compiled}compiled") and f"saves {saved:,.0f} s of training" in told
-        assert max(map(len, told.splitlines())) <= 100
-    monkeypatch.setattr("training.plan.known_gpu", lambda _: None)  # nothing is known of its rates: as before
+    assert memory_budgets(args, prepared, model, ranks) == (tried, late)
+    told = capsys.readouterr().out
     compiled = [budget for budget in tried if budget is not None]
-    assert memory_budgets(args, prepared, model, Ranks(0, 1, torch.device("cuda"))) == (compiled or [None])
+    assert left == [7] * bool(compiled)
+    if told:
+        verb = "compiled" if None not in tried else "not compiled"
+        takes, slower = (COMPILE_S, 1 + costs.LAST_LAYER_SHARE) if late else (COMPILE_S + LAST_LAYER_S, 1)
+        saved = (costs.EAGER_TIME - slower) * seconds
+        of_time = f"compiling takes {takes} s and saves {saved:,.0f} s of training"
+        assert told == f"layers are {verb} (--compile auto): {of_time}\n" and len(told) <= 100
+    assert bool(told) == (args.compile == "auto" and room > 1.9 and args.base_precision == "bf16" and len(tried) > 1)
+    monkeypatch.setattr("training.plan.known_gpu", lambda _: None)  # nothing is known of its rates: as before
+    assert memory_budgets(args, prepared, model, ranks) == (compiled or [None], False)
+    assert capsys.readouterr().out == ""
+
+
+def test_all_ranks_compile_what_rank_0_plans(tmp_path):
+    Run([tmp_path], tmp_path / "log", ranks=2, main=rank_budgets.main).succeed()
+    decisions = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert decisions == 2 * [[[ALL, True], [[0.75], True], [[None, *ALL], True], [ALL, False]]]
