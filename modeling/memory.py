@@ -9,6 +9,7 @@ from peft import PeftModel
 # 8,192 tokens; without dropout it is less. Those of 0.5 and 0.2 were measured before masks were computed again, and are
 # lowered here as two layers' are on a CPU.
 MEMORY_BUDGETS = {1.0: 0.71, 0.5: 0.38, 0.2: 0.19, 0.0: 0.13}
+HYBRID_SHARE = 1.1  # of these shares for Qwen3.5: bench/results/step-qwen3.5-h200.json
 EAGER_SHARE = 1.9  # the same where layers are not compiled: 82.2 GiB at 7,308 tokens on an H200
 MEMORY_MARGIN = 2 * 2**30, 0.05  # bytes for vision tower, logits and optimizer; share of the card for fragmentation
 # One compiled function has a variant for each of training and evaluation, text and vision, last and other layers.
@@ -20,12 +21,12 @@ def kept_bytes(config, tokens: int) -> int:
     the hidden size and 3 of the intermediate size, in bfloat16; for Qwen3.5 what `_hybrid_width` counts."""
     text = config.text_config
     if config.model_type == "qwen3_5":
-        return 2 * tokens * sum(_hybrid_width(text, kind) for kind in text.layer_types)
+        return int(HYBRID_SHARE * 2 * tokens * sum(_hybrid_width(text, kind) for kind in text.layer_types))
     return 2 * text.num_hidden_layers * tokens * (8 * text.hidden_size + 3 * text.intermediate_size)
 
 
 def _hybrid_width(text, kind: str) -> int:
-    """Numbers of 16 bits that a layer of Qwen3.5 keeps per token at most. Counted from the code, not measured."""
+    """Numbers of 16 bits that a layer of Qwen3.5 keeps per token at most, counted from the code."""
     shared = 4 * text.hidden_size + 3 * text.intermediate_size  # inputs of norms and what they give; the MLP
     if kind == "full_attention":  # queries, their gate, one key and value per query, the output before and after it
         return shared + 6 * text.num_attention_heads * text.head_dim

@@ -15,14 +15,16 @@ from modeling.targets import names_vision
 from training.gpus import GPUS, Gpu
 from trees import Tree
 
-# The families whose operations are counted. The rates below were measured with Qwen3-VL alone.
-COUNTED = ("qwen3_vl", "qwen3_5")
+COUNTED = ("qwen3_vl", "qwen3_5")  # the families whose operations are counted
 CHUNK = 64  # tokens that flash-linear-attention takes at once: it computes with whole chunks
 # Shares of Gpu.tflops that each kind of operation reaches. The three trees of bench/results/step-h100.json are too
 # alike to fit all of them, so those of attention come from a profile of the tree of 9: FlexAttention took 66 ms for
 # 17.7 TFLOP, the vision tower's attention 42.8 ms for 14.5. The share of the matrix products, which includes the small
 # kernels between them, and IMAGE_S are then fitted to the three trees' times.
 MATMUL_SHARE, ATTENTION_SHARE, TOWER_ATTENTION_SHARE = 0.662, 0.333, 0.421
+# Time of a language model against these shares. Qwen3.5's is fitted to trees of 9 and 17 on an H200, whose CPU did not
+# always keep up (bench/results/step-qwen3.5-h200.json).
+FAMILY_TIME = {"qwen3_vl": 1.0, "qwen3_5": 1.74}
 MICRO_BATCH_S = 0.012  # gaps between kernels, forward and backward, in that profile; a faster GPU has them too
 IMAGE_S = 0.024  # small kernels of the vision tower, per image
 SLOWER = {1.0: 1.0, 0.5: 1.09, 0.2: 1.17, 0.0: 1.27}  # memory budget -> step time against budget 1: a tree of 9, H100
@@ -103,12 +105,14 @@ def linear_attention(text: PretrainedConfig, lengths: list[int]) -> tuple[int, i
     return layers, weights, heads * per_chunk * sum(-(-length // CHUNK) for length in lengths)
 
 
-def batch_seconds(loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True, precision: str = "bf16") -> float:
+def batch_seconds(
+    loads: list[tuple[Flops, int]], gpu: Gpu, trained: bool = True, precision: str = "bf16", family: str = "qwen3_vl"
+) -> float:
     """Seconds of a micro-batch, from each tree's operations and number of images. Not `trained`: forward only."""
     language, attention, tower, tower_attention = (sum(kind) for kind in zip(*(flops for flops, _ in loads)))
     part, attention_part, gap_part = (1, 1, 1) if trained else (1 / 2, 1 / 3.5, 1 / 3)
-    at_full_rate = (part * PRECISION_TIME[precision] * language + tower) / MATMUL_SHARE
-    at_full_rate += attention_part * attention / ATTENTION_SHARE + tower_attention / TOWER_ATTENTION_SHARE
+    text = part * PRECISION_TIME[precision] * language / MATMUL_SHARE + attention_part * attention / ATTENTION_SHARE
+    at_full_rate = FAMILY_TIME[family] * text + tower / MATMUL_SHARE + tower_attention / TOWER_ATTENTION_SHARE
     fixed = gap_part * MICRO_BATCH_S + IMAGE_S * sum(images for _, images in loads)
     return at_full_rate / (gpu.tflops * 1e12) + fixed
 

@@ -1,18 +1,23 @@
-"""--plan counts the operations and the memory of Qwen3.5, and says that nothing of it was measured."""
+"""--plan counts the operations and the memory of Qwen3.5, and says what of it was measured."""
+
+import json
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from runs import arguments
+from test_bench import bench
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen3_5 import Qwen3_5Config
 
 import train
 from modeling.delta import reference_rule
-from modeling.memory import kept_bytes, state_bytes
+from modeling.memory import MEMORY_BUDGETS, kept_bytes, state_bytes
 from training import costs
+from training.gpus import GPUS
 from trees import grow_tree, tree_shape
 
 QWEN3_5_9B = Qwen3_5Config(vision_config={"out_hidden_size": 4096})  # transformers' defaults are the 9B's
@@ -70,8 +75,9 @@ def test_attention_is_counted_in_a_quarter_of_the_layers():
 
 def test_the_memory_of_the_9b_is_counted_by_layer():
     """In vectors of the hidden size, 4,096, to which the MLP's of the intermediate size, 12,288, are added: linear
-    layers keep 4 + 3 * 2 + 3 and 68 numbers for each of 32 heads, the others 4 + 6."""
-    assert kept_bytes(QWEN3_5_9B, 10) == 10 * 2 * (24 * (13 * 4096 + 68 * 32) + 8 * 10 * 4096 + 32 * 3 * 12288)
+    layers keep 4 + 3 * 2 + 3 and 68 numbers for each of 32 heads, the others 4 + 6. A number takes 2 bytes, and a
+    tenth is added."""
+    assert kept_bytes(QWEN3_5_9B, 10) == 22 * (24 * (13 * 4096 + 68 * 32) + 8 * 10 * 4096 + 32 * 3 * 12288)
 
 
 def test_states_in_which_branches_begin_are_counted():
@@ -80,8 +86,26 @@ def test_states_in_which_branches_begin_are_counted():
     assert state_bytes(AutoConfig.for_model("qwen3_vl"), 96) == 0
 
 
-def test_the_plan_of_qwen3_5_says_that_it_was_not_measured(world, tmp_path, capsys):
+@pytest.mark.parametrize("questions", [9, 17])
+def test_the_time_and_memory_of_a_tree_are_the_measured_ones(questions):
+    preset = bench.PRESETS["qwen3.5-9b"]
+    config, results = bench.config_of(preset), Path(bench.__file__).parent / "results"
+    rows = json.loads((results / "step-qwen3.5-h200.json").read_text())["rows"]
+    (row,) = (row for row in rows if row["case"] == f"tree-{questions}")
+    patches = preset.size[0] * preset.size[1] // 16**2
+    prefix, branches = patches // 4 + 4, [preset.question_tokens] * questions
+    flops = costs.step_flops(config, [patches], prefix, branches, questions * preset.answer_tokens)
+    seconds = costs.batch_seconds([(flops, 1)], GPUS["h200"], family="qwen3_5")
+    assert 1000 * seconds == pytest.approx(row["ms"], rel=0.01)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config).bfloat16()
+    weights = sum(weight.nbytes for weight in model.parameters())
+    kept = MEMORY_BUDGETS[1.0] * kept_bytes(config, prefix + sum(branches))
+    assert (weights + kept + state_bytes(config, questions)) / 2**30 == pytest.approx(row["peak_gib"], rel=0.03)
+
+
+def test_the_plan_of_qwen3_5_says_what_was_measured(world, tmp_path, capsys):
     assert train.main([*arguments(world, ""), "--plan"]) == 0
     told = capsys.readouterr().out
-    assert "Qwen3.5: operations and memory are counted, nothing of it was measured on a GPU" in told
+    assert "Qwen3.5: fitted to steps of the 9B on one H200" in told
     assert "GPU hours" in told and max(map(len, told.splitlines())) <= 100
