@@ -18,7 +18,7 @@ from common import InputError
 from data import Sample, TreeDataset, VQAData, load_data
 from inputs.images import image_settings
 from inputs.refused import stop_or_skip_bad
-from training.description import describe_data, describe_sample, describe_unshared
+from training.description import describe_data, describe_sample, describe_unshared, length_histogram
 from training.settings import parse_settings
 from trees import Assignment, PlanSettings, group_samples, grow_tree, make_plan, rank_efficiency
 
@@ -375,6 +375,12 @@ def test_all_rows_of_kvasir_vqa_are_used_and_trained_on_exactly_their_answers(kv
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Is this finding easy to detect?<|im_end|>\n"
         "<|im_start|>assistant\nno<|im_end|>"
     )
+
+
+def test_a_histogram_has_no_bins_narrower_than_a_token():
+    assert length_histogram([2899] * 3) == "  all 2,899"
+    lines = length_histogram([7, 8, 8, 9]).splitlines()
+    assert [line.split()[:4] for line in lines] == [["7", "to", "8", "1"], ["8", "to", "9", "3"]]
 
 
 @pytest.mark.parametrize("image_tokens", [0, 396, 2700], ids=["mixed sizes", "396 tokens", "2,700 tokens"])

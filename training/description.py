@@ -182,7 +182,10 @@ def describe_sample(sample: Sample, tokenizer) -> str:
 
 def length_histogram(lengths: list[int]) -> str:
     """One line per bin: its range in tokens, how many samples are in it, and a bar."""
-    counts, edges = np.histogram(lengths, bins=8)
+    shortest, longest = min(lengths), max(lengths)
+    if shortest == longest:
+        return f"  all {longest:,}"
+    counts, edges = np.histogram(lengths, bins=min(8, longest - shortest))
     bins = zip(counts, edges, edges[1:])
     return "\n".join(f"  {a:7,.0f} to {b:7,.0f}  {n:7,}  {'█' * round(40 * n / max(counts))}" for n, a, b in bins)
 
