@@ -24,14 +24,14 @@ from modeling.targets import AUTO, module_suffixes, resolve_targets, target_patt
 class SharedInput:
     """LoRA layers of one module, their parent, that get the same input x, as q, k and v do. While the parent runs, the
     first of them to be called computes drop(x) A' for all. Called outside their parent, each computes its own. Nothing
-    is kept once the parent has returned."""
+    is kept once each has got its product, or the parent has returned."""
 
     def __init__(self, layers: list[LoraLinear]):
         self.layers = layers
         self.close()
 
     def close(self) -> None:
-        self.is_open, self.x, self.products = False, None, ()  # products: (T, r) of each layer, of x
+        self.is_open, self.x, self.products = False, None, {}  # products: (T, r) by a layer's place, of x
 
 
 def use_lean_lora(model: PeftModel) -> PeftModel:
@@ -78,8 +78,13 @@ def _low_product(layer: LoraLinear, x: torch.Tensor, rows: torch.Tensor) -> torc
     if not group.is_open:
         return _low_products([layer], rows)[0]
     if group.x is not x:
-        group.x, group.products = x, _low_products(group.layers, rows)
-    return group.products[layer.place]
+        group.x, group.products = x, dict(enumerate(_low_products(group.layers, rows)))
+    product = group.products.pop(layer.place)
+    if not group.products:
+        # Not left to the parent: compiled code loses what is changed after FlexAttention in an object that was changed
+        # before it (torch 2.13). Layers would keep x and products, give them gradients of 0, and be compiled twice.
+        group.close()
+    return product
 
 
 def _low_products(layers: list[LoraLinear], rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -21,8 +21,11 @@ import eval as evaluation
 import merge
 import train
 from common import InputError
+from data import build_batch
 from model import load_base
+from modeling.attention import block_mask
 from modeling.lora import add_lora, lora_table, merge_lora
+from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS
 from training.checkpoints import read_state
 from trees import Assignment
@@ -147,7 +150,7 @@ def use_forward_of_peft(model) -> None:
 def all_kept(model) -> set:
     """What groups of layers keep of their inputs and products."""
     groups = [module.shared_input for module in model.modules() if hasattr(module, "shared_input")]
-    return {(group.is_open, group.x, group.products) for group in groups}
+    return {(group.is_open, group.x, tuple(group.products)) for group in groups}
 
 
 NOTHING = {(False, None, ())}
@@ -224,6 +227,23 @@ def test_compiled_code_shares_products_too(mlp):
     x = torch.randn(1, 3, mlp.hidden_size)
     assert torch.equal(compiled(x), mlp(x)) and all_kept(mlp) == NOTHING
     assert products == [2]  # of gate and up, and of down
+
+
+def test_layers_compiled_with_flex_attention_keep_nothing_and_are_compiled_once(world, monkeypatch):
+    """Without gradients: FlexAttention has none on a CPU."""
+    data, dataset = tiny.load_world(world)
+    model = tiny.lora_model(world, dropout=0.1)
+    batch = build_batch(data, Assignment((whole(data.samples)[0],)), dataset.settings, pad_to=128)
+    monkeypatch.setattr("model.tree_mask", lambda batch, _dense: block_mask(batch.tree, batch.branch))
+    compile_layers(model.model, 1.0, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            model(batch)
+            assert all_kept(model) == NOTHING
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    assert graphs == 2  # of the last layer, and of all others
 
 
 def test_a_layer_never_gets_the_product_of_another_input_or_of_earlier_weights(mlp):
