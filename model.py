@@ -158,6 +158,9 @@ class TreeModel(nn.Module):
         cache: see `inputs.vision_cache.FeatureWriter.put`."""
         super().__init__()
         self.model, self.settings, self.keep_features = model, settings, keep_features
+        self.mean, self.std = (  # (3, 1): made once, as a copy to the GPU waits for all work before it
+            torch.tensor(values, device=self.base.device)[:, None] for values in (settings.mean, settings.std)
+        )
         self.trains_vision = trains(self.base.model.visual)
         self.has_linear_layers = bool(linear_layers(self.base.model.language_model))
         self.dropout_rows = getattr(self.base, "dropout_rows", None)  # a modeling.dropout.RowKeys, where it is trained
@@ -194,9 +197,7 @@ class TreeModel(nn.Module):
         if not len(batch.grid):
             return None
         visual = self.base.model.visual
-        statistics = (self.settings.mean, self.settings.std)
-        mean, std = (torch.tensor(values, device=batch.patches.device)[:, None] for values in statistics)  # (3, 1)
-        pixels = (batch.patches / 255 - mean) / std  # (patches, 3, p * p)
+        pixels = (batch.patches / 255 - self.mean) / self.std  # (patches, 3, p * p)
         pixels = pixels[:, :, None].expand(-1, -1, self.settings.temporal_patch_size, -1)
         vision = batch.vision | {"image_starts": torch.tensor(batch.vision["image_starts"])}  # stays on the CPU
         if self.dropout_rows and self.trains_vision:
