@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from common import InputError
 from data import Batch
 from inputs.images import ImageSettings
-from modeling.attention import tree_mask
+from modeling.attention import HOPPER_OPTIONS, tree_mask
 from modeling.delta import linear_layers, use_tree_delta
 from modeling.loading import fp8_blocks
 from modeling.lora import trains
@@ -83,8 +83,9 @@ def prepare_base(model: nn.Module) -> nn.Module:
     visual.patch_embed.proj = PatchProjection(visual.patch_embed.proj)
     capability = torch.cuda.get_device_capability(visual.device)[0] if visual.device.type == "cuda" else 0
     attention = next(layer.self_attn for layer in language_model.layers if hasattr(layer, "self_attn"))
-    is_tuned = capability == 9 and attention.head_dim == 128 and visual.dtype != torch.float32
-    language_model.config._attn_implementation = "onelook_tree_hopper" if is_tuned else "onelook_tree"
+    is_tuned = capability == 9 and attention.head_dim in HOPPER_OPTIONS and visual.dtype != torch.float32
+    tuned = f"onelook_tree_hopper_{attention.head_dim}"
+    language_model.config._attn_implementation = tuned if is_tuned else "onelook_tree"
     if hasattr(language_model, "_deepstack_process"):
         language_model._deepstack_process = types.MethodType(_add_deepstack, language_model)
     use_tree_delta(language_model)

@@ -20,8 +20,14 @@ from data import FLEX_BLOCK, Batch
 # Batches are padded to whole blocks, so the kernel may skip its bounds checks. A dynamic-shape compile cannot infer
 # that by itself.
 OPTIONS = {"IS_DIVISIBLE": True}
-# The fastest of the settings that were timed on an H100 with heads of 128 (docs/benchmarks.md).
-HOPPER_OPTIONS = OPTIONS | {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_stages": 3, "fwd_num_warps": 8}
+# By head size, the fastest of the settings that were timed on Hopper GPUs (docs/benchmarks.md).
+HOPPER_OPTIONS = {
+    128: OPTIONS | {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_stages": 3, "fwd_num_warps": 8},
+    256: OPTIONS
+    | {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 2, "fwd_num_warps": 8}
+    | {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64}
+    | {"bwd_num_stages": 2, "bwd_num_warps": 8},
+}
 PAIRS_AT_ONCE = 2**25  # of a query and a key, in one pass of `block_mask`, which holds a few bytes for each
 
 
@@ -119,7 +125,8 @@ def _(query, key, value, image_starts, scaling):
 
 
 AttentionInterface.register("onelook_tree", tree_attention)
-AttentionInterface.register("onelook_tree_hopper", partial(tree_attention, kernel_options=HOPPER_OPTIONS))
+for head_size, options in HOPPER_OPTIONS.items():
+    AttentionInterface.register(f"onelook_tree_hopper_{head_size}", partial(tree_attention, kernel_options=options))
 # transformers makes one call for all images where the name has "flash" in it, else one per image.
 AttentionInterface.register("onelook_flash_vision", vision_flash_attention)
 AttentionInterface.register("onelook_cudnn_flash_vision", vision_cudnn_attention)

@@ -10,7 +10,7 @@ from steps import whole
 from test_bench import bench, gradient_bench
 
 from data import build_batch
-from modeling.attention import tree_attention, tree_mask, visible
+from modeling.attention import HOPPER_OPTIONS, OPTIONS, tree_attention, tree_mask, visible
 from modeling.fp8 import dequantize, multiply, product_error, quantize, quantize_weight, weight_codes
 from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS
@@ -25,20 +25,30 @@ def dense_mask(batch):
 
 
 @pytest.mark.parametrize("length", [128, 1280, 1281 + 127])
-def test_flex_attention_equals_dense_attention(length):
+@pytest.mark.parametrize(
+    ("size", "dtype", "options", "error"),
+    [(64, torch.float32, OPTIONS, 2e-3)]  # tf32 inside the kernel
+    + [(size, torch.bfloat16, options, 1e-2) for size, options in HOPPER_OPTIONS.items()],
+    ids=["float32", *(f"tuned-{size}" for size in HOPPER_OPTIONS)],
+)
+def test_flex_attention_equals_dense_attention(length, size, dtype, options, error):
+    if options != OPTIONS and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("these settings are for Hopper GPUs")
     torch.manual_seed(length)
     tree = torch.arange(length, device="cuda", dtype=torch.int32) // (length // 3 + 1)
     branch = (torch.arange(length, device="cuda", dtype=torch.int32) % (length // 3 + 1)) // 30
-    q, k, v = (torch.randn(1, heads, length, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
+    given = [torch.randn(1, heads, length, size, device="cuda", dtype=dtype) for heads in (8, 2, 2)]
     batch = type("Batch", (), {"ids": tree, "tree": tree, "branch": branch})
     module = torch.nn.Module()
     module.num_key_value_groups = 4
     results = []
-    for mask in (tree_mask(batch), dense_mask(batch)):
-        out, _ = tree_attention(module, q, k, v, mask, 0.125)
-        results.append([out, *torch.autograd.grad((out * torch.linspace(-1, 1, 64, device="cuda")).sum(), (q, k, v))])
+    for mask, wide in ((tree_mask(batch), dtype), (dense_mask(batch), torch.float32)):
+        inputs = [x.to(wide).requires_grad_() for x in given]
+        out, _ = tree_attention(module, *inputs, mask, size**-0.5, kernel_options=options)
+        loss = (out.float() * torch.linspace(-1, 1, size, device="cuda")).sum()
+        results.append([out, *torch.autograd.grad(loss, inputs)])
     for flex, dense in zip(*results):
-        assert (flex - dense).norm() / dense.norm() < 2e-3  # tf32 inside the kernel
+        assert (flex.float() - dense).norm() / dense.norm() < error
 
 
 def test_a_float32_step_on_the_gpu_equals_samples_one_by_one(world, tmp_path):
