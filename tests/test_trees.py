@@ -91,7 +91,9 @@ def unequal() -> list[Sample]:
     return samples
 
 
-@pytest.mark.parametrize(("batch_size", "ranks", "efficiency"), [(96, 4, 0.95), (192, 8, 0.95), (384, 16, 0.94)])
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "efficiency"), [(96, 4, 0.95), (96, 8, 0.8), (192, 8, 0.95), (384, 16, 0.94)]
+)
 def test_ranks_wait_little_for_each_other(unequal, batch_size, ranks, efficiency):
     plan = make_plan(unequal, PlanSettings(batch_size, 0, seed=0), epoch=0)
     assert rank_efficiency(plan, ranks) >= efficiency
@@ -170,6 +172,14 @@ def test_one_tree_is_cut_over_as_many_ranks_as_are_worth_it():
     assert max(len(part.samples) for (part,) in share_out((tree,), 4)) == 5
     tree = Tree((0, 1), 5, 5000, (200, 200), 8000.0, (250.0, 250.0))
     assert [len(share) for share in share_out((tree,), 4)] == [1, 0, 0, 0]
+
+
+def test_repeated_prefixes_and_idle_ranks_are_waste():
+    """17 branches that cost 250, on a prefix of 900: four ranks take 5, 4, 4 and 4, or one takes all."""
+    cut = Tree(tuple(range(17)), 5, 300, (200,) * 17, 900.0, (250.0,) * 17)
+    assert rank_efficiency([(cut,)], 4) == pytest.approx((900 + 17 * 250) / (4 * (900 + 5 * 250)))
+    assert rank_efficiency([(replace(cut, whole=True),)], 4) == 0.25
+    assert rank_efficiency([(cut,)], 1) == 1
 
 
 def test_micro_batches_hold_each_branch_once_within_the_token_budget():

@@ -10,7 +10,7 @@ from steps import run_step, whole
 
 from inputs.positions import place_keys
 from modeling.dropout import PlaceDropout, RowKeys
-from trees import PlanSettings, StepSampler, cut_to_fit, pack
+from trees import Assignment, PlanSettings, StepSampler, cut_to_fit, pack
 
 CPU = torch.device("cpu")
 VISION = {"targets": "q_proj,k_proj,down_proj,vision,merger"}
@@ -30,7 +30,9 @@ def test_packing_and_cutting_do_not_change_gradients(world, trees, more):
     cut = [part for tree in trees for part in cut_to_fit(tree, tree.tokens - sum(tree.branch_tokens) // 3)]
     assert len(cut) >= len(trees) + 3 and {tree.first_branch for tree in cut} > {1}
     one = run_step(world, [trees], dropout=0.1, **more)
-    for batches in (pack(trees, 900), [trees[::-1]], [cut[1::2], cut[::2]]):
+    packed = [pack(trees, max_tokens) for max_tokens in (300, 150)]
+    assert 1 < len(packed[0]) < len(packed[1])
+    for batches in (*packed, [trees[::-1]], [cut[1::2], cut[::2]]):
         loss, gradients = run_step(world, batches, dropout=0.1, **more)
         assert loss == pytest.approx(one[0], rel=1e-5) and tiny.relative_error(gradients, one[1]) < 1e-5
     assert tiny.relative_error(run_step(world, [trees], **more)[1], one[1]) > 0.01  # there is dropout
@@ -61,11 +63,12 @@ def test_any_number_of_ranks_has_the_gradients_of_one(world, monkeypatch):
         monkeypatch.setattr(f"trees.{cost}", 0.0)
     data, _ = tiny.load_world(world)
     settings, results = PlanSettings(len(data.samples), 0, seed=3), {}
-    for ranks, max_tokens in ((1, 9999), (2, 500), (4, 9999), (8, 700), (16, 9999)):
+    for ranks, max_tokens in ((1, 9999), (2, 150), (4, 9999), (8, 150), (16, 9999)):
         samplers = [StepSampler(data.samples, settings, max_tokens, rank, ranks) for rank in range(ranks)]
         batches = [assignment.trees for sampler in samplers for assignment in sampler if assignment.in_loss]
         asked = sorted(i for batch in batches for tree in batch for i in tree.samples)
         assert asked == list(range(len(data.samples)))
+        assert ranks != 2 or len(batches) > 2
         results[ranks] = run_step(world, batches, dropout=0.1, seed=3)
     assert len([tree for batch in batches for tree in batch]) > 7  # some were cut
     for loss, gradients in results.values():
@@ -134,10 +137,19 @@ def test_masks_of_other_tokens_columns_layers_and_steps_are_uncorrelated():
         assert abs(((a - 0.95) * (b - 0.95)).mean()) < 4 * 0.05 * 0.95 / a.numel() ** 0.5, name
 
 
-def test_no_mask_is_a_permutation_or_a_shift_of_another():
-    """Of 1,500 tokens in two layers and steps, no two rows drop nearly the same number of the same columns, whatever
-    columns are exchanged by adding to or inverting bits of their numbers."""
-    rows = torch.cat([kept(name, keys_of(step, tokens=375), p=0.5) for name in "ab" for step in (1, 2)]) - 0.5
+def test_every_token_and_patch_of_a_step_has_a_key_of_its_own(world, trees):
+    """Also of several images in a tree, and of images that branches show after their prefix."""
+    data, dataset = tiny.load_world(world)
+    batch = dataset[Assignment(tuple(trees))]
+    for keys in (batch.dropout_keys[batch.tree >= 0], batch.patch_keys):
+        assert len(keys.unique()) == len(keys) > 500
+
+
+@pytest.mark.parametrize("keys", [keys_of(1, tokens=375), np.arange(375, dtype=np.int32)], ids=["hashed", "neighbours"])
+def test_no_mask_is_a_permutation_or_a_shift_of_another(keys):
+    """Of 750 rows in two layers, no two drop nearly the same number of the same columns, whatever columns are exchanged
+    by adding to or inverting bits of their numbers. Among many tokens some keys are neighbours by chance."""
+    rows = torch.cat([kept(name, keys, p=0.5) for name in "ab"]) - 0.5
     for columns in (
         torch.arange(1024),
         torch.arange(1024) ^ 1,
