@@ -139,7 +139,7 @@ def rehearse_step(
     batch = largest_batch(dataset, bounds)
     for budget in budgets:
         if budget is not None:
-            print0(f"compiling for a memory budget of {budget}: this takes about a minute, more on slow CPUs")
+            print0(f"compiling for a memory budget of {budget}: this takes up to a minute, more on slow CPUs")
             if late:
                 unwrap(model).leave_out_late()
             compile_layers(unwrap(model).model, budget)

@@ -208,7 +208,7 @@ def test_compiling_is_told_with_the_time_it_takes(world, monkeypatch, capfd):
     monkeypatch.setattr("training.rehearsal.compile_layers", lambda model, budget: compiled.append((model, budget)))
     rehearse(*run, budgets=[0.5])
     assert compiled == [(run[0].model, 0.5)]
-    line = "compiling for a memory budget of 0.5: this takes about a minute, more on slow CPUs\n"
+    line = "compiling for a memory budget of 0.5: this takes up to a minute, more on slow CPUs\n"
     assert line in capfd.readouterr().out
 
 
