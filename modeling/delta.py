@@ -15,7 +15,8 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
+from torch.utils.flop_counter import register_flop_formula
 from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.cache_utils import LinearAttentionLayer
@@ -24,6 +25,8 @@ from common import InputError
 
 LIBRARY = "flash-linear-attention"
 OLDEST = 0, 6  # version whose kernels take several value heads per key head, and refuse a GPU where they are wrong
+CHUNK = 64  # tokens that flash-linear-attention takes at once: it computes with whole chunks
+OPTIONS = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}  # of the rule, by whichever code
 
 
 def linear_layers(language_model: nn.Module) -> list[nn.Module]:
@@ -49,19 +52,20 @@ def _tree_forward(
         tokens = hidden_states.transpose(0, 1)  # (leaves, 1, D)
         return type(layer).forward(layer, tokens, cache_params=cache_params).transpose(0, 1)
     rows = hidden_states[0]
-    inputs = layer.in_proj_qkv(rows)
+    # All four before the recurrence: what LoRA shares between them is kept until the last has run.
+    inputs, z, b, a = layer.in_proj_qkv(rows), layer.in_proj_z(rows), layer.in_proj_b(rows), layer.in_proj_a(rows)
     mixed = convolve(inputs, layer.conv1d.weight[:, 0], paths["before"], layer.activation)
     query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     query, key = (x.unflatten(-1, (-1, layer.head_k_dim)) for x in (query, key))  # (T, key heads, d)
     value = value.unflatten(-1, (-1, layer.head_v_dim))  # (T, value heads, d)
-    beta = layer.in_proj_b(rows).sigmoid()  # (T, value heads): how much of what a key holds is replaced
-    decay = -layer.A_log.float().exp() * F.softplus(layer.in_proj_a(rows).float() + layer.dt_bias)  # its logarithm
+    beta = b.sigmoid()  # (T, value heads): how much of what a key holds is replaced
+    decay = -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias)  # its logarithm
     out, states = through_trees(query, key, value, decay, beta, **paths)
     if cache_params is not None:
         window = latest(inputs, paths["before"], paths["leaf_ends"])
         cache_params.update_conv_state(window, layer.layer_idx, conv_kernel_size=layer.conv_kernel_size)
         cache_params.update_recurrent_state(states.index_select(0, paths["leaves"]), layer.layer_idx)
-    out = layer.norm(out.flatten(0, 1), layer.in_proj_z(rows).view(-1, layer.head_v_dim))
+    out = layer.norm(out.flatten(0, 1), z.view(-1, layer.head_v_dim))
     return layer.out_proj(out.view(1, len(rows), -1))
 
 
@@ -94,48 +98,196 @@ def keep_leaves(cache: Cache, places: torch.Tensor) -> None:
             layer.reorder_cache(places)
 
 
-@torch.compiler.disable  # kernels of their own, or a loop over sequences
+# ------------------------------------------------------------------------------------------------------------ the rule
+
+
 def through_trees(query, key, value, decay, beta, order, root_starts, branch_starts, root_of, starts_on_cpu, **_):
     """The outputs (T, value heads, d) of the delta rule along each token's path, zero for padding, and the states in
-    which the sequences end, roots first.
-
-    Two calls: the sequences that begin with nothing, and those that begin where one of them ended.
-    """
-    roots_at, branches_at = starts_on_cpu
-    sizes = [int(starts[-1]) for starts in starts_on_cpu]
-    parts = [x.index_select(0, order).split(sizes) for x in (query, key, value, decay, beta)]
-    roots, branches = zip(*parts)
-    out, states = delta_rule(*roots, root_starts, roots_at, None)
-    if len(root_of):
-        more, ends = delta_rule(*branches, branch_starts, branches_at, states.index_select(0, root_of))
-        out, states = torch.cat([out, more]), torch.cat([states, ends])
-    return torch.zeros_like(value).index_copy(0, order, out), states
-
-
-def delta_rule(query, key, value, decay, beta, starts, starts_on_cpu, states):
-    """Outputs (T, value heads, d) of sequences in one row, and the states (n, value heads, d, d) in which they end.
-
-    starts: where each of the n sequences begins, and the last ends (n + 1,). states: in which they begin; None: zero.
-    """
-    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    which the sequences end, roots first."""
+    inputs, paths = (query, key, value, decay, beta), (order, root_starts, branch_starts, root_of, *starts_on_cpu)
     if has_kernels(value.device) and value.dtype != torch.float32:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        return tree_delta_rule(*inputs, *paths)
+    return _reference_through_trees(inputs, paths)
 
-        inputs = [x[None] for x in (query, key, value, decay, beta)]
-        options |= {"cu_seqlens": starts, "cu_seqlens_cpu": starts_on_cpu}
-        out, ends = chunk_gated_delta_rule(*inputs, initial_state=states, **options)
-        return out[0], ends
-    groups = value.shape[1] // key.shape[1]
+
+@torch.compiler.disable  # a loop over sequences
+def _reference_through_trees(inputs, paths):
+    return forward_through_trees(reference_sequences, inputs, paths)
+
+
+def forward_through_trees(rule: Callable, inputs: tuple, paths: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """`through_trees` by two calls of `rule`: for the sequences that begin with nothing, and for those that begin where
+    one of them ended.
+
+    inputs: query, key, value, decay and beta. paths: `order`, `root_starts`, `branch_starts` and `root_of` of
+    `inputs.positions.token_paths`, and both starts again on the CPU.
+    rule(starts, starts_on_cpu, query, key, value, decay, beta, states): outputs (1, T, value heads, d) of sequences in
+    one row, and the states (n, value heads, d, d) in which they end. starts: where each of the n sequences begins, and
+    the last ends (n + 1,). states: in which they begin; without them they begin with zero.
+    """
+    order, root_starts, branch_starts, root_of, *starts_on_cpu = paths
+    roots, branches = _gather(inputs, order, starts_on_cpu)
+    out, states = rule(root_starts, starts_on_cpu[0], *roots)
+    if len(root_of):
+        more, ends = rule(branch_starts, starts_on_cpu[1], *branches, states.index_select(0, root_of))
+        out, states = torch.cat([out, more], dim=1), torch.cat([states, ends])
+    return _scatter(out, order, inputs[2]), states
+
+
+def backward_through_trees(rule: Callable, gradients: tuple, inputs: tuple, paths: tuple) -> tuple[torch.Tensor, ...]:
+    """Gradients of the inputs of `forward_through_trees`, from those of its outputs and states.
+
+    It runs the forward pass again, because an operation can't keep what autograd records inside it. And only `rule`
+    records: in an operation's code torch's functions do not, while an autograd.Function does. So the gradients go over
+    the tree by hand: from the branches, by the states in which they begin, into the roots.
+    """
+    order, root_starts, branch_starts, root_of, *starts_on_cpu = paths
+    roots, branches = _gather(inputs, order, starts_on_cpu)
+    (of_roots,), (of_branches,) = _gather(gradients[:1], order, starts_on_cpu)
+    of_root_ends, of_branch_ends = gradients[1].split([len(root_starts) - 1, len(root_of)])
+    roots, root_results = _record(rule, root_starts, starts_on_cpu[0], *roots)
+    branch_gradients = branches  # stands for those of no tokens
+    if len(root_of):
+        states = root_results[1].detach().index_select(0, root_of)
+        leaves, results = _record(rule, branch_starts, starts_on_cpu[1], *branches, states)
+        *branch_gradients, of_states = torch.autograd.grad(results, leaves, [of_branches, of_branch_ends])
+        of_root_ends = of_root_ends.index_add(0, root_of, of_states)
+    root_gradients = torch.autograd.grad(root_results, roots, [of_roots, of_root_ends])
+    both = (torch.cat(pair, dim=1) for pair in zip(root_gradients, branch_gradients))
+    return tuple(_scatter(gradient, order, x) for gradient, x in zip(both, inputs))
+
+
+def _record(rule: Callable, starts: torch.Tensor, starts_on_cpu: torch.Tensor, *inputs) -> tuple[list, tuple]:
+    """The inputs as leaves, and what `rule` makes of them with autograd on."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        return leaves, rule(starts, starts_on_cpu, *leaves)
+
+
+def _gather(tensors: tuple, order: torch.Tensor, starts_on_cpu: list) -> tuple[tuple, tuple]:
+    """Tensors (T, ...) as those of the roots' tokens (1, R, ...) and those of the branches' (1, B, ...)."""
+    sizes = [int(starts[-1]) for starts in starts_on_cpu]
+    return tuple(zip(*(x.index_select(0, order)[None].split(sizes, dim=1) for x in tensors)))
+
+
+def _scatter(row: torch.Tensor, order: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The reverse of `_gather`, of one row (1, R + B, ...); zero where `order` names no token."""
+    return like.new_zeros(like.shape).index_copy_(0, order, row[0])
+
+
+def reference_sequences(_, starts_on_cpu, query, key, value, decay, beta, states=None):
+    """The `rule` of `forward_through_trees` by `reference_rule`, one sequence after the other."""
+    groups = value.shape[2] // key.shape[2]
     # Repeated here, because older versions of transformers leave that to the caller of the rule.
-    query, key = (x.repeat_interleave(groups, dim=1) for x in (query, key))
+    query, key = (x.repeat_interleave(groups, dim=2) for x in (query, key))
     results = []
     with torch.autocast(value.device.type, enabled=False):  # its sums are in float32
         for number, (start, end) in enumerate(pairwise(starts_on_cpu.tolist())):
-            inputs = [x[None, start:end] for x in (query, key, value, decay, beta)]
+            inputs = [x[:, start:end] for x in (query, key, value, decay, beta)]
             begin = None if states is None else states[number : number + 1]
-            results.append(reference_rule()(*inputs, initial_state=begin, **options))
+            results.append(reference_rule()(*inputs, initial_state=begin, **OPTIONS))
     outs, ends = zip(*results)
-    return torch.cat(outs, dim=1)[0], torch.cat(ends)
+    return torch.cat(outs, dim=1), torch.cat(ends)
+
+
+def kernel_sequences(starts, starts_on_cpu, query, key, value, decay, beta, states=None):
+    """The `rule` of `forward_through_trees` by flash-linear-attention, whose function is one autograd.Function.
+
+    Autocast is set here, as it is off in compiled code and in backward passes. The library's backward pass runs under
+    the autocast of its forward pass, and then adds up the gradients of value heads that share a key in float32.
+    """
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    options = OPTIONS | {"cu_seqlens": starts, "cu_seqlens_cpu": starts_on_cpu}
+    with torch.autocast(value.device.type, value.dtype):
+        return chunk_gated_delta_rule(query, key, value, decay, beta, initial_state=states, **options)
+
+
+# ------------------------------------------------------------------------------------------------ as one operation
+
+
+@library.custom_op("onelook::tree_delta_rule", mutates_args=())
+def tree_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    order: torch.Tensor,
+    root_starts: torch.Tensor,
+    branch_starts: torch.Tensor,
+    root_of: torch.Tensor,
+    roots_at: torch.Tensor,
+    branches_at: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`through_trees` by flash-linear-attention. roots_at, branches_at: the starts on the CPU.
+
+    The compiler can't look into the library's functions; as an operation they do not split a layer's graph. Only the
+    arguments are kept for the backward pass, which runs the forward pass again.
+    """
+    paths = order, root_starts, branch_starts, root_of, roots_at, branches_at
+    return forward_through_trees(kernel_sequences, (query, key, value, decay, beta), paths)
+
+
+@tree_delta_rule.register_fake
+def _(query, key, value, decay, beta, order, root_starts, branch_starts, root_of, roots_at, branches_at):
+    sequences = root_starts.shape[0] - 1 + root_of.shape[0]
+    states = value.new_empty(sequences, value.shape[1], key.shape[2], value.shape[2], dtype=torch.float32)
+    return value.new_empty(value.shape), states
+
+
+@library.custom_op("onelook::tree_delta_rule_backward", mutates_args=())
+def tree_delta_rule_backward(
+    of_out: torch.Tensor,
+    of_states: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    order: torch.Tensor,
+    root_starts: torch.Tensor,
+    branch_starts: torch.Tensor,
+    root_of: torch.Tensor,
+    roots_at: torch.Tensor,
+    branches_at: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value, decay and beta, from those of what `tree_delta_rule` gives."""
+    paths = order, root_starts, branch_starts, root_of, roots_at, branches_at
+    return backward_through_trees(kernel_sequences, (of_out, of_states), (query, key, value, decay, beta), paths)
+
+
+@tree_delta_rule_backward.register_fake
+def _(of_out, of_states, query, key, value, decay, beta, *paths):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value, decay, beta))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, of_out, of_states):
+    return *tree_delta_rule_backward(of_out, of_states, *ctx.saved_tensors), *[None] * 6  # none of the paths
+
+
+tree_delta_rule.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.onelook.tree_delta_rule)  # by which the compiler picks what to compute again
+def _(query, key, value, *_, **__) -> int:
+    tokens, heads, width = value
+    return tokens * heads * int(chunk_flops(key[2], width) / CHUNK)
+
+
+def chunk_flops(k: int, v: int) -> float:
+    """Forward operations of the rule for a head and a chunk of C tokens, with keys of k and values of v columns.
+
+    Yang et al., arXiv 2406.06484, section 3, whose products 2412.06464 gates: 2 C C k for each of keys with keys, the
+    matrix W, and queries with keys; 2 C C v for each of the matrix U and the output within the chunk; 2 C k v for each
+    of what W reads of the state, what the chunk adds to it and what queries read of it; 2/3 C C C for the inverse of a
+    triangular matrix.
+    """
+    return 2 * CHUNK**2 * (3 * k + 2 * v) + 6 * CHUNK * k * v + 2 / 3 * CHUNK**3
 
 
 # ---------------------------------------------------------------------------------------------------- which code runs
@@ -150,6 +302,7 @@ def reference_rule() -> Callable:
     return inspect.unwrap(torch_chunk_gated_delta_rule)
 
 
+@torch.compiler.assume_constant_result  # older versions of the compiler can't look into `find_spec`
 def has_kernels(device: torch.device) -> bool:
     """Whether flash-linear-attention's kernels run on this device."""
     return device.type == "cuda" and find_spec("fla") is not None

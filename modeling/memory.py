@@ -44,8 +44,8 @@ def count_linear_layers(text) -> int:
 
 
 def state_bytes(config, branches: int) -> int:
-    """Bytes of the states in which branches begin, kept for the backward pass: for each layer of linear attention, a
-    matrix per head in float32. 0 for a model without."""
+    """Bytes of the states in which branches begin, at most: for each layer of linear attention, a matrix per head in
+    float32. 0 for a model without."""
     text = config.text_config
     if not (layers := count_linear_layers(text)):
         return 0

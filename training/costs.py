@@ -10,13 +10,13 @@ import torch
 from transformers import PretrainedConfig
 
 import trees
+from modeling.delta import CHUNK, chunk_flops
 from modeling.memory import count_linear_layers
 from modeling.targets import names_vision
 from training.gpus import GPUS, Gpu
 from trees import Tree
 
 COUNTED = ("qwen3_vl", "qwen3_5")  # the families whose operations are counted
-CHUNK = 64  # tokens that flash-linear-attention takes at once: it computes with whole chunks
 # Shares of Gpu.tflops that each kind of operation reaches. The three trees of bench/results/step-h100.json are too
 # alike to fit all of them, so those of attention come from a profile of the tree of 9: FlexAttention took 66 ms for
 # 17.7 TFLOP, the vision tower's attention 42.8 ms for 14.5. The share of the matrix products, which includes the small
@@ -90,19 +90,13 @@ def step_flops(config: PretrainedConfig, patches: list[int], prefix: int, branch
 def linear_attention(text: PretrainedConfig, lengths: list[int]) -> tuple[int, int, float]:
     """The layers of Gated DeltaNet in a language model, the weights of one's projections, and the forward operations of
     one's recurrence over sequences of these lengths. All are 0 for a model without.
-
-    In chunks of C tokens, with keys of K and values of V columns: Yang et al., arXiv 2406.06484, section 3, whose
-    products 2412.06464 gates. Per head and chunk, 2 C C K for each of keys with keys, the matrix W, and queries with
-    keys; 2 C C V for each of the matrix U and the output within the chunk; 2 C K V for each of what W reads of the
-    state, what the chunk adds to it and what queries read of it; 2/3 C C C for the inverse of a triangular matrix.
     """
     if not (layers := count_linear_layers(text)):
         return 0, 0, 0.0
     k, v, heads = text.linear_key_head_dim, text.linear_value_head_dim, text.linear_num_value_heads
     # in_proj_qkv, in_proj_z, out_proj, in_proj_a and in_proj_b
     weights = text.hidden_size * (2 * text.linear_num_key_heads * k + 3 * heads * v + 2 * heads)
-    per_chunk = 2 * CHUNK**2 * (3 * k + 2 * v) + 6 * CHUNK * k * v + 2 / 3 * CHUNK**3
-    return layers, weights, heads * per_chunk * sum(-(-length // CHUNK) for length in lengths)
+    return layers, weights, heads * chunk_flops(k, v) * sum(-(-length // CHUNK) for length in lengths)
 
 
 def batch_seconds(

@@ -152,37 +152,6 @@ def test_trees_of_all_shapes_do_not_recompile(world, trees):
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-def test_the_library_gets_trunks_and_branches_as_sequences_of_two_calls(world, trees, monkeypatch):
-    """A stand-in for its kernels, which have no CPU version, checks what they are called with."""
-    calls = []
-
-    def chunk_gated_delta_rule(q, k, v, g, beta, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, **more):
-        assert (
-            more == {"use_qk_l2norm_in_kernel": True}
-            and output_final_state
-            and cu_seqlens.tolist() == cu_seqlens_cpu.tolist()
-        )
-        assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and g.dtype == torch.float32
-        assert q.shape[:2] == (1, cu_seqlens[-1]) and v.shape[2] == 2 * k.shape[2]
-        calls.append((len(cu_seqlens) - 1, None if initial_state is None else len(initial_state)))
-        with monkeypatch.context() as patch:
-            patch.setattr(delta, "has_kernels", lambda _: False)
-            out, ends = delta.delta_rule(q[0], k[0], v[0], g[0], beta[0], cu_seqlens, cu_seqlens_cpu, initial_state)
-        return out[None], ends
-
-    kernels = ModuleType("fla.ops.gated_delta_rule")
-    kernels.chunk_gated_delta_rule = chunk_gated_delta_rule
-    for name, module in {"fla": ModuleType("fla"), "fla.ops": ModuleType("fla.ops"), kernels.__name__: kernels}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    model = tiny.lora_model(world).to(torch.bfloat16)
-    batch = tiny.load_world(world)[1][Assignment(tuple(trees))]
-    expected, _ = model(batch)
-    monkeypatch.setattr(delta, "has_kernels", lambda _: True)
-    losses, _ = model(batch)
-    assert torch.equal(losses, expected)
-    assert calls == [(len(trees), None), (len(batch.samples), len(batch.samples))] * 2  # in two layers
-
-
 VERSIONS = {"fla-core": (0, 6, 0), "triton": (3, 7, 1)}
 
 
