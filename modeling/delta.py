@@ -137,16 +137,16 @@ def forward_through_trees(rule: Callable, inputs: tuple, paths: tuple) -> tuple[
 def backward_through_trees(rule: Callable, gradients: tuple, inputs: tuple, paths: tuple) -> tuple[torch.Tensor, ...]:
     """Gradients of the inputs of `forward_through_trees`, from those of its outputs and states.
 
-    It runs the forward pass again, because an operation can't keep what autograd records inside it. And only `rule`
-    records: in an operation's code torch's functions do not, while an autograd.Function does. So the gradients go over
-    the tree by hand: from the branches, by the states in which they begin, into the roots.
+    It runs the forward pass again, because an operation can't keep what autograd records inside it. Inside an operation
+    autograd records an autograd.Function, as `rule` calls, but none of torch's functions. So the gradients are passed
+    on by hand: from the branches, through the states in which they begin, into the roots.
     """
     order, root_starts, branch_starts, root_of, *starts_on_cpu = paths
     roots, branches = _gather(inputs, order, starts_on_cpu)
     (of_roots,), (of_branches,) = _gather(gradients[:1], order, starts_on_cpu)
     of_root_ends, of_branch_ends = gradients[1].split([len(root_starts) - 1, len(root_of)])
     roots, root_results = _record(rule, root_starts, starts_on_cpu[0], *roots)
-    branch_gradients = branches  # stands for those of no tokens
+    branch_gradients = branches  # without branches these hold no tokens, and neither do their gradients
     if len(root_of):
         states = root_results[1].detach().index_select(0, root_of)
         leaves, results = _record(rule, branch_starts, starts_on_cpu[1], *branches, states)

@@ -47,8 +47,8 @@ from training.settings import count_steps, is_due, lora_arguments
 from trees import MicroBatch, Step
 
 GIB = 2**30
-START_S = 30  # until the 8B trains, without compiling; with 16 cores and an H200
-# The rest of the same start, of 54 s, with nothing compiled before (bench/results/start-shared-h200.json)
+# A start of the 8B with nothing compiled before, with 16 cores and an H200: 54 s (bench/results/start-shared-h200.json)
+START_S = 30  # without compiling
 COMPILE_S = 24  # where all decoder layers share their graphs
 LAST_LAYER_S = 24  # more where the last one has its own, in training and in evaluation: bench/results/start-h200.json
 SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
@@ -298,7 +298,7 @@ def training_seconds(args: argparse.Namespace, prepared, model: PeftModel, ranks
 
 def compiling_pays(share: float, training: float) -> bool:
     """Whether compiling layers for a memory budget takes less time than it saves in training that takes `training`
-    seconds at budget 1. It prints the answer, unless that is infinite."""
+    seconds at budget 1. It prints the answer, unless `training` is infinite."""
     eager, compiled = Budget(None, EAGER_TIME, 0, True), Budget(share, slowdown(share), 0, True)
     pays = choose([eager, compiled], training) is compiled
     if training < math.inf:

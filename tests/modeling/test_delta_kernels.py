@@ -111,7 +111,7 @@ def calls(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
-def test_the_backward_pass_over_trees_is_autograd_s(shapes):
+def test_the_backward_pass_over_trees_equals_autograd(shapes):
     inputs, paths = make_inputs(shapes, torch.float64)
     results = delta.forward_through_trees(token_by_token, inputs, paths)
     gradients = make_gradients(*results)
