@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -41,10 +42,10 @@ def _download(name: str, **files) -> str:
     try:
         return snapshot_download(name, **files)
     except OSError as error:  # no such model, none that this user may have, no network, a full disk
+        reason = textwrap.fill(" ".join(str(error).split()), 100, initial_indent="  ", subsequent_indent="  ")
         raise InputError(
             f"model {name} can't be downloaded and is not in the cache\n"
-            f"  on a machine with internet: hf download {name}; or give a model's folder\n"
-            f"  {' '.join(str(error).split())}"
+            f"  on a machine with internet: hf download {name}; or give a model's folder\n{reason}"
         ) from None
 
 

@@ -381,6 +381,7 @@ def test_a_histogram_has_no_bins_narrower_than_a_token():
     assert length_histogram([2899] * 3) == "  all 2,899"
     lines = length_histogram([7, 8, 8, 9]).splitlines()
     assert [line.split()[:4] for line in lines] == [["7", "to", "8", "1"], ["8", "to", "9", "3"]]
+    assert length_histogram([7, 7, 10]).splitlines()[1] == "        8 to       9        0"
 
 
 @pytest.mark.parametrize("image_tokens", [0, 396, 2700], ids=["mixed sizes", "396 tokens", "2,700 tokens"])

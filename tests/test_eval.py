@@ -602,10 +602,10 @@ def plainly(reference, inputs: dict) -> tuple[str, float]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--question=Sharp?", "--image=nowhere.png"], "--image: nowhere.png: .*No such file"),
+        (["--question=Sharp?", "--image=nowhere.png"], "^wrong settings:\n  --image: nowhere.png does not exist$"),
         (["--question=Sharp?", "--image={world}/rows.jsonl"], "--image: .*rows.jsonl: .*it is no JPEG"),
-        (["--question=Sharp?", "--image={world}/images"], "--image: .*images: .*Is a directory"),
-        (["--question=Sharp?", "--image=nowhere.png", "--image={world}/images"], "nowhere.png(.|\n)*Is a directory"),
+        (["--question=Sharp?", "--image={world}/images"], "--image: .*images is a folder, no file$"),
+        (["--question=Sharp?", "--image=nowhere.png", "--image={world}/images"], "nowhere.png does(.|\n)*is a folder"),
         (["--image={world}/images/a.png"], "--image: needs --question"),
         (["--question=Sharp?", "--data={world}/rows.jsonl"], "--data: not with --question"),
         (["--question=Sharp?", "--with-base", "--ckpt=any", "--output=out"], "--with-base: not(.|\n)*--output: not"),

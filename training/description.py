@@ -186,8 +186,9 @@ def length_histogram(lengths: list[int]) -> str:
     if shortest == longest:
         return f"  all {longest:,}"
     counts, edges = np.histogram(lengths, bins=min(8, longest - shortest))
-    bins = zip(counts, edges, edges[1:])
-    return "\n".join(f"  {a:7,.0f} to {b:7,.0f}  {n:7,}  {'█' * round(40 * n / max(counts))}" for n, a, b in bins)
+    bars = ["█" * round(40 * count / max(counts)) for count in counts]
+    bins = zip(counts, edges, edges[1:], bars)
+    return "\n".join(f"  {low:7,.0f} to {high:7,.0f}  {n:7,}  {bar}".rstrip() for n, low, high, bar in bins)
 
 
 def describe_lora(model) -> None:

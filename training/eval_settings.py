@@ -1,10 +1,12 @@
 """Settings of eval.py: its command line and the check of it."""
 
 import argparse
+import os
 
 from inputs.picture_checks import check_files
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, path_problems, refuse, template
 
+FILES = ("data", "compare", "image")
 NOT_WITH_QUESTION = ("data", "images", "with_base", "options", "closed_set", "by", "output", "compare")
 
 
@@ -55,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Settings from the command line. Raises InputError that lists everything wrong with them."""
     args, problems = parse_words(build_parser(), argv)
     refuse(problems)
-    problems += path_problems(args, files=("data", "compare"), folders=("images", "adapter"), made=("model", "output"))
+    problems += path_problems(args, files=FILES, folders=("images", "adapter"), made=("model", "output"))
     if args.with_base and not (args.ckpt or args.adapter):
         problems.append("--with-base: needs --ckpt or --adapter")
     if args.ckpt and args.adapter:
@@ -67,7 +69,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.question is not None:
         flags = [f"--{name.replace('_', '-')}" for name in NOT_WITH_QUESTION if getattr(args, name)]
         problems += [f"{flag}: not with --question, which answers one question and writes nothing" for flag in flags]
-        checks = dict(zip(args.image, check_files(args.image, decode=True), strict=True))
+        pictures = list(filter(os.path.isfile, args.image))
+        checks = dict(zip(pictures, check_files(pictures, decode=True), strict=True))
         problems += [f"--image: {path}: {reason}" for path, reason in checks.items() if isinstance(reason, str)]
     refuse(problems)
     return args

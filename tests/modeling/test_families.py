@@ -292,8 +292,9 @@ def test_a_base_model_never_goes_on_with_random_weights(world, tmp_path):
 
 def test_a_model_that_the_hub_does_not_give_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="^model no/such can't be downloaded .*\n  on .*folder\n  "):
+    with pytest.raises(InputError, match="^model no/such can't be downloaded .*\n  on .*folder\n  ") as refusal:
         resolve_model("no/such")
+    assert "HF_HUB_OFFLINE" in str(refusal.value) and max(map(len, str(refusal.value).splitlines())) <= 100
 
 
 @needs_cuda
