@@ -104,9 +104,9 @@ def keep_leaves(cache: Cache, places: torch.Tensor) -> None:
 def through_trees(query, key, value, decay, beta, order, root_starts, branch_starts, root_of, starts_on_cpu, **_):
     """The outputs (T, value heads, d) of the delta rule along each token's path, zero for padding, and the states in
     which the sequences end, roots first."""
-    inputs, paths = (query, key, value, decay, beta), (order, root_starts, branch_starts, root_of, *starts_on_cpu)
+    inputs, paths = (query, key, value, decay, beta), [order, root_starts, branch_starts, root_of, *starts_on_cpu]
     if has_kernels(value.device) and value.dtype != torch.float32:
-        return tree_delta_rule(*inputs, *paths)
+        return tree_delta_rule(*inputs, paths)
     return _reference_through_trees(inputs, paths)
 
 
@@ -115,7 +115,7 @@ def _reference_through_trees(inputs, paths):
     return forward_through_trees(reference_sequences, inputs, paths)
 
 
-def forward_through_trees(rule: Callable, inputs: tuple, paths: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_through_trees(rule: Callable, inputs: tuple, paths: list) -> tuple[torch.Tensor, torch.Tensor]:
     """`through_trees` by two calls of `rule`: for the sequences that begin with nothing, and for those that begin where
     one of them ended.
 
@@ -134,7 +134,7 @@ def forward_through_trees(rule: Callable, inputs: tuple, paths: tuple) -> tuple[
     return _scatter(out, order, inputs[2]), states
 
 
-def backward_through_trees(rule: Callable, gradients: tuple, inputs: tuple, paths: tuple) -> tuple[torch.Tensor, ...]:
+def backward_through_trees(rule: Callable, gradients: list, inputs: list, paths: list) -> list[torch.Tensor]:
     """Gradients of the inputs of `forward_through_trees`, from those of its outputs and states.
 
     It runs the forward pass again, because an operation can't keep what autograd records inside it. Inside an operation
@@ -154,7 +154,7 @@ def backward_through_trees(rule: Callable, gradients: tuple, inputs: tuple, path
         of_root_ends = of_root_ends.index_add(0, root_of, of_states)
     root_gradients = torch.autograd.grad(root_results, roots, [of_roots, of_root_ends])
     both = (torch.cat(pair, dim=1) for pair in zip(root_gradients, branch_gradients))
-    return tuple(_scatter(gradient, order, x) for gradient, x in zip(both, inputs))
+    return [_scatter(gradient, order, x) for gradient, x in zip(both, inputs)]
 
 
 def _record(rule: Callable, starts: torch.Tensor, starts_on_cpu: torch.Tensor, *inputs) -> tuple[list, tuple]:
@@ -213,24 +213,19 @@ def tree_delta_rule(
     value: torch.Tensor,
     decay: torch.Tensor,
     beta: torch.Tensor,
-    order: torch.Tensor,
-    root_starts: torch.Tensor,
-    branch_starts: torch.Tensor,
-    root_of: torch.Tensor,
-    roots_at: torch.Tensor,
-    branches_at: torch.Tensor,
+    paths: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`through_trees` by flash-linear-attention. roots_at, branches_at: the starts on the CPU.
+    """`through_trees` by flash-linear-attention. paths: see `forward_through_trees`.
 
     The compiler can't look into the library's functions; as an operation they do not split a layer's graph. Only the
     arguments are kept for the backward pass, which runs the forward pass again.
     """
-    paths = order, root_starts, branch_starts, root_of, roots_at, branches_at
     return forward_through_trees(kernel_sequences, (query, key, value, decay, beta), paths)
 
 
 @tree_delta_rule.register_fake
-def _(query, key, value, decay, beta, order, root_starts, branch_starts, root_of, roots_at, branches_at):
+def _(query, key, value, decay, beta, paths):
+    _, root_starts, _, root_of, *_ = paths
     sequences = root_starts.shape[0] - 1 + root_of.shape[0]
     states = value.new_empty(sequences, value.shape[1], key.shape[2], value.shape[2], dtype=torch.float32)
     return value.new_empty(value.shape), states
@@ -238,36 +233,25 @@ def _(query, key, value, decay, beta, order, root_starts, branch_starts, root_of
 
 @library.custom_op("onelook::tree_delta_rule_backward", mutates_args=())
 def tree_delta_rule_backward(
-    of_out: torch.Tensor,
-    of_states: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    decay: torch.Tensor,
-    beta: torch.Tensor,
-    order: torch.Tensor,
-    root_starts: torch.Tensor,
-    branch_starts: torch.Tensor,
-    root_of: torch.Tensor,
-    roots_at: torch.Tensor,
-    branches_at: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradients: list[torch.Tensor], inputs: list[torch.Tensor], paths: list[torch.Tensor]
+) -> list[torch.Tensor]:
     """Gradients of query, key, value, decay and beta, from those of what `tree_delta_rule` gives."""
-    paths = order, root_starts, branch_starts, root_of, roots_at, branches_at
-    return backward_through_trees(kernel_sequences, (of_out, of_states), (query, key, value, decay, beta), paths)
+    return backward_through_trees(kernel_sequences, gradients, inputs, paths)
 
 
 @tree_delta_rule_backward.register_fake
-def _(of_out, of_states, query, key, value, decay, beta, *paths):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value, decay, beta))
+def _(_gradients, inputs, _paths):
+    return [x.new_empty(x.shape) for x in inputs]
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *inputs, paths = inputs
+    ctx.save_for_backward(*inputs, *paths)
 
 
-def _backward(ctx, of_out, of_states):
-    return *tree_delta_rule_backward(of_out, of_states, *ctx.saved_tensors), *[None] * 6  # none of the paths
+def _backward(ctx, *gradients):
+    inputs, paths = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    return *tree_delta_rule_backward(list(gradients), list(inputs), list(paths)), [None] * len(paths)
 
 
 tree_delta_rule.register_autograd(_backward, setup_context=_setup_context)

@@ -27,7 +27,7 @@ SHAPES = {  # tokens of each tree's trunk and branches
 CPU = torch.device("cpu")
 
 
-def make_inputs(shapes, dtype: torch.dtype, padding: int = 5) -> tuple[list[torch.Tensor], tuple]:
+def make_inputs(shapes, dtype: torch.dtype, padding: int = 5) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Random query, key, value, decay and beta of trees, as leaves, and their paths."""
     tree, branch = trees_with_padding(shapes, padding)
     paths = recurrent_paths(tree, branch)
@@ -36,7 +36,7 @@ def make_inputs(shapes, dtype: torch.dtype, padding: int = 5) -> tuple[list[torc
     query, key, value = (torch.randn(len(tree), heads, d, dtype=dtype) for heads, d in ((2, 8), (2, 8), (4, 6)))
     decay, beta = (torch.rand(len(tree), 4, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
     inputs = [x.requires_grad_() for x in (query, key, value, -decay, beta.to(dtype))]
-    return inputs, (*(paths[name] for name in names), *map(torch.tensor, paths["starts_on_cpu"]))
+    return inputs, [*(paths[name] for name in names), *map(torch.tensor, paths["starts_on_cpu"])]
 
 
 def make_gradients(out: torch.Tensor, states: torch.Tensor) -> list[torch.Tensor]:
@@ -128,13 +128,13 @@ def test_the_operation_equals_the_reference_path(calls, shapes, backend):
     """In bfloat16, whose gradients are sums in float32 that may round to a neighbour."""
     inputs, paths = make_inputs(shapes, torch.bfloat16)
 
-    def run(*tensors):
-        return delta.tree_delta_rule(*tensors)
+    def run(*arguments):
+        return delta.tree_delta_rule(*arguments)
 
     expected = delta.forward_through_trees(delta.reference_sequences, inputs, paths)
     gradients = make_gradients(*expected)
     expected += torch.autograd.grad(expected, inputs, gradients)
-    results = (torch.compile(run, backend=backend, fullgraph=True, dynamic=True) if backend else run)(*inputs, *paths)
+    results = (torch.compile(run, backend=backend, fullgraph=True, dynamic=True) if backend else run)(*inputs, paths)
     results += torch.autograd.grad(results, inputs, gradients)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(results[:2], expected[:2]))
     for ours, theirs in zip(results[2:], expected[2:]):
@@ -147,17 +147,17 @@ def test_the_operation_equals_the_reference_path(calls, shapes, backend):
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 def test_the_compiler_knows_what_the_operations_give(calls, shapes):
     inputs, paths = make_inputs(shapes, torch.bfloat16)
-    torch.library.opcheck(delta.tree_delta_rule, (*inputs, *paths))
-    gradients = make_gradients(*delta.tree_delta_rule(*inputs, *paths))
+    torch.library.opcheck(delta.tree_delta_rule, (*inputs, paths))
+    gradients = make_gradients(*delta.tree_delta_rule(*inputs, paths))
     inputs = [x.detach() for x in inputs]
-    torch.library.opcheck(delta.tree_delta_rule_backward, (*gradients, *inputs, *paths))
+    torch.library.opcheck(delta.tree_delta_rule_backward, (gradients, inputs, paths))
 
 
 def test_only_arguments_are_kept_for_the_backward_pass(calls):
     inputs, paths = make_inputs(SHAPES["unequal"], torch.bfloat16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda x: x):
-        delta.tree_delta_rule(*inputs, *paths)
+        delta.tree_delta_rule(*inputs, paths)
     assert kept == [x.data_ptr() for x in (*inputs, *paths)]
 
 
@@ -236,7 +236,7 @@ def test_the_operation_counts_as_many_products_as_the_plan(calls):
     """Where all chunks are full. The compiler picks what it computes again by this."""
     inputs, paths = make_inputs([(64, [64, 128])], torch.bfloat16, padding=0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        delta.tree_delta_rule(*inputs, *paths)
+        delta.tree_delta_rule(*inputs, paths)
     text = SimpleNamespace(layer_types=["linear_attention"], hidden_size=1, linear_num_key_heads=2)
     vars(text).update(linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=6)
     assert counter.get_total_flops() == pytest.approx(linear_attention(text, [64, 64, 128])[-1], rel=1e-3)
