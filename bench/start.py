@@ -169,7 +169,10 @@ def main() -> None:
     rows = []
     for _ in range(args.starts):
         with tempfile.TemporaryDirectory() as caches:
-            rows += [{"caches": kind, **start(args, settings, Path(caches))} for kind in ("cold", "warm")]
+            for kind in ("cold", "warm"):
+                rows.append({"caches": kind, **start(args, settings, Path(caches))})
+                parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in rows[-1]["parts"].items())
+                print(f"{kind}: {parts}", flush=True)  # at once: a machine may be taken away before the last start
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(device_name(device), *(f"{name}={value}" for name, value in tries.items()))
     print_table(rows, args.gpus)

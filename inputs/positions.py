@@ -30,9 +30,10 @@ def token_paths(tree: np.ndarray, branch: np.ndarray) -> dict:
     before: (3, T) indices of the tokens 1, 2 and 3 places earlier on each token's own path, -1: none.
     order: (tokens without padding,) indices: of the roots' tokens, then of the branches'. Roots are sequences that
     begin with nothing: trunks, and branches of trees without one. root_starts, branch_starts: where each begins in its
-    part of `order`, and the last ends. root_of: (branches,) the number of the root that each continues.
-    starts_on_cpu: both starts as lists, which stay on the CPU. leaves: the numbers, among roots and branches, of the
-    sequences that no other continues, in the batch's order; leaf_ends: the index of the last token of each.
+    part of `order`, and the last ends. root_of: (branches + 1,) the number of the root that each continues, then a 0 to
+    be left out: the compiler takes a size of 1, as a single question would have, for a constant. starts_on_cpu: both
+    starts as lists, which stay on the CPU. leaves: the numbers, among roots and branches, of the sequences that no
+    other continues, in the batch's order; leaf_ends: the index of the last token of each.
     """
     indices = np.arange(len(tree))
     begins = np.append(True, (np.diff(tree) != 0) | (np.diff(branch) != 0))
@@ -58,7 +59,7 @@ def token_paths(tree: np.ndarray, branch: np.ndarray) -> dict:
         "order": np.concatenate([np.arange(starts[n], starts[n] + lengths[n]) for n in (*roots, *branches)]),
         "root_starts": root_starts,
         "branch_starts": branch_starts,
-        "root_of": np.searchsorted(roots, trunk_of[branches]),
+        "root_of": np.append(np.searchsorted(roots, trunk_of[branches]), 0),
         "leaves": leaves,
         "leaf_ends": (starts + lengths - 1)[counted[leaves]],
         "starts_on_cpu": (root_starts.tolist(), branch_starts.tolist()),

@@ -26,7 +26,6 @@ from common import InputError
 LIBRARY = "flash-linear-attention"
 OLDEST = 0, 6  # version whose kernels take several value heads per key head, and refuse a GPU where they are wrong
 CHUNK = 64  # tokens that flash-linear-attention takes at once: it computes with whole chunks
-OPTIONS = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}  # of the rule, by whichever code
 
 
 def linear_layers(language_model: nn.Module) -> list[nn.Module]:
@@ -56,7 +55,7 @@ def _tree_forward(
     inputs, z, b, a = layer.in_proj_qkv(rows), layer.in_proj_z(rows), layer.in_proj_b(rows), layer.in_proj_a(rows)
     mixed = convolve(inputs, layer.conv1d.weight[:, 0], paths["before"], layer.activation)
     query, key, value = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
-    query, key = (x.unflatten(-1, (-1, layer.head_k_dim)) for x in (query, key))  # (T, key heads, d)
+    query, key = (unit_vectors(x.unflatten(-1, (-1, layer.head_k_dim))) for x in (query, key))  # (T, key heads, d)
     value = value.unflatten(-1, (-1, layer.head_v_dim))  # (T, value heads, d)
     beta = b.sigmoid()  # (T, value heads): how much of what a key holds is replaced
     decay = -layer.A_log.float().exp() * F.softplus(a.float() + layer.dt_bias)  # its logarithm
@@ -84,6 +83,13 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, before: torch.Tensor, activa
     return ACT2FN[activation](out).to(x.dtype)
 
 
+def unit_vectors(x: torch.Tensor) -> torch.Tensor:
+    """x (..., d) scaled to length 1 in float32. The rule's own code could do so too, in kernels of its own: here the
+    compiler joins it with the convolution."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
 def latest(x: torch.Tensor, before: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """The last inputs (n, C, 4) of a convolution up to the tokens `at` (n,), of x (T, C); zero where there are none."""
     path = torch.cat([before[:, at].flip(0), at[None]])  # (4, n)
@@ -103,7 +109,7 @@ def keep_leaves(cache: Cache, places: torch.Tensor) -> None:
 
 def through_trees(query, key, value, decay, beta, order, root_starts, branch_starts, root_of, starts_on_cpu, **_):
     """The outputs (T, value heads, d) of the delta rule along each token's path, zero for padding, and the states in
-    which the sequences end, roots first."""
+    which the sequences end, roots first. Queries and keys are `unit_vectors`."""
     inputs, paths = (query, key, value, decay, beta), [order, root_starts, branch_starts, root_of, *starts_on_cpu]
     if has_kernels(value.device) and value.dtype != torch.float32:
         return tree_delta_rule(*inputs, paths)
@@ -128,8 +134,8 @@ def forward_through_trees(rule: Callable, inputs: tuple, paths: list) -> tuple[t
     order, root_starts, branch_starts, root_of, *starts_on_cpu = paths
     roots, branches = _gather(inputs, order, starts_on_cpu)
     out, states = rule(root_starts, starts_on_cpu[0], *roots)
-    if len(root_of):
-        more, ends = rule(branch_starts, starts_on_cpu[1], *branches, states.index_select(0, root_of))
+    if len(root_of) > 1:
+        more, ends = rule(branch_starts, starts_on_cpu[1], *branches, states.index_select(0, root_of[:-1]))
         out, states = torch.cat([out, more], dim=1), torch.cat([states, ends])
     return _scatter(out, order, inputs[2]), states
 
@@ -144,6 +150,7 @@ def backward_through_trees(rule: Callable, gradients: list, inputs: list, paths:
     order, root_starts, branch_starts, root_of, *starts_on_cpu = paths
     roots, branches = _gather(inputs, order, starts_on_cpu)
     (of_roots,), (of_branches,) = _gather(gradients[:1], order, starts_on_cpu)
+    root_of = root_of[:-1]
     of_root_ends, of_branch_ends = gradients[1].split([len(root_starts) - 1, len(root_of)])
     roots, root_results = _record(rule, root_starts, starts_on_cpu[0], *roots)
     branch_gradients = branches  # without branches these hold no tokens, and neither do their gradients
@@ -185,7 +192,7 @@ def reference_sequences(_, starts_on_cpu, query, key, value, decay, beta, states
         for number, (start, end) in enumerate(pairwise(starts_on_cpu.tolist())):
             inputs = [x[:, start:end] for x in (query, key, value, decay, beta)]
             begin = None if states is None else states[number : number + 1]
-            results.append(reference_rule()(*inputs, initial_state=begin, **OPTIONS))
+            results.append(reference_rule()(*inputs, initial_state=begin, output_final_state=True))
     outs, ends = zip(*results)
     return torch.cat(outs, dim=1), torch.cat(ends)
 
@@ -198,7 +205,7 @@ def kernel_sequences(starts, starts_on_cpu, query, key, value, decay, beta, stat
     """
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    options = OPTIONS | {"cu_seqlens": starts, "cu_seqlens_cpu": starts_on_cpu}
+    options = {"output_final_state": True, "cu_seqlens": starts, "cu_seqlens_cpu": starts_on_cpu}
     with torch.autocast(value.device.type, value.dtype):
         return chunk_gated_delta_rule(query, key, value, decay, beta, initial_state=states, **options)
 
@@ -225,8 +232,8 @@ def tree_delta_rule(
 
 @tree_delta_rule.register_fake
 def _(query, key, value, decay, beta, paths):
-    _, root_starts, _, root_of, *_ = paths
-    sequences = root_starts.shape[0] - 1 + root_of.shape[0]
+    _, root_starts, branch_starts, *_ = paths
+    sequences = root_starts.shape[0] - 1 + branch_starts.shape[0] - 1
     states = value.new_empty(sequences, value.shape[1], key.shape[2], value.shape[2], dtype=torch.float32)
     return value.new_empty(value.shape), states
 

@@ -16,7 +16,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from common import InputError
 from data import recurrent_paths
-from modeling.delta import check_kernels, reference_rule, through_trees
+from modeling.delta import check_kernels, reference_rule, through_trees, unit_vectors
 from modeling.memory import compile_layers
 
 
@@ -77,7 +77,10 @@ def test_trees_have_the_outputs_states_and_gradients_of_the_reference_rule(devic
         inputs = [x.detach().to(torch.promote_types(x.dtype, dtype)).requires_grad_() for x in given]
         exact = dtype == torch.float32
         announce("float32, path by path" if exact else "bfloat16, through trees")
-        out, states = path_by_path(*inputs, tree, branch) if exact else through_trees(*inputs, **paths)
+        if exact:
+            out, states = path_by_path(*inputs, tree, branch)
+        else:
+            out, states = through_trees(*map(unit_vectors, inputs[:2]), *inputs[2:], **paths)
         loss = (out.float() * torch.linspace(-1, 1, size, device=device)).sum() + (states * towards).sum()
         results.append([out, states, *torch.autograd.grad(loss, inputs)])
     assert not any(x[tree < 0].any() for n, x in enumerate(results[0]) if n != 1)

@@ -17,7 +17,7 @@ from model import autocast
 from modeling import delta
 from modeling.memory import compile_layers
 from training.costs import linear_attention
-from trees import Assignment
+from trees import Assignment, grow_tree
 
 SHAPES = {  # tokens of each tree's trunk and branches
     "unequal": [(13, [1, 6, 9]), (0, [7]), (6, [2, 11]), (5, []), (3, [4])],
@@ -92,7 +92,7 @@ def calls(monkeypatch) -> list:
     calls = []
 
     def chunk_gated_delta_rule(q, k, v, g, beta, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, **more):
-        assert more == {"use_qk_l2norm_in_kernel": True} and output_final_state
+        assert not more and output_final_state
         assert cu_seqlens.tolist() == cu_seqlens_cpu.tolist()
         assert all(x.is_contiguous() for x in (q, k, v)) and g.dtype == torch.float32
         assert q.shape[:2] == (1, cu_seqlens[-1]) and v.shape[2] == 2 * k.shape[2]
@@ -205,7 +205,8 @@ def test_a_layer_is_one_graph_with_the_gradients_of_eager_code(world, calls):
     """Of three layers, the two with the recurrence share a graph. The library keeps what it derives from the starts by
     their identity: where that got lost, each layer would derive it anew, and the CPU would wait for the GPU."""
     trees = whole(tiny.load_world(world)[0].samples)
-    batches = [tiny.load_world(world)[1][Assignment(tuple(part))] for part in (trees, trees[1:3], trees[:2])]
+    trees.append(grow_tree(tiny.load_world(world)[0].samples, [0]))
+    batches = [tiny.load_world(world)[1][Assignment(tuple(part))] for part in (trees, trees[1:3], trees[-1:])]
     model = tiny.lora_model(world, dropout=0.1).to(torch.bfloat16)
     expected = [run_model(model, batch) for batch in batches]
     compile_layers(model.model, 1.0, backend="aot_eager")

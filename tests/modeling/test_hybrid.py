@@ -78,7 +78,7 @@ def test_projections_of_the_same_input_are_dropped_alike(world):
 
 
 def never_forked(paths, tree):
-    paths |= {"root_starts": paths["starts_on_cpu"], "branch_starts": np.zeros(1, int), "root_of": np.zeros(0, int)}
+    paths |= {"root_starts": paths["starts_on_cpu"], "branch_starts": np.zeros(1, int), "root_of": np.zeros(1, int)}
     roots, branches = paths["starts_on_cpu"]
     starts = [*roots, *(roots[-1] + start for start in branches[1:])]
     return paths | {"root_starts": np.array(starts), "starts_on_cpu": (starts, [0])}
@@ -133,7 +133,7 @@ def test_paths_go_from_the_trunk_into_each_branch():
     ]
     assert paths["order"].tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
     assert paths["root_starts"].tolist() == [0, 2, 4] and paths["branch_starts"].tolist() == [0, 3, 4]
-    assert paths["root_of"].tolist() == [0, 0] and paths["starts_on_cpu"] == ([0, 2, 4], [0, 3, 4])
+    assert paths["root_of"].tolist() == [0, 0, 0] and paths["starts_on_cpu"] == ([0, 2, 4], [0, 3, 4])
 
 
 def test_trees_of_all_shapes_do_not_recompile(world, trees):

@@ -163,7 +163,8 @@ def test_the_rehearsed_micro_batch_reaches_all_bounds(world, tmp_path, images):
     batch = largest_batch(dataset, bounds)
     assert (len(batch.ids), len(batch.patches), len(batch.targets)) == tuple(limits(bounds))
     assert len(batch.answer_at) == len(batch.weights) == len(batch.question) and bool(len(batch.patches)) is images
-    assert len(batch.paths["root_of"]) == bounds.branches == 8 and len(batch.paths["order"]) == bounds.tokens
+    assert len(batch.paths["branch_starts"]) == bounds.branches + 1 == 9
+    assert len(batch.paths["order"]) == bounds.tokens
 
 
 @pytest.mark.parametrize("images", [True, False])
