@@ -66,6 +66,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     identity: dict  # what the result depends on: a checkpoint is resumed only where it is the same
     metrics: Metrics
+    memory_budget: float | None = None  # that layers are compiled for; the rehearsal finds it
 
     def is_finished(self, progress: Progress) -> bool:
         """Whether the last step is done, or the evaluations of --patience have brought nothing better."""
@@ -120,8 +121,7 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, watch: Stopwatch, 
     # The end.
     code = conclude(run, progress)
     if is_new and progress.step == prepared.steps and not code and ranks.is_main:
-        seconds = time.perf_counter() - watch.started
-        plan.compare_with_plan(args, prepared, known_gpu(ranks.device), ranks.world_size, seconds)
+        plan.compare_with_plan(run, time.perf_counter() - watch.started)
     if not code and ranks.is_main and ranks.world_size > 1 and run.metrics.paid:
         print0(efficiency_line(run))
     if result and not code:
@@ -149,7 +149,7 @@ def set_up(
     # Model and optimizer, and where the run goes on.
     model, cache = build_model(args, prepared, ranks.device, dtype)
     watch.lap("model")
-    budgets, late = rehearsal.memory_budgets(args, prepared, model, ranks)
+    attempts = rehearsal.plan_attempts(args, prepared, model, ranks)
     model = dist_utils.wrap(model, ranks)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -158,7 +158,7 @@ def set_up(
         progress, identity = checkpoints.load_checkpoint(prepared.checkpoint, model, optimizer, output, identity)
     metrics = Metrics(output, progress, prepared.steps, len(prepared.sampler), known_gpu(ranks.device), ranks, trackers)
     run = Run(args, ranks, stop, dtype, output, prepared, model, cache, optimizer, identity, metrics)
-    rehearse(run, progress, budgets, late, watch)
+    rehearse(run, progress, attempts, watch)
     return run, progress
 
 
@@ -179,12 +179,12 @@ def build_model(
     return TreeModel(peft_model, prepared.images, FeatureWriter(cache).put), cache
 
 
-def rehearse(run: Run, progress: Progress, budgets: list[float | None], late: bool, watch: Stopwatch) -> None:
+def rehearse(run: Run, progress: Progress, attempts: rehearsal.Attempts, watch: Stopwatch) -> None:
     """Try the largest micro-batch, a save and an evaluation of a few samples: none fails for the first time later."""
-    prepared, ranks = run.prepared, run.ranks
+    prepared, bounds, ranks = run.prepared, run.prepared.bounds, run.ranks
     # Without the cache: the tower runs.
-    dataset = TreeDataset(prepared.train, prepared.images, padding(ranks.device), at_least=prepared.bounds.tokens)
-    rehearsal.rehearse_step(run.model, run.optimizer, dataset, prepared.bounds, ranks, run.dtype, budgets, late)
+    dataset = TreeDataset(prepared.train, prepared.images, padding(ranks.device), at_least=bounds.tokens)
+    run.memory_budget = rehearsal.rehearse_step(run.model, run.optimizer, dataset, bounds, ranks, run.dtype, attempts)
     watch.lap("rehearsal")
     dist_utils.from_rank0(
         lambda: rehearsal.rehearse_save(run.output, run.model, run.args, checkpoint_state(run, progress))

@@ -26,7 +26,7 @@ def main(argv: list[str], stop: dist_utils.Stop) -> int:
     ):  # fmt: skip
         args = SimpleNamespace(compile=compiled, memory_budget=budget, dora=False, base_precision="bf16")
         rehearsal.training_seconds = lambda *_, own=(of_rank_0, of_rank_1)[ranks.rank]: own
-        decisions.append(rehearsal.memory_budgets(args, prepared, model, on_cuda))
+        decisions.append(rehearsal.plan_attempts(args, prepared, model, on_cuda))
     (Path(argv[0]) / f"{ranks.rank}.json").write_text(json.dumps(decisions))
     dist_utils.leave()
     return 0

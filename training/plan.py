@@ -264,23 +264,19 @@ def hours(job: Job, times: Pace, epochs: int = 0) -> float:
     return timeline(job, times, epochs or job.args.epochs)[-1][2] / 3600
 
 
-def estimate(job: Job, gpu: Gpu, gpus: int) -> tuple[float, float]:
-    """Hours of the whole run, and the GiB that a GPU holds at its peak."""
-    times = pace(job, gpu, budgets(job, gpu, job.largest), [gpus])[gpus]
-    return hours(job, times), times.budget.peak / GIB
-
-
-def compare_with_plan(args: argparse.Namespace, prepared, gpu: Gpu | None, gpus: int, seconds: float) -> None:
-    """Print the planned hours and memory of a run beside what it took, where its costs are known. `prepared` is what
-    training.preparation.prepare gave."""
+def compare_with_plan(run, seconds: float) -> None:
+    """Print the planned hours and memory of a train.Run beside what it took, where its costs are known. It is planned
+    at the run's own memory budget: `budgets` would choose another where the run did not have the whole GPU."""
+    args, prepared, gpus = run.args, run.prepared, run.ranks.world_size
+    gpu = known_gpu(run.ranks.device)
     if not gpu or uncounted(prepared.config, args):
         return
     job = make_job(args, prepared.config, prepared.train, prepared.val, prepared.plan, prepared.bounds.tokens)
-    hours_planned, peak_planned = estimate(job, gpu, gpus)
-    peak = torch.cuda.max_memory_allocated() / GIB
+    (budget,) = (option for option in budgets(job, gpu, job.largest) if option.share == run.memory_budget)
+    planned, peak = hours(job, pace(job, gpu, [budget], [gpus])[gpus]), torch.cuda.max_memory_allocated()
     print0(
-        f"planned {hours_planned:.2f} h, took {seconds / 3600:.2f} h; "
-        f"planned peak {peak_planned:.1f} GiB, peak was {peak:.1f} GiB"
+        f"planned {planned:.2f} h, took {seconds / 3600:.2f} h; "
+        f"planned peak {budget.peak / GIB:.1f} GiB, peak was {peak / GIB:.1f} GiB"
     )
 
 

@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -101,17 +102,20 @@ def _most_answers(
     return int(np.interp(room, [0, *filled], [0, *reached]) + 1e-6)
 
 
-def memory_budgets(
-    args: argparse.Namespace, prepared, model: TreeModel, ranks: Ranks
-) -> tuple[list[float | None], bool]:
-    """Memory budgets to try for the largest micro-batch, the best first (None: layers are not compiled), and whether
-    compiled layers leave out tokens late (`TreeModel.leave_out_late`). `prepared` is what training.preparation.prepare
-    gave.
+class Attempts(NamedTuple):
+    """How a run may be compiled, from what its memory and its length suggest."""
+
+    budgets: list[float | None]  # memory budgets, the best first; None: layers are not compiled
+    late: bool  # whether compiled layers leave out tokens late: `TreeModel.leave_out_late`
+
+
+def plan_attempts(args: argparse.Namespace, prepared, model: TreeModel, ranks: Ranks) -> Attempts:
+    """What to try for the largest micro-batch. `prepared` is what training.preparation.prepare gave.
 
     Call it before the optimizer exists: the estimate leaves room for what comes later. A collective.
     """
     if args.compile == "off" or args.dora or ranks.device.type != "cuda":
-        return [None], False
+        return Attempts([None], late=False)
     config, tokens, budgets = model.base.config, prepared.bounds.tokens, [args.memory_budget]
     room = min(dist_utils.gather_to_all(activation_room(ranks.device)))  # compiled alike on every rank
     room -= state_bytes(config, prepared.bounds.branches)
@@ -123,24 +127,24 @@ def memory_budgets(
     fits = EAGER_SHARE * kept_bytes(config, tokens) < room
     if fits and may_stay_uncompiled(args) and not compiling_pays(budgets[0], training):
         budgets = [None, *budgets]
-    return budgets, late
+    return Attempts(budgets, late)
 
 
 def rehearse_step(
-    model, optimizer, dataset: TreeDataset, bounds: Bounds, ranks: Ranks, dtype, budgets: list[float | None], late: bool
-) -> None:
-    """Run a micro-batch as large as any of the run forward and backward, compiled for the first of `budgets` that fits
-    on all ranks. `budgets` and `late` are what `memory_budgets` gave.
+    model, optimizer, dataset: TreeDataset, bounds: Bounds, ranks: Ranks, dtype, attempts: Attempts
+) -> float | None:
+    """Run a micro-batch as large as any of the run forward and backward, compiled for the first memory budget that fits
+    on all ranks, and return that budget.
 
     Raises InputError when memory does not suffice, and RuntimeError when a trained weight gets no finite gradient.
     Weights and optimizer stay as they were.
     """
     started = time.perf_counter()
     batch = largest_batch(dataset, bounds)
-    for budget in budgets:
+    for budget in attempts.budgets:
         if budget is not None:
             print0(f"compiling for a memory budget of {budget}: this takes up to a minute, more on slow CPUs")
-            if late:
+            if attempts.late:
                 unwrap(model).leave_out_late()
             compile_layers(unwrap(model).model, budget)
         # The first pass compiles too. Ranks agree after it, so that none is left waiting in the next attempt.
@@ -164,6 +168,7 @@ def rehearse_step(
         text += "\n  not compiled" if budget is None else f"\n  memory budget {budget}"
         text += f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     print0(text)
+    return budget
 
 
 def largest_batch(dataset: TreeDataset, bounds: Bounds) -> Batch:

@@ -212,6 +212,21 @@ def test_an_unknown_gpu_is_not_compared(world, tmp_path, capsys):
     assert "planned" not in capsys.readouterr().out
 
 
+def test_a_run_is_compared_at_the_memory_budget_that_it_had(monkeypatch, capsys):
+    """As one that shares its GPU with other programs, where more would fit the whole GPU."""
+    job = replace(job_of_the_8b(), steps_per_epoch=1)
+    vars(job.args).update(max_steps=1, epochs=1, eval_every=0, save_every=0, lora_targets="auto")
+    monkeypatch.setattr(plan, "known_gpu", lambda _: GPUS["h100"])
+    monkeypatch.setattr(plan, "make_job", lambda *_: job)
+    prepared = SimpleNamespace(config=job.config, train=None, val=None, plan=None, bounds=SimpleNamespace(tokens=0))
+    options = {option.share: option for option in budgets(job, GPUS["h100"], job.largest)}
+    assert options[1.0].fits
+    for share in (1.0, 0.2):
+        run = SimpleNamespace(args=job.args, prepared=prepared, ranks=ALONE, memory_budget=share)
+        plan.compare_with_plan(run, 36)
+        assert f"took 0.01 h; planned peak {options[share].peak / GIB:.1f} GiB" in capsys.readouterr().out
+
+
 def test_a_run_takes_its_steps_evaluations_and_saves_one_after_the_other(world):
     job, _ = job_of(world, **{"max-steps": 0, "epochs": 2, "eval-every": 0, "save-every": 0})
     times = pace(job, replace(HERE, link=math.inf), AT_BUDGET_1, (1, 2, 4))

@@ -23,7 +23,7 @@ from modeling.memory import kept_bytes
 from training import costs
 from training.gpus import GPUS
 from training.plan import COMPILE_S, LAST_LAYER_S
-from training.rehearsal import largest_batch, memory_budgets, micro_batch_bounds, rehearse_step
+from training.rehearsal import Attempts, largest_batch, micro_batch_bounds, plan_attempts, rehearse_step
 from trees import PlanSettings, StepSampler, tree_shape
 
 IMAGE, START, END = 1, 2, 3
@@ -148,8 +148,9 @@ def rehearsal(world, **lora) -> tuple:
     return tiny.lora_model(world, **lora), TreeDataset(data, dataset.settings, at_least=bounds.tokens), bounds
 
 
-def rehearse(model, dataset, bounds, budgets=(None,), late=True) -> None:
-    rehearse_step(model, torch.optim.SGD(model.parameters()), dataset, bounds, ALONE, torch.float32, budgets, late)
+def rehearse(model, dataset, bounds, budgets=(None,), late=True) -> float | None:
+    attempts = Attempts(list(budgets), late)
+    return rehearse_step(model, torch.optim.SGD(model.parameters()), dataset, bounds, ALONE, torch.float32, attempts)
 
 
 def without_images(folder):
@@ -226,7 +227,7 @@ def test_only_compiled_layers_leave_out_tokens_late(world, monkeypatch, late):
 
     monkeypatch.setattr(TreeModel, "forward", forward)
     monkeypatch.setattr("training.rehearsal.compile_layers", lambda *_: None)
-    rehearse(model, *others, budgets=[None, 1.0, 0.5], late=late)
+    assert rehearse(model, *others, budgets=[None, 1.0, 0.5], late=late) == 0.5
     assert tried == [False, late, late]
 
 
@@ -274,7 +275,7 @@ def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, 
     monkeypatch.setattr("training.plan.uncounted", lambda *_: "")
     monkeypatch.setattr("training.plan.make_job", lambda *_: SimpleNamespace())
     monkeypatch.setattr("training.plan.pace", pace_of)
-    assert memory_budgets(args, prepared, model, ranks) == (tried, late)
+    assert plan_attempts(args, prepared, model, ranks) == (tried, late)
     told = capsys.readouterr().out
     compiled = [budget for budget in tried if budget is not None]
     assert left == [7] * bool(compiled)
@@ -286,7 +287,7 @@ def test_auto_compiles_what_pays_or_does_not_fit_otherwise(monkeypatch, capsys, 
         assert told == f"layers are {verb} (--compile auto): {of_time}\n" and len(told) <= 100
     assert bool(told) == (args.compile == "auto" and room > 1.9 and args.base_precision == "bf16" and len(tried) > 1)
     monkeypatch.setattr("training.plan.known_gpu", lambda _: None)  # nothing is known of its rates: as before
-    assert memory_budgets(args, prepared, model, ranks) == (compiled or [None], False)
+    assert plan_attempts(args, prepared, model, ranks) == (compiled or [None], False)
     assert capsys.readouterr().out == ""
 
 
