@@ -5,37 +5,37 @@ import torch._dynamo.config
 import torch._functorch.config
 from peft import PeftModel
 
-# Activation memory budget -> share of `kept_bytes` that is kept. Measured on Qwen3-VL-8B with dropout, for 4,459 to
-# 8,192 tokens; without dropout it is less. Those of 0.5 and 0.2 were measured before masks were computed again, and are
-# lowered here as two layers' are on a CPU.
-MEMORY_BUDGETS = {1.0: 0.71, 0.5: 0.38, 0.2: 0.19, 0.0: 0.13}
-HYBRID_SHARE = 1.1  # of these shares for Qwen3.5: bench/results/step-qwen3.5-h200.json
-EAGER_SHARE = 1.9  # the same where layers are not compiled: 82.2 GiB at 7,308 tokens on an H200
+# Activation memory budget -> share of `kept_bytes` that is kept, with the logits of 32 answer tokens for each of nine
+# questions: Qwen3-VL-8B with dropout (bench/results/step-closed-h200.json, step-h200-budget-*.json; 0 is an H100's,
+# step-h100-budget-0.json). At budget 1 the 2B, 4B and 32B and Qwen3.5-9B keep 1.01 to 1.10.
+MEMORY_BUDGETS = {1.0: 1.02, 0.5: 0.57, 0.2: 0.31, 0.0: 0.18}
+EAGER_SHARE = 2.7  # the same where layers are not compiled: 82.2 GiB at 7,308 tokens on an H200
 MEMORY_MARGIN = 2 * 2**30, 0.05  # bytes for vision tower, logits and optimizer; share of the card for fragmentation
 # One compiled function has a variant for each of training and evaluation, text and vision, last and other layers.
 RECOMPILE_LIMIT = 32
 
 
 def kept_bytes(config, tokens: int) -> int:
-    """Bytes of activations that the decoder layers keep for `tokens` tokens at most: per token and layer, 8 vectors of
-    the hidden size and 3 of the intermediate size, in bfloat16; for Qwen3.5 what `_hybrid_width` counts."""
+    """Bytes of activations that the decoder layers keep for `tokens` tokens, in numbers of 16 bits, by what the code
+    computes: the inputs of both norms, and gate and up projection, and what either kind of attention keeps."""
     text = config.text_config
-    if config.model_type == "qwen3_5":
-        return int(HYBRID_SHARE * 2 * tokens * sum(_hybrid_width(text, kind) for kind in text.layer_types))
-    return 2 * text.num_hidden_layers * tokens * (8 * text.hidden_size + 3 * text.intermediate_size)
+    both = 2 * text.hidden_size + 2 * text.intermediate_size
+    linear = count_linear_layers(text)
+    width = text.num_hidden_layers * both + (text.num_hidden_layers - linear) * _attention_width(text)
+    return 2 * tokens * (width + linear * (_recurrence_width(text) if linear else 0))
 
 
-def _hybrid_width(text, kind: str) -> int:
-    """Numbers of 16 bits that a layer of Qwen3.5 keeps per token at most, counted from the code."""
-    shared = 4 * text.hidden_size + 3 * text.intermediate_size  # inputs of norms and what they give; the MLP
-    if kind == "full_attention":  # queries, their gate, one key and value per query, the output before and after it
-        return shared + 6 * text.num_attention_heads * text.head_dim
-    heads = text.linear_num_value_heads
-    values = heads * text.linear_value_head_dim
-    mixed = 2 * text.linear_num_key_heads * text.linear_key_head_dim + values
-    # What the convolution gives, in float32 before its activation; the recurrence's output, its gate and their product;
-    # a row of a chunk's inverse matrix (64 numbers), its decay and beta per head.
-    return shared + 3 * mixed + 3 * values + (64 + 4) * heads
+def _attention_width(text) -> int:
+    """Numbers per token: queries, and what attention gives, before and after; keys and values, before and after."""
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return (3 * text.num_attention_heads + 4 * text.num_key_value_heads) * size
+
+
+def _recurrence_width(text) -> int:
+    """Numbers per token of Qwen3.5's linear attention: queries, keys and values before and after the convolution, the
+    gate, and what the recurrence gives."""
+    values = text.linear_num_value_heads * text.linear_value_head_dim
+    return 2 * (2 * text.linear_num_key_heads * text.linear_key_head_dim + values) + 2 * values
 
 
 def count_linear_layers(text) -> int:

@@ -16,6 +16,7 @@ from training import rehearsal
 def main(argv: list[str], stop: dist_utils.Stop) -> int:
     ranks = dist_utils.start()
     text = SimpleNamespace(num_hidden_layers=2, hidden_size=64, intermediate_size=128)
+    vars(text).update(num_attention_heads=4, num_key_value_heads=2)
     config = SimpleNamespace(model_type="qwen3_vl", text_config=text)
     model = SimpleNamespace(base=SimpleNamespace(config=config), model=None)
     prepared = SimpleNamespace(bounds=SimpleNamespace(tokens=4096, branches=8))

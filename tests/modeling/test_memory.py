@@ -59,7 +59,7 @@ def test_compiled_layers_are_exact_and_keep_what_their_memory_budget_allows(tmp_
     )
     assert tiny.relative_error(gradients, expected) < 1e-5
     assert tiny.relative_error(gradients_of_half, expected) < 1e-5
-    assert kept_of_half / kept == pytest.approx(MEMORY_BUDGETS[0.5] / MEMORY_BUDGETS[1.0], rel=0.1)
+    assert kept_of_half / kept == pytest.approx(MEMORY_BUDGETS[0.5] / MEMORY_BUDGETS[1.0], rel=0.15)
     # Nothing was traced a second time, and the code of such graphs was not found in torch's caches by the next start.
     attempts = torch._dynamo.utils.counters["aot_autograd"]
     assert attempts["total"] == attempts["ok"] == 4
