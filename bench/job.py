@@ -259,10 +259,13 @@ def main(argv: list[str], _stop) -> int:
     if not args.work.exists():
         make_job(args, args.work)
     args.work, gpus = args.work.resolve(), [int(n) for n in args.gpus.split(",")]
-    rows = [train(args.work, n, settings) for n in gpus]
-    for row in rows if args.report else []:
-        row["report_s"] = report(args.work, row["gpus"])
-        print(f"{row['case']}: trained after {row['seconds']:.0f} s, report after {row['report_s']:.0f} s more")
+    rows = []
+    for n in gpus:
+        rows.append(row := train(args.work, n, settings))
+        print(f"{row['case']}: trained after {row['seconds']:.0f} s", flush=True)  # the recipe may take much longer
+        if args.report:
+            row["report_s"] = report(args.work, n)
+            print(f"  report after {row['report_s']:.0f} s more", flush=True)
     rows += [recipe(args, args.work, n) for n in gpus[-1:] if args.recipe_steps]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(device_name(device))

@@ -55,6 +55,18 @@ def test_the_benchmark_prints_a_table_and_writes_json(table, preset):
     assert "matrix products" in printed and "vision tower" in printed
 
 
+def test_sampled_stacks_show_where_a_script_spends_its_time(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "sleeper.py"
+    script.write_text("import sys, time\n\ndef rest():\n    time.sleep(float(sys.argv[1]))\n\nrest()\n")
+    words = ["--every", "0.005", "--within", str(tmp_path), "--", str(script), "0.5"]
+    monkeypatch.setattr(sys, "argv", ["stacks.py", *words])
+    runpy.run_path(str(BENCH / "stacks.py"), run_name="__main__")
+    at, led = capsys.readouterr().out.split("and what led there")
+    lines = [line for part in (at, led) for line in part.splitlines() if line.endswith("sleeper.py:4 rest")]
+    assert len(lines) == 2 and all(float(line.split("%")[0]) > 80 for line in lines)
+    assert "samples: where threads were" in at
+
+
 @pytest.mark.parametrize(("preset", "billions"), [("2b", 2), ("4b", 4), ("8b", 8), ("32b", 32), ("qwen3.5-9b", 9)])
 def test_the_benchmark_s_models_have_the_sizes_of_their_names(preset, billions):
     """The names leave out the vision tower. The two smaller models share lm_head's weights with the embeddings."""
