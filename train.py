@@ -66,7 +66,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     identity: dict  # what the result depends on: a checkpoint is resumed only where it is the same
     metrics: Metrics
-    memory_budget: float | None = None  # that layers are compiled for; the rehearsal finds it
+    memory_budget: float | None = None  # that layers are compiled for, None: not compiled; set by the rehearsal
 
     def is_finished(self, progress: Progress) -> bool:
         """Whether the last step is done, or the evaluations of --patience have brought nothing better."""

@@ -30,8 +30,8 @@ def token_paths(tree: np.ndarray, branch: np.ndarray) -> dict:
     before: (3, T) indices of the tokens 1, 2 and 3 places earlier on each token's own path, -1: none.
     order: (tokens without padding,) indices: of the roots' tokens, then of the branches'. Roots are sequences that
     begin with nothing: trunks, and branches of trees without one. root_starts, branch_starts: where each begins in its
-    part of `order`, and the last ends. root_of: (branches + 1,) the number of the root that each continues, then a 0 to
-    be left out: the compiler takes a size of 1, as a single question would have, for a constant. starts_on_cpu: both
+    part of `order`, and the last ends. root_of: (branches + 1,) the number of the root that each continues, then a 0
+    that is ignored: with one question the size would be 1, which the compiler treats as a constant. starts_on_cpu: both
     starts as lists, which stay on the CPU. leaves: the numbers, among roots and branches, of the sequences that no
     other continues, in the batch's order; leaf_ends: the index of the last token of each.
     """

@@ -84,8 +84,8 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, before: torch.Tensor, activa
 
 
 def unit_vectors(x: torch.Tensor) -> torch.Tensor:
-    """x (..., d) scaled to length 1 in float32. The rule's own code could do so too, in kernels of its own: here the
-    compiler joins it with the convolution."""
+    """x (..., d) scaled to length 1 in float32. The rule can do this in kernels of its own; here the compiler fuses it
+    with the convolution."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 

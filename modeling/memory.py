@@ -16,8 +16,8 @@ RECOMPILE_LIMIT = 32
 
 
 def kept_bytes(config, tokens: int) -> int:
-    """Bytes of activations that the decoder layers keep for `tokens` tokens, in numbers of 16 bits, by what the code
-    computes: the inputs of both norms, and gate and up projection, and what either kind of attention keeps."""
+    """Bytes of activations that the decoder layers keep for `tokens` tokens, 2 per number: the inputs of both norms,
+    gate and up projections, and what each kind of attention keeps."""
     text = config.text_config
     both = 2 * text.hidden_size + 2 * text.intermediate_size
     linear = count_linear_layers(text)
@@ -26,7 +26,7 @@ def kept_bytes(config, tokens: int) -> int:
 
 
 def _attention_width(text) -> int:
-    """Numbers per token: queries, and what attention gives, before and after; keys and values, before and after."""
+    """Numbers per token: queries before and after rotation, attention's output, and keys and values twice."""
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return (3 * text.num_attention_heads + 4 * text.num_key_value_heads) * size
 

@@ -53,7 +53,7 @@ COMPILE_S = 24  # where all decoder layers share their graphs
 LAST_LAYER_S = 24  # more where the last one has its own, in training and in evaluation: bench/results/start-h200.json
 SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
 OF_QWEN3_5 = (
-    "  Qwen3.5: fitted to steps of the 9B on one H200 with flash-linear-attention; no run was timed\n"
+    "  Qwen3.5: fitted to earlier steps of the 9B, H200, flash-linear-attention; no run was timed\n"
     "  where its kernels never ran, they first time variants of themselves: 4 minutes there, not counted"
 )
 LISTED_EVENTS = 8  # evaluations and checkpoints that the table shows at most
@@ -265,8 +265,8 @@ def hours(job: Job, times: Pace, epochs: int = 0) -> float:
 
 
 def compare_with_plan(run, seconds: float) -> None:
-    """Print the planned hours and memory of a train.Run beside what it took, where its costs are known. It is planned
-    at the run's own memory budget: `budgets` would choose another where the run did not have the whole GPU."""
+    """Print the planned hours and memory of a train.Run beside what it took, where its costs are known. The plan
+    takes the memory budget that the run had: `choose` assumes a whole GPU, and might pick another."""
     args, prepared, gpus = run.args, run.prepared, run.ranks.world_size
     gpu = known_gpu(run.ranks.device)
     if not gpu or uncounted(prepared.config, args):

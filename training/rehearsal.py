@@ -103,7 +103,7 @@ def _most_answers(
 
 
 class Attempts(NamedTuple):
-    """How a run may be compiled, from what its memory and its length suggest."""
+    """How a run may be compiled, judging by its memory and length."""
 
     budgets: list[float | None]  # memory budgets, the best first; None: layers are not compiled
     late: bool  # whether compiled layers leave out tokens late: `TreeModel.leave_out_late`
@@ -152,6 +152,8 @@ def rehearse_step(
             break
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # that of an attempt that did not fit is not the run's
     size = f"{bounds.tokens:,} tokens, {bounds.patches:,} patches and {bounds.answers:,} answer tokens"
     if not fits:
         raise InputError(

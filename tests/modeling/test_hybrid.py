@@ -67,6 +67,15 @@ def test_packing_and_cutting_do_not_change_gradients(world, trees, more):
     test_dropout.test_packing_and_cutting_do_not_change_gradients(world, trees, more)
 
 
+def test_vectors_are_scaled_in_float32():
+    """To bfloat16's nearest numbers, and a zero stays one."""
+    x = torch.randn(4, 3, 128, generator=torch.manual_seed(0)).bfloat16()
+    x[0, 0] = 0
+    exact = torch.nn.functional.normalize(x.double(), dim=-1).bfloat16()
+    torch.testing.assert_close(delta.unit_vectors(x), exact, rtol=2**-8, atol=0)
+    assert (delta.unit_vectors(x) == exact).float().mean() > 0.99
+
+
 def test_projections_of_the_same_input_are_dropped_alike(world):
     layer = tiny.lora_model(world, dropout=0.1, targets=ALL).base.model.language_model.layers[0].linear_attn
     names = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")

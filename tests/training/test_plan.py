@@ -214,18 +214,29 @@ def test_an_unknown_gpu_is_not_compared(world, tmp_path, capsys):
 
 
 def test_a_run_is_compared_at_the_memory_budget_that_it_had(monkeypatch, capsys):
-    """As one that shares its GPU with other programs, where more would fit the whole GPU."""
-    job = replace(job_of_the_8b(), steps_per_epoch=1)
-    vars(job.args).update(max_steps=1, epochs=1, eval_every=0, save_every=0, lora_targets="auto")
+    """As when other programs share its GPU: a higher budget would fit the whole one."""
+    job = job_of_8b(max_steps=1, epochs=1, eval_every=0, save_every=0, lora_targets="auto", compile="auto")
+    job.steps_per_epoch = 1
     monkeypatch.setattr(plan, "known_gpu", lambda _: GPUS["h100"])
     monkeypatch.setattr(plan, "make_job", lambda *_: job)
     prepared = SimpleNamespace(config=job.config, train=None, val=None, plan=None, bounds=SimpleNamespace(tokens=0))
     options = {option.share: option for option in budgets(job, GPUS["h100"], job.largest)}
     assert options[1.0].fits
-    for share in (1.0, 0.2):
+    for share, option in options.items():
         run = SimpleNamespace(args=job.args, prepared=prepared, ranks=ALONE, memory_budget=share)
         plan.compare_with_plan(run, 36)
-        assert f"took 0.01 h; planned peak {options[share].peak / GIB:.1f} GiB" in capsys.readouterr().out
+        planned = hours(job, pace(job, GPUS["h100"], [option], [1])[1])
+        told = f"planned {planned:.2f} h, took 0.01 h; planned peak {option.peak / GIB:.1f} GiB"
+        assert told in capsys.readouterr().out
+    assert {None, 1.0, 0.2} <= options.keys()
+
+
+def test_the_rehearsal_s_memory_budget_is_compared(world, tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr("training.rehearsal.rehearse_step", lambda *_: 0.5)
+    monkeypatch.setattr(plan, "compare_with_plan", lambda run, _: compared.append(run.memory_budget))
+    train.main(arguments(world, tmp_path / "out", **{"max-steps": 1}))
+    assert compared == [0.5]
 
 
 def test_a_run_takes_its_steps_evaluations_and_saves_one_after_the_other(world):
@@ -323,17 +334,19 @@ def test_the_time_of_a_tree_is_the_measured_one(questions):
 
 @pytest.mark.parametrize(
     ("budget", "tokens", "peak_gib"),
-    [(1.0, 4459, 31.4), (1.0, 6019, 37.0), (1.0, 8192, 43.6), (0.0, 7924, 21.5), (0.0, 4069, 18.7)],
+    [(1.0, 4459, 31.4), (1.0, 6019, 37.0), (1.0, 8192, 43.6), (0.0, 7924, 21.5), (0.0, 4069, 18.7)]
+    + [(0.5, 4459, 24.8), (0.2, 4459, 20.9), (None, 7308, 82.2)],
 )
 def test_the_peak_memory_of_a_run_is_the_one_seen(budget, tokens, peak_gib):
     """Runs of train.py, of 4,459 and 6,019 tokens bench/step.py, on H200s and H100s, 8B, LoRA r 8, dropout 0.05."""
-    (choice,) = budgets(job_of_8b(memory_budget=budget), GPUS["h100"], tokens)
+    settings = {"compile": "off"} if budget is None else {"memory_budget": budget}
+    (choice,) = budgets(job_of_8b(**settings), GPUS["h100"], tokens)
     assert choice.peak / GIB == pytest.approx(peak_gib, rel=0.05)
 
 
 @pytest.mark.parametrize("size, file", [("2b", "2b-closed"), ("4b", "4b"), ("8b", "closed"), ("32b", "32b")])
 def test_time_and_memory_of_each_size_are_the_measured_ones(size, file):
-    """Trees of 1 to 28 questions on H200s. The plan leaves out logits, which weigh most for small models."""
+    """Trees of 1 to 28 questions on H200s. The plan has the logits of nine questions of the 8B in its factor."""
     results = json.loads((RESULTS / f"step-{file}-h200.json").read_text())["rows"]
     trees_of = {int(row["case"].removeprefix("tree-")): row for row in results if row["case"].startswith("tree-")}
     for questions, row in trees_of.items():
@@ -359,6 +372,15 @@ def test_memory_and_time_of_each_base_precision_are_the_measured_ones(row):
         plain, own = (costs.batch_seconds([load], GPUS["h200"], precision=name) for name in ("bf16", precision))
         (measured,) = (r["ms_per_question"] for r in PRECISIONS if (r["case"], r["precision"]) == (row["case"], "bf16"))
         assert own / plain == pytest.approx(row["ms_per_question"] / measured, rel=0.035)
+
+
+def test_kept_activations_are_counted_by_their_widths():
+    """Those of Qwen2-VL-7B: hidden size 3,584, 18,944 in the MLP, 28 heads of queries and 4 of keys and values, which
+    have 3,584 / 28 dimensions: its configuration does not say so."""
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 28, "num_key_value_heads": 4}
+    config = AutoConfig.for_model("qwen2_vl", text_config=text | heads)
+    assert kept_bytes(config, 10) == 2 * 10 * 28 * (2 * 3584 + 2 * 18944 + (3 * 28 + 4 * 4) * 128)
 
 
 def test_a_plan_for_a_gpu_without_fp8_products_is_refused(world):
