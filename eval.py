@@ -29,7 +29,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import dist_utils
 from common import STARTED, InputError, lock_folder, nearest_existing, removed_if_refused, sign, write_whole, writing
@@ -54,6 +54,7 @@ from inputs.images import ImageSettings, image_settings, picture_warnings
 from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.row_files import read_rows
 from inputs.rows import parse_row
+from inputs.texts import load_tokenizer
 from inputs.vision_cache import VisionCache
 from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.adapters import base_name
@@ -124,7 +125,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if warning := dist_utils.from_rank0(lambda: check_products(sources.precision, dtype, ranks.device)):
         print0(f"warning: {warning}")
     folder = dist_utils.local_rank0_first(lambda: resolve_model(sources.model))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     settings = sources.image_settings(folder, args.min_pixels, args.max_pixels)
     if args.question is not None:
         return answer_question(args, sources, folder, tokenizer, settings, ranks, dtype)

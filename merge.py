@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import dist_utils
 from common import PARTIAL, InputError, open_locked, remove, replacing, sign, writing
@@ -37,6 +37,7 @@ from inputs.holdout import possible_names, split
 from inputs.images import ImageSettings, image_settings
 from inputs.prompts import may_think
 from inputs.row_files import read_rows
+from inputs.texts import load_tokenizer
 from model import TreeModel, autocast, load_base
 from modeling.adapters import base_name
 from modeling.loading import fp8_blocks, resolve_model
@@ -78,7 +79,7 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, held_out: list[str], 
     to_float32 = args.dtype == "float32"
     dtype = torch.float32 if to_float32 else weights_dtype(folder)
     settings = ImageSettings(**run["image_settings"]) if run else image_settings(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     rows, data = rows_to_compare(args, run, held_out, tokenizer, settings)
 
     batches = [

@@ -9,11 +9,33 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from common import InputError
 from inputs import prompts
 from inputs.rows import BadRow, Row, each_answer
 
+IMAGE_TOKEN = "<|image_pad|>"
 CHUNK = 10_000  # conversations tokenized at once, which is faster; the tokenizer takes 100 bytes per token meanwhile
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model in `folder`. Raises InputError where its files do not belong to the model or are not
+    all there: a tokenizer without its vocabulary leaves every text out and says nothing."""
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    text, vocabulary = "Question 1?", config.text_config.vocab_size
+    read = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+    image, highest = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), max(tokenizer.get_vocab().values())
+    problems = {
+        f"reads {text!r} as {read!r}": read != text,
+        f"gives {IMAGE_TOKEN} the id {image}, and config.json {config.image_token_id}": image != config.image_token_id,
+        f"has ids up to {highest:,}, and the model {vocabulary:,} embeddings": highest >= vocabulary,
+    }
+    for problem, is_wrong in problems.items():
+        if is_wrong:
+            remedy = "copy all of this model's tokenizer files there, tokenizer.json among them"
+            raise InputError(f"the tokenizer of {folder} {problem}:\n  {remedy}")
+    return tokenizer
 
 
 @dataclass(slots=True)
@@ -40,7 +62,7 @@ class TextEncoder:
         self.special, self.end = prompts.special_tokens(tokenizer), prompts.end_of_turn(tokenizer)
         self.only_last = prompts.rewrites_answers(tokenizer)
         prompts.refuse_special_settings(system, template, self.special)
-        self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.texts: dict[str, Text] = {}  # by messages and options as Python writes them
         self.waiting: list[Text] = []  # for their ids
         self.prompts: dict[str, str] = {}  # see prompts.render_segments

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 import dist_utils
 from common import InputError, collector_paused, nearest_existing
@@ -22,6 +22,7 @@ from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
 from inputs.prompts import may_think
 from inputs.refused import refuse_without_images, stop_or_skip_bad
+from inputs.texts import load_tokenizer
 from inputs.vision_cache import SPARE, cache_at
 from modeling.delta import check_kernels
 from modeling.fp8 import check_products
@@ -68,7 +69,7 @@ def prepare(
     if warning := dist_utils.from_rank0(lambda: check_products(args.base_precision, dtype, ranks.device)):
         print0(f"warning: {warning}")
     folder = dist_utils.local_rank0_first(lambda: resolve_model(args.model))
-    config, tokenizer = read_config(args, folder), AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = read_config(args, folder), load_tokenizer(folder)
     if warning := dist_utils.from_rank0(lambda: check_kernels(config.model_type, ranks.device, dtype)):
         print0(f"warning: {warning}")
     images = image_settings(folder, args.min_pixels, args.max_pixels)
@@ -152,7 +153,7 @@ def print_plan(args: argparse.Namespace) -> None:
     if args.dtype == "float32":
         raise InputError("--plan knows what bfloat16 costs: leave --dtype at auto")
     folder = resolve_model(args.model, weights=False)
-    config, tokenizer = read_config(args, folder), AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = read_config(args, folder), load_tokenizer(folder)
     if args.base_precision in ROUNDED_GRADIENTS and not GPUS[args.gpu].has_fp8:
         raise InputError(
             f"--base-precision {args.base_precision}: no FP8 products on {args.gpu}, where fp8-weights runs"

@@ -1,14 +1,22 @@
 """Many rows cost little: what they share is made once and kept once, and gives what each row alone would give."""
 
+import json
 import os
 import pickle
+import shutil
 import tracemalloc
 from dataclasses import astuple
+from pathlib import Path
 
 import pytest
 import tiny
 from examples import FORMATS, flat
+from runs import arguments
+from transformers import AutoTokenizer
 
+import eval as evaluation
+import train
+from common import InputError
 from inputs import prompts, texts
 
 QUESTIONS, ANSWERS, PICTURES = ("How many?", "Is it red?"), ("one", "no", "it is not"), ("a.png", "b.png", "c.png")
@@ -96,3 +104,46 @@ def test_a_million_rows_fit_in_memory(load, world, tmp_path):
     traced(10)
     (few, most_of_few), (many, most_of_many) = traced(500), traced(2000)
     assert (many - few) / 1500 < 1000 and (most_of_many - most_of_few) / 1500 < 3000
+
+
+# ---------------------------------------------------------------------------------------------------- the tokenizer
+
+
+def lose_the_vocabulary(folder: Path) -> None:
+    """Special tokens only, as transformers makes them of a folder whose other files it does not read."""
+    file = folder / "tokenizer.json"
+    parts = json.loads(file.read_text())
+    parts["model"] |= {"vocab": {}, "merges": []}
+    file.write_text(json.dumps(parts))
+
+
+def take_another_model_s(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_id": config["image_token_id"] + 1}))
+
+
+def add_tokens(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<new {n}>" for n in range(100)])
+    tokenizer.save_pretrained(folder)
+
+
+UNFIT = {
+    "reads 'Question 1\\?' as ''": lose_the_vocabulary,
+    "gives <\\|image_pad\\|> the id 5, and config.json 6": take_another_model_s,
+    "has ids up to [0-9]+, and the model [0-9]+ embeddings": add_tokens,
+}
+
+
+@pytest.mark.parametrize("problem", UNFIT)
+def test_a_tokenizer_that_is_not_the_model_s_is_one_error_before_any_row(world, tmp_path, capsys, problem):
+    """Without its vocabulary all texts are empty, answers too, and would be learned at once."""
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    assert texts.load_tokenizer(str(folder))
+    UNFIT[problem](folder)
+    words = arguments(world, tmp_path / "out", model=folder)
+    asked = [f"--model={folder}", f"--data={world / 'rows.jsonl'}", f"--images={world / 'images'}"]
+    for main, given in ((train.main, words), (train.main, [*words, "--plan"]), (evaluation.main, asked)):
+        with pytest.raises(InputError, match=f"^the tokenizer of {folder} {problem}:\n  copy all of this model's"):
+            main(given)
+        assert "questions" not in capsys.readouterr().out
