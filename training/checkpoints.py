@@ -31,6 +31,7 @@ from common import (
 )
 from dist_utils import print0, restarted, unwrap
 from modeling.adapters import read_settings
+from modeling.delta import kernel_versions
 from modeling.loading import weights_hash
 from modeling.lora import load_lora, lora_differences, save_adapter
 from training.compatibility import plan_difference, setting_differences, unknown_settings, with_defaults
@@ -39,6 +40,7 @@ from training.progress import Progress, unfinished
 from training.settings import path_problem
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+VERSIONS |= kernel_versions()
 REPLACED = f"{PARTIAL}old-"  # begins the name of a checkpoint that another one is taking the place of
 NAME = re.compile(r"checkpoint-\d+")
 NEEDED = {"state.pt", "adapter_config.json", "adapter_model.safetensors"}  # without which nothing can be loaded
