@@ -30,6 +30,12 @@ from inputs.picture_checks import PictureSize, check_files, decoded
 from inputs.picture_files import MAX_IMAGE_PIXELS, TURNS, opened, orientation_of, refusal, rgb
 
 IMAGE_EXTENSIONS = ("", ".jpg", ".jpeg", ".png")  # that a row may leave out
+# Names of the image processor's settings -> those of the vision tower's configuration.
+PATCH_NAMES = {
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+}
 PIXEL_RULES = 2  # raised when `open_picture` makes other pixels of a file than before: cached features are of these
 
 
@@ -64,9 +70,16 @@ class ImageSettings:
 
 
 def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageSettings:
-    """The model's own image settings; 0 leaves its pixel limits as they are. Raises InputError if limits cross."""
+    """The model's own image settings; 0 leaves its pixel limits as they are. Raises InputError if limits cross, and for
+    patches that are not the vision tower's, as of another model's file or of one that leaves them to defaults."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
     vision = AutoConfig.from_pretrained(model_folder).vision_config
+    for name, config_name in PATCH_NAMES.items():
+        if (found := getattr(processor, name)) != (needed := getattr(vision, config_name)):
+            raise InputError(
+                f"preprocessor_config.json of {model_folder} gives images a {name} of {found}, and config.json "
+                f"{needed}:\n  copy this model's own preprocessor_config.json there"
+            )
     settings = ImageSettings(
         processor.patch_size,
         processor.merge_size,
