@@ -23,13 +23,13 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model in `folder`. Raises InputError where its files do not belong to the model or are not
     all there: a tokenizer without its vocabulary leaves every text out and says nothing."""
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    text, vocabulary = "Question 1?", config.text_config.vocab_size
+    text, image = "Question 1?", tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     read = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-    image, highest = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), max(tokenizer.get_vocab().values())
+    tokens, embeddings = len(tokenizer), config.text_config.vocab_size
     problems = {
         f"reads {text!r} as {read!r}": read != text,
         f"gives {IMAGE_TOKEN} the id {image}, and config.json {config.image_token_id}": image != config.image_token_id,
-        f"has ids up to {highest:,}, and the model {vocabulary:,} embeddings": highest >= vocabulary,
+        f"has {tokens:,} tokens, and the model {embeddings:,} embeddings": tokens > embeddings,
     }
     for problem, is_wrong in problems.items():
         if is_wrong:
