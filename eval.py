@@ -58,7 +58,7 @@ from inputs.texts import load_tokenizer
 from inputs.vision_cache import VisionCache
 from model import TreeModel, autocast, load_base, pick_dtype
 from modeling.adapters import base_name
-from modeling.delta import check_version
+from modeling.delta import check_library
 from modeling.fp8 import check_products
 from modeling.loading import check_precision, fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
@@ -308,7 +308,7 @@ def load_model(
 ) -> TreeModel:
     model_type = AutoConfig.from_pretrained(folder).model_type
     check_precision(model_type, precision)
-    if slow := check_version(model_type, device, dtype):
+    if slow := check_library(model_type, device, dtype):
         print0(f"warning: {slow}")
     warn_of_other_base(ckpt, folder)
     base = load_base(folder, dtype, device, precision)

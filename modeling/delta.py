@@ -311,17 +311,21 @@ def slow_code(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def check_version(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The warning of `slow_code`. Raises InputError for a library that is too old for Qwen3.5."""
-    warning = slow_code(model_type, device, dtype)
-    if model_type == "qwen3_5" and not warning and _release("fla-core") < OLDEST:  # a part of it since 0.4
+def check_library(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The warning of `slow_code`. Raises InputError for a library that is too old for Qwen3.5, or that would find no
+    compiler for its kernels."""
+    if (warning := slow_code(model_type, device, dtype)) or model_type != "qwen3_5":
+        return warning
+    if _release("fla-core") < OLDEST:  # a part of it since 0.4
         raise InputError(f"{LIBRARY} is older than {'.'.join(map(str, OLDEST))}: pip install -U {LIBRARY}")
-    return warning
+    if torch.cuda.get_device_capability(device)[0] >= 9 and _lacks_nvcc():
+        raise InputError("flash-qla compiles its kernels with nvcc, which is not here:\n  pip install 'tilelang[nvcc]'")
+    return ""
 
 
 def check_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The warning of `check_version`. Also raises InputError where training would get wrong gradients from Triton."""
-    if (warning := check_version(model_type, device, dtype)) or model_type != "qwen3_5":
+    """The warning of `check_library`. Also raises InputError where training would get wrong gradients from Triton."""
+    if (warning := check_library(model_type, device, dtype)) or model_type != "qwen3_5":
         return warning
     is_hopper, triton = torch.cuda.get_device_capability(device)[0] == 9, _release("triton")
     # github.com/fla-org/flash-linear-attention/issues/640
@@ -329,6 +333,17 @@ def check_kernels(model_type: str, device: torch.device, dtype: torch.dtype) -> 
         what = f"Triton {'.'.join(map(str, triton))} gives wrong gradients in {LIBRARY} on Hopper GPUs"
         raise InputError(f"{what}:\n  pip install 'tilelang[nvcc]', or a PyTorch with Triton 3.7.1 or later")
     return ""
+
+
+def _lacks_nvcc() -> bool:
+    """Whether the library would call FlashQLA's kernels, which are compiled when they first run, without CUDA's
+    compiler. FLA_FLASH_QLA=0 turns them off."""
+    if not find_spec("flash_qla"):
+        return False
+    from fla.ops.gated_delta_rule.backends import FlashQLABackend
+    from fla.utils import has_usable_nvcc
+
+    return FlashQLABackend.can_use() and not has_usable_nvcc()
 
 
 def _uses_tilelang() -> bool:

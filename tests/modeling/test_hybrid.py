@@ -176,6 +176,9 @@ VERSIONS = {"fla-core": (0, 6, 0), "triton": (3, 7, 1)}
         ("cuda", torch.bfloat16, 9, VERSIONS | {"triton": (3, 6, 0), "tilelang": (1,)}, "pip install 'tilelang[nvcc]'"),
         ("cuda", torch.bfloat16, 9, VERSIONS | {"triton": (3, 6, 0)}, "Triton 3.6.0 gives wrong gradients"),
         ("cuda", torch.bfloat16, 9, VERSIONS | {"fla-core": (0, 5, 2)}, "is older than 0.6: pip install -U flash-"),
+        ("cuda", torch.bfloat16, 9, VERSIONS | {"flash_qla": (0, 1, 3)}, "nvcc, which is not here"),
+        ("cuda", torch.bfloat16, 9, VERSIONS | {"flash_qla": (0, 1, 3), "nvcc": (13,)}, ""),
+        ("cuda", torch.bfloat16, 8, VERSIONS | {"flash_qla": (0, 1, 3)}, ""),
     ],
 )
 def test_a_start_says_which_code_runs_and_refuses_wrong_gradients(
@@ -186,7 +189,7 @@ def test_a_start_says_which_code_runs_and_refuses_wrong_gradients(
         said = delta.check_kernels("qwen3_5", torch.device(device), dtype)
     except InputError as error:
         said = str(error)
-        assert "wrong gradients" in said or "older" in said
+        assert any(reason in said for reason in ("wrong gradients", "older", "not here"))
     assert told in said and bool(told) == bool(said)
     assert all(len(line) <= 100 for line in f"warning: {said}".splitlines())
     assert not delta.check_kernels("qwen3_vl", torch.device(device), dtype)
@@ -198,14 +201,20 @@ def pretend(monkeypatch, capability: int, versions: dict) -> None:
     monkeypatch.setattr(delta, "find_spec", lambda name: name if name in installed else None)
     monkeypatch.setattr(delta, "_release", lambda name: versions.get(name, ()))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
-    backends = ModuleType("fla.ops.common.backends")
-    backends.CommonTileLangBackend = SimpleNamespace(can_use=lambda: {"tilelang", "nvcc"} <= installed)
-    for name in ("fla", "fla.ops", "fla.ops.common"):
+    parts = {
+        "common.backends": {
+            "CommonTileLangBackend": SimpleNamespace(can_use=lambda: {"tilelang", "nvcc"} <= installed)
+        },
+        "gated_delta_rule.backends": {"FlashQLABackend": SimpleNamespace(can_use=lambda: "flash_qla" in installed)},
+    }
+    modules = {"fla.utils": {"has_usable_nvcc": lambda: "nvcc" in installed}}
+    modules |= {f"fla.ops.{name}": content for name, content in parts.items()}
+    for name in ("fla", "fla.ops", "fla.ops.common", "fla.ops.gated_delta_rule", *modules):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, backends.__name__, backends)
+        vars(sys.modules[name]).update(modules.get(name, {}))
 
 
-def test_an_evaluation_refuses_old_kernels_before_it_loads_weights(world, monkeypatch):
+def test_an_evaluation_refuses_kernels_that_can_t_run_before_it_loads_weights(world, monkeypatch):
     """It has no gradients, so the wrong ones of Triton 3.6 do not matter."""
 
     def loads(*_):
@@ -215,6 +224,9 @@ def test_an_evaluation_refuses_old_kernels_before_it_loads_weights(world, monkey
     arguments = str(world / "model"), None, None, torch.bfloat16, torch.device("cuda")
     pretend(monkeypatch, 9, {"fla-core": (0, 5, 2), "triton": (3, 6, 0)})
     with pytest.raises(InputError, match="^flash-linear-attention is older than 0.6: pip install -U flash-"):
+        evaluation.load_model(*arguments)
+    pretend(monkeypatch, 9, VERSIONS | {"flash_qla": (0, 1, 3)})
+    with pytest.raises(InputError, match="^flash-qla compiles its kernels with nvcc, which is not here:\n  pip"):
         evaluation.load_model(*arguments)
     pretend(monkeypatch, 9, {"fla-core": (0, 6, 0), "triton": (3, 6, 0)})
     with pytest.raises(NotImplementedError):
