@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from step import device_name, model_inputs, random_model, synchronize, write_json
@@ -27,6 +27,7 @@ from dist_utils import Ranks, Stop
 from evaluation.answers import MAX_TREES, generate, score_all
 from evaluation.runner import Runner, plan_evaluation
 from inputs.images import image_settings
+from inputs.texts import load_tokenizer
 from model import TreeModel, prepare_base
 from trees import Assignment, grow_tree
 
@@ -61,7 +62,7 @@ def measure(args, folder: Path) -> list[dict]:
     """One row per case: some questions one by one, then all questions by trees, generated and teacher-forced."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokenizer, settings = AutoTokenizer.from_pretrained(args.model), image_settings(args.model)
+    tokenizer, settings = load_tokenizer(args.model), image_settings(args.model)
     data = load_data([args.rows], args.images, tokenizer, settings, args.max_tokens)
     config = AutoConfig.from_pretrained(args.model)
     chosen = list(range(0, len(data.samples), -(-len(data.samples) // args.alone)))

@@ -26,7 +26,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from step import PRESETS, Preset, device_name, random_model, recipe_step, synchronize, write_json
@@ -34,6 +34,7 @@ from step import PRESETS, Preset, device_name, random_model, recipe_step, synchr
 import dist_utils
 from demo.endoscopy import make_picture
 from dist_utils import no_sync, wrap
+from inputs.texts import load_tokenizer
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +113,7 @@ def make_job(args, work: Path) -> None:
     rows = repeat_rows(rows, args.images + VAL_IMAGES)
     names = list(dict.fromkeys(row["image_filename"] for row in rows))
     if not args.mixed:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer = load_tokenizer(args.model)
         rows = [lengthen(row, tokenizer, args.question_tokens) for row in rows]
     held_out = set(names[args.images :])
     train = leave_out([row for row in rows if row["image_filename"] not in held_out], args.questions)

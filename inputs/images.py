@@ -70,15 +70,15 @@ class ImageSettings:
 
 
 def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageSettings:
-    """The model's own image settings; 0 leaves its pixel limits as they are. Raises InputError if limits cross, and for
-    patches that are not the vision tower's, as of another model's file or of one that leaves them to defaults."""
+    """The model's own image settings; 0 leaves its pixel limits as they are. Raises InputError if limits cross, or
+    if patch sizes differ from the vision tower's, as in another model's file or one that leaves them out."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
     vision = AutoConfig.from_pretrained(model_folder).vision_config
     for name, config_name in PATCH_NAMES.items():
-        if (found := getattr(processor, name)) != (needed := getattr(vision, config_name)):
+        if (actual := getattr(processor, name)) != (needed := getattr(vision, config_name)):
             raise InputError(
-                f"preprocessor_config.json of {model_folder} gives images a {name} of {found}, and config.json "
-                f"{needed}:\n  copy this model's own preprocessor_config.json there"
+                f"image settings of {model_folder} have a {name} of {actual}, and config.json {needed}:\n"
+                "  copy this model's preprocessor_config.json there, and its processor_config.json where it has one"
             )
     settings = ImageSettings(
         processor.patch_size,

@@ -6,6 +6,7 @@ from itertools import zip_longest
 from common import InputError
 from inputs.fields import PLACEHOLDER
 
+IMAGE_TOKEN = "<|image_pad|>"
 # Qwen2-VL's and Qwen2.5-VL's tokens around the name of an object and around its place.
 BOX_TOKEN = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")
 KNOWN_PROMPTS = 100_000  # remembered at most: tens of megabytes
@@ -110,7 +111,7 @@ def end_of_turn(tokenizer) -> str:
     ends = {full.find(token, len(prompt + answer)): token for token in special_tokens(tokenizer)}
     ends.pop(-1, None)
     checks = {
-        "leaves out the pictures or the text of a turn": question not in prompt or "<|image_pad|>" not in prompt,
+        "leaves out the pictures or the text of a turn": question not in prompt or IMAGE_TOKEN not in prompt,
         "has no generation prompt": prompt == open_prompt,
         f"puts other text between its prompt, which ends in {prompt[-30:]!r}, and an answer; models that think before "
         "they answer are not supported": not full.startswith(prompt + answer),

@@ -15,25 +15,25 @@ from common import InputError
 from inputs import prompts
 from inputs.rows import BadRow, Row, each_answer
 
-IMAGE_TOKEN = "<|image_pad|>"
 CHUNK = 10_000  # conversations tokenized at once, which is faster; the tokenizer takes 100 bytes per token meanwhile
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model in `folder`. Raises InputError where its files do not belong to the model or are not
-    all there: a tokenizer without its vocabulary leaves every text out and says nothing."""
+    """The tokenizer of the model in `folder`. Raises InputError where it loses text, as without its vocabulary, has
+    another image token than the model, or more tokens than the model has embeddings."""
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    text, image = "Question 1?", tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    text, image = "Question 1?", tokenizer.convert_tokens_to_ids(prompts.IMAGE_TOKEN)
     read = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-    tokens, embeddings = len(tokenizer), config.text_config.vocab_size
-    problems = {
-        f"reads {text!r} as {read!r}": read != text,
-        f"gives {IMAGE_TOKEN} the id {image}, and config.json {config.image_token_id}": image != config.image_token_id,
-        f"has {tokens:,} tokens, and the model {embeddings:,} embeddings": tokens > embeddings,
-    }
-    for problem, is_wrong in problems.items():
+    tokens, embeddings, wanted = len(tokenizer), config.text_config.vocab_size, config.image_token_id
+    copy = "copy all of this model's tokenizer files there, tokenizer.json among them"
+    resize = "resize the model's embeddings, or take the added tokens out"
+    problems = [
+        (text not in read, f"reads {text!r} as {read!r}", copy),
+        (image != wanted, f"gives {prompts.IMAGE_TOKEN} the id {image}, and config.json {wanted}", copy),
+        (tokens > embeddings, f"has {tokens:,} tokens, and the model {embeddings:,} embeddings", resize),
+    ]
+    for is_wrong, problem, remedy in problems:
         if is_wrong:
-            remedy = "copy all of this model's tokenizer files there, tokenizer.json among them"
             raise InputError(f"the tokenizer of {folder} {problem}:\n  {remedy}")
     return tokenizer
 
@@ -62,7 +62,7 @@ class TextEncoder:
         self.special, self.end = prompts.special_tokens(tokenizer), prompts.end_of_turn(tokenizer)
         self.only_last = prompts.rewrites_answers(tokenizer)
         prompts.refuse_special_settings(system, template, self.special)
-        self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token = tokenizer.convert_tokens_to_ids(prompts.IMAGE_TOKEN)
         self.texts: dict[str, Text] = {}  # by messages and options as Python writes them
         self.waiting: list[Text] = []  # for their ids
         self.prompts: dict[str, str] = {}  # see prompts.render_segments

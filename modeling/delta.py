@@ -356,10 +356,10 @@ def _uses_tilelang() -> bool:
 
 def _release(package: str) -> tuple[int, ...]:
     """The installed version of a package, as numbers; empty where there is none."""
-    return tuple(int(part) for part in _installed(package).split(".")[:3] if part.isdecimal())
+    return tuple(int(part) for part in _installed_version(package).split(".")[:3] if part.isdecimal())
 
 
-def _installed(package: str) -> str:
+def _installed_version(package: str) -> str:
     """The installed version of a package; empty where there is none."""
     try:
         return version(package)
@@ -368,6 +368,6 @@ def _installed(package: str) -> str:
 
 
 def kernel_versions() -> dict[str, str]:
-    """The versions of what is installed of the packages that linear attention's kernels may come from."""
-    found = {package: _installed(package) for package in ("fla-core", "flash-qla", "tilelang", "triton")}
-    return {package: installed for package, installed in found.items() if installed}
+    """Installed versions of the packages whose kernels linear attention may run."""
+    versions = {package: _installed_version(package) for package in ("fla-core", "flash-qla", "tilelang", "triton")}
+    return {package: installed for package, installed in versions.items() if installed}

@@ -40,7 +40,7 @@ from training.progress import Progress, unfinished
 from training.settings import path_problem
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-VERSIONS |= kernel_versions()
+VERSIONS |= kernel_versions()  # Qwen3.5's numbers depend on them
 REPLACED = f"{PARTIAL}old-"  # begins the name of a checkpoint that another one is taking the place of
 NAME = re.compile(r"checkpoint-\d+")
 NEEDED = {"state.pt", "adapter_config.json", "adapter_model.safetensors"}  # without which nothing can be loaded

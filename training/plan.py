@@ -48,14 +48,14 @@ from trees import MicroBatch, Step
 
 GIB = 2**30
 # A start of the 8B with nothing compiled before, with 16 cores and an H200: 45 to 69 s on three machines, median 52
-# (bench/results/start-shared-h200.json, start-three-h200.json)
+# (bench/results/start-shared-h200.json, start-three-h200.json and two that were printed only, docs/benchmarks.md)
 START_S = 30  # without compiling: bench/results/start-not-compiled-h200.json
 COMPILE_S = 24  # where all decoder layers share their graphs
 LAST_LAYER_S = 18  # more where the last one has its own, in training and in evaluation: one start, docs/benchmarks.md
 SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
 OF_QWEN3_5 = (
     "  Qwen3.5: fitted to steps of the 9B, H200, flash-linear-attention and flash-qla; no run was timed\n"
-    "  where its kernels never ran, compiling them takes about 2 minutes more, not counted"
+    "  where its kernels never ran, compiling them takes 2 to 4 minutes more, not counted"
 )
 LISTED_EVENTS = 8  # evaluations and checkpoints that the table shows at most
 

@@ -72,16 +72,19 @@ def test_pixel_limits_that_cross_are_an_error(world):
         image_settings(world / "model", max_pixels=128)
 
 
+@pytest.mark.parametrize("nested", [False, True])  # as in processor_config.json
 @pytest.mark.parametrize(
-    ("name", "found", "needed"), [("patch_size", 14, 8), ("merge_size", 4, 2), ("patch_size", None, 8)]
+    ("name", "actual", "needed"),
+    [("patch_size", 14, 8), ("merge_size", 4, 2), ("temporal_patch_size", 1, 2), ("patch_size", None, 8)],
 )
-def test_patches_that_are_not_the_vision_tower_s_are_refused(world, tmp_path, name, found, needed):
+def test_patches_that_are_not_the_vision_tower_s_are_refused(world, tmp_path, name, actual, needed, nested):
     """Of another model's file, or of one without the number, for which transformers then takes 14."""
     facts = json.loads((world / "model" / "preprocessor_config.json").read_text())
-    facts = {key: value for key, value in (facts | {name: found}).items() if value is not None}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+    facts = {key: value for key, value in (facts | {name: actual}).items() if value is not None}
+    file = "processor_config.json" if nested else "preprocessor_config.json"
+    (tmp_path / file).write_text(json.dumps({"image_processor": facts} if nested else facts))
     (tmp_path / "config.json").write_bytes((world / "model" / "config.json").read_bytes())
-    with pytest.raises(InputError, match=f"images a {name} of {found or 14}, and config.json {needed}:\n  copy"):
+    with pytest.raises(InputError, match=f"have a {name} of {actual or 14}, and config.json {needed}:\n  copy"):
         image_settings(str(tmp_path))
 
 

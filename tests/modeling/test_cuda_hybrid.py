@@ -5,6 +5,7 @@ reference code with a tiny model on a CPU, which shows that these tests run.
 its variants.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +32,12 @@ def why_not() -> str:
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+# Tokens of trunks and branches, and how many tokens the state of the slowest head lasts. Chunks have 64 tokens: short
+# sequences end before, at and after their ends. Long ones are split by FlashQLA, where states last and where not.
+SHAPES = {
+    "short": ([(130, [1, 63, 64, 65, 200]), (0, [70]), (64, [2, 129]), (3, [5, 1, 300])], 300),
+    "long": ([(2704, [195, 64, 1]), (1100, [130])], 10_000),
+}
 NEEDS_KERNELS = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
@@ -56,11 +63,11 @@ def path_by_path(query, key, value, decay, beta, tree, branch):
     return out, torch.cat(roots + branches)
 
 
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=NEEDS_KERNELS)], ids=str)
-def test_trees_have_the_outputs_states_and_gradients_of_the_reference_rule(device, announce):
-    """Chunks have 64 tokens: sequences end before, at and after their ends."""
+def test_trees_have_the_outputs_states_and_gradients_of_the_reference_rule(name, device, announce):
     torch.backends.cuda.matmul.allow_tf32 = False
-    shapes = [(130, [1, 63, 64, 65, 200]), (0, [70]), (64, [2, 129]), (3, [5, 1, 300])]
+    shapes, slowest = SHAPES[name]
     tree, branch = trees_with_padding(shapes, 20)
     paths = recurrent_paths(tree, branch)
     starts = tuple(map(torch.tensor, paths.pop("starts_on_cpu")))
@@ -68,7 +75,7 @@ def test_trees_have_the_outputs_states_and_gradients_of_the_reference_rule(devic
     key_heads, heads, size = (16, 32, 128) if device.type == "cuda" else (2, 4, 16)
     torch.manual_seed(0)
     query, key, value = (torch.randn(len(tree), n, size, device=device) for n in (key_heads, key_heads, heads))
-    lasts = torch.logspace(0, 2.5, heads, device=device)  # tokens that a head's state lasts
+    lasts = torch.logspace(0, math.log10(slowest), heads, device=device)
     decay, beta = (torch.rand(len(tree), heads, device=device) for _ in range(2))
     given = query.bfloat16(), key.bfloat16(), value.bfloat16(), -decay / lasts, beta.bfloat16()
     towards = torch.randn(sum(map(len, starts)) - 2, heads, size, size, device=device)
@@ -92,8 +99,12 @@ def test_trees_have_the_outputs_states_and_gradients_of_the_reference_rule(devic
 
 @pytest.mark.parametrize(
     ("name", "size", "device"),
-    [("tiny-qwen3.5", (128, 96), CPU), pytest.param("qwen3.5-9b", (800, 768), GPU, marks=NEEDS_KERNELS)],
-    ids=["tiny", "9b"],
+    [
+        ("tiny-qwen3.5", (128, 96), CPU),
+        pytest.param("qwen3.5-9b", (800, 768), GPU, marks=NEEDS_KERNELS),
+        pytest.param("qwen3.5-9b", (1920, 1440), GPU, marks=NEEDS_KERNELS),
+    ],
+    ids=["tiny", "9b", "9b, an image of 2,700 tokens"],
 )
 def test_bf16_gradients_are_as_close_to_float32_as_those_of_eager_peft(
     name, size, device, tmp_path, monkeypatch, announce

@@ -4,6 +4,7 @@ tests/modeling/test_families.py holds this family to what is promised of all.
 """
 
 import sys
+from importlib.metadata import PackageNotFoundError
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ from inputs.positions import token_paths
 from modeling import delta
 from modeling.memory import compile_layers
 from modeling.targets import HYBRID_TARGETS
+from training import checkpoints
 from training.settings import parse_settings
 from trees import Assignment
 
@@ -212,6 +214,19 @@ def pretend(monkeypatch, capability: int, versions: dict) -> None:
     for name in ("fla", "fla.ops", "fla.ops.common", "fla.ops.gated_delta_rule", *modules):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
         vars(sys.modules[name]).update(modules.get(name, {}))
+
+
+def test_the_versions_of_installed_kernels_are_recorded(monkeypatch):
+    installed = {"fla-core": "0.6.0", "triton": "3.6.0"}
+
+    def version(package: str) -> str:
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    assert delta.kernel_versions().items() <= checkpoints.VERSIONS.items()  # where any are installed
+    monkeypatch.setattr(delta, "version", version)
+    assert delta.kernel_versions() == installed and delta._release("triton") == (3, 6, 0)
 
 
 def test_an_evaluation_refuses_kernels_that_can_t_run_before_it_loads_weights(world, monkeypatch):
