@@ -1,5 +1,7 @@
 """What a run says about its data and model before it starts, what is suspicious about its rows, and what comes next."""
 
+import argparse
+import re
 import shlex
 import sys
 import unicodedata
@@ -20,6 +22,8 @@ from trees import Step, group_samples, rank_efficiency
 
 MOST_FIELDS, LONGEST_NAME = 20, 60  # fields of a file that nothing reads: so many are named, and characters of a name
 BLANK = "\u115f\u1160\u2800\u3164\uffa0\u034f\ufe0f\ufe0e"  # letters and marks without ink, none of them white space
+DAMAGED = re.compile(r"&(?:#\d+|#[xX][\da-fA-F]+|amp|lt|gt|quot|apos|nbsp);|\\n(?![a-z])|\ufffd")
+FEW_STEPS = 30  # optimizer steps of a run, below which it is warned of
 LONG_ANSWER = 256  # trained tokens of a row, above which it is warned of
 
 
@@ -40,6 +44,28 @@ def describe_data(train: VQAData, val: VQAData | None, plan: list[Step], tokeniz
     print0("tokens per question (image included):\n" + length_histogram([sample.tokens for sample in train.samples]))
     print0(describe_plan(train, plan))
     print0(f"one sample, trained tokens in ⟦ ⟧:\n{describe_sample(train.samples[0], tokenizer)}")
+
+
+def without_effect(args: argparse.Namespace, steps: int) -> list[str]:
+    """Settings that can't do what they say in a run of so many optimizer steps. Those of a run that --max-steps ends
+    early, as for a trial, may do it in the whole one."""
+    broken = [name for name in ("system", "prompt") if "\\n" in getattr(args, name)]
+    patience, every = args.patience, args.eval_every
+    of_steps = {
+        f"{steps:,} optimizer steps in all may be too few to learn from\n"
+        "  a lower --batch-size or more --epochs gives more": steps < FEW_STEPS,
+        f"--warmup {args.warmup:g} is more than the run's {steps:,} steps: it never gets to --lr": args.warmup > steps,
+        f"--patience {patience} can't end a run of {steps:,} steps with --eval-every {every}": (
+            patience and (not every or (patience + 1) * every >= steps)  # the first evaluation is the best so far
+        ),
+    }
+    others = {
+        "--time-limit ends no run: --plan compares its hours with the limit": args.time_limit and not args.plan,
+        f"--{' and --'.join(broken)}: \\n is two characters there, and no line break\n"
+        "  bash has line breaks in $'...\\n...'": broken,
+    }
+    checks = others if args.max_steps else of_steps | others
+    return [problem for problem, is_true in checks.items() if is_true]
 
 
 def count_weighted(samples: list[Sample]) -> int:
@@ -106,8 +132,9 @@ def unread_warnings(data: VQAData) -> list[str]:
 
 def _row_warnings(data: VQAData) -> list[str]:
     """Warnings of rows that repeat or contradict an earlier one, of very long answers, of last answers that are not
-    trained but evaluated all the same, and of texts that say nothing."""
-    (repeats, contradictions), long, untrained, missing, invisible = clashes(data.samples), [], [], [], []
+    trained but evaluated all the same, of texts that say nothing, and of texts that a program may have damaged."""
+    (repeats, contradictions), long, untrained = clashes(data.samples), [], []
+    missing, invisible, damaged, spaced = [], [], [], []
     for sample in data.samples:
         texts = sample.fields["question"], sample.fields["answer"]
         if (count := np.count_nonzero(sample.weights)) > LONG_ANSWER:
@@ -118,6 +145,10 @@ def _row_warnings(data: VQAData) -> list[str]:
             missing.append(f"{sample.where} {quote((nothing or texts)[0].strip())}")
         if not all(map(is_visible, texts)):
             invisible.append(f"{sample.where} {next(text for text in texts if not is_visible(text))[:40]!a}")
+        if match := next(filter(None, map(DAMAGED.search, texts)), None):
+            damaged.append(f"{sample.where} {quote(match[0])}")
+        if texts[1].strip() != texts[1]:
+            spaced.append(f"{sample.where} {quote(texts[1])}")
     kinds = {
         "rows that repeat another in images, question and answer": repeats,
         "rows that contradict another of the same images and question": contradictions,
@@ -125,6 +156,8 @@ def _row_warnings(data: VQAData) -> list[str]:
         "rows whose last answer is not trained": untrained,
         "rows whose question or answer is what programs write for a missing value": missing,
         "rows whose question or answer has no visible character": invisible,
+        "rows with an HTML entity, a \\n of two characters, or the sign for an unreadable character": damaged,
+        "rows whose answer, as it is trained, begins or ends with white space": spaced,
     }
     return [f"{kind}: {len(rows):,}\n  {rows[0]}" for kind, rows in kinds.items() if rows]
 

@@ -33,7 +33,7 @@ from modeling.targets import names_vision, resolve_targets
 from training.checkpoints import find_checkpoint, size_and_sum, warn_of_other_base
 from training.compatibility import PLAN_VERSION
 from training.costs import tree_counter, uncounted
-from training.description import describe_data
+from training.description import describe_data, without_effect
 from training.gpus import GPUS
 from training.plan import GIB, empty_model, make_job, report
 from training.rehearsal import Bounds, micro_batch_bounds
@@ -81,7 +81,7 @@ def prepare(
     )
     plan = make_plan(train.samples, plan_settings(args), 0)
     bounds = micro_batch_bounds(train.samples, plan_settings(args), args.max_tokens)
-    dist_utils.from_rank0(lambda: describe_data(train, val, plan, tokenizer))
+    dist_utils.from_rank0(lambda: describe_run(args, train, val, plan, tokenizer))
     identity = identify(args, images, train, val, folder) | ({"thinking": "off"} if may_think(tokenizer) else {})
     checkpoint = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
     dist_utils.from_rank0(lambda: check_lora(args, empty_model(config, args), is_new=not checkpoint))
@@ -169,8 +169,15 @@ def print_plan(args: argparse.Namespace) -> None:
     plan = make_plan(train.samples, plan_settings(args), 0)
     bounds = micro_batch_bounds(train.samples, plan_settings(args), args.max_tokens)
     check_cache(args, config, torch.bfloat16, images, train, val)
-    describe_data(train, val, plan, tokenizer)
+    describe_run(args, train, val, plan, tokenizer)
     print0(report(make_job(args, config, train, val, plan, bounds.tokens, model), images))
+
+
+def describe_run(args: argparse.Namespace, train: VQAData, val: VQAData | None, plan: list[Step], tokenizer) -> None:
+    """Print what will be trained, and which settings can't do what they say."""
+    describe_data(train, val, plan, tokenizer)
+    for warning in without_effect(args, count_steps(args, len(plan), args.epochs)):
+        print0(f"warning: {warning}")
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

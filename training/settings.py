@@ -35,7 +35,9 @@ class Wrong(str):
     """What is wrong with a value. It stands in the value's place until all problems can be reported together."""
 
 
-def number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float = math.inf, over: bool = False):
+    """A function that reads a number from `low` to `high`, or one that is `over` low. It returns Wrong for others."""
+
     def convert(text: str):
         try:
             value = kind(text)
@@ -43,8 +45,9 @@ def number(kind: type, low: float, high: float = math.inf):
             return Wrong(f"{quote(text)} is not {'a whole number' if kind is int else 'a number'}")
         if kind is float and not math.isfinite(value):
             return Wrong(f"{quote(text)} is not a finite number")
-        bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        return value if low <= value <= high else Wrong(f"must be {bounds}, not {text}")
+        bounds = f"over {low}" if over else f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        fits = low <= value <= high and not (over and value == low)
+        return value if fits else Wrong(f"must be {bounds}, not {text}")
 
     return convert
 
@@ -161,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
         "memory does not suffice otherwise")  # fmt: skip
     add("--memory-budget", type=_budget, default="auto", help="share of activations kept, 0 to 1; auto: what fits")
     add("--lora-r", type=positive, default=16, help="rank of the LoRA matrices")
-    add("--lora-alpha", type=number(float, 0), default=32.0, help="LoRA output is scaled by alpha / r")
+    add("--lora-alpha", type=number(float, 0, over=True), default=32.0, help="LoRA output is scaled by alpha / r")
     add("--rslora", action=switch, default=False, help="scale by alpha / sqrt(r) (rsLoRA)")
     add("--dora", action=switch, default=False,
         help="train magnitudes of weights too (DoRA), by PEFT's code, not compiled: slower, more memory")  # fmt: skip
@@ -169,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="language-model layers, by name or regular expression; vision, merger: the vision tower's; "
         "auto: attention and MLP")  # fmt: skip
     add("--init-from", default="", help="adapter folder with the weights that LoRA starts from; empty: new ones")
-    add("--lora-dropout", type=share, default=0.05, help="dropout before LoRA; 0: none")
+    add("--lora-dropout", type=number(float, 0, 0.99), default=0.05, help="dropout before LoRA; 0: none")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=3, help="passes over the questions")
     add("--batch-size", type=positive, default=96, help="questions per optimizer step, over all GPUs")
@@ -180,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="most branches of a tree; 0: all questions of its image, 1: no sharing",
     )
     add("--max-tokens", type=positive, default=8192, help="most tokens of a micro-batch; bounds memory")
-    add("--lr", type=number(float, 0), default=1e-4, help="peak learning rate")
+    add("--lr", type=number(float, 0, over=True), default=1e-4, help="peak learning rate")
     add("--schedule", type=choice("cosine", "linear", "constant"), default="cosine", help="learning rate after warm-up")
     add("--warmup", type=number(float, 0), default=0.03, help="steps, or below 1 a share of all steps; 0: none")
     add("--weight-decay", type=number(float, 0), default=0.0, help="weight decay of AdamW; 0: none")

@@ -361,9 +361,24 @@ def test_half_a_pair_of_box_tokens_is_refused(of_family, text):
 @pytest.mark.parametrize("answer", ["nan", "NaN", " null", "None", "<NA>"])
 def test_answers_that_programs_write_for_a_missing_value_are_told(load, answer):
     data = load([flat(image="a.png"), flat(answer, image="b.png"), flat("none", image="c.png"), flat("none", "none")])
-    (warning,) = data_warnings(data, None)
+    warning, *_ = data_warnings(data, None)
     kind = "rows whose question or answer is what programs write for a missing value"
     assert warning == f"{kind}: 2\n  rows.jsonl:2 {answer.strip()!r}"
+
+
+@pytest.mark.parametrize("text", ["a &lt; b", "caf\ufffd", "A. red\\nB. blue", "5&nbsp;mm", "&#39;"])
+def test_texts_that_a_program_may_have_damaged_are_told(load, text):
+    """Not so a command of LaTeX, or an ampersand."""
+    data = load([flat(r"$\nu$ & co; &c;", image="a.png"), flat(text, image="b.png"), flat("no", text, image="c.png")])
+    (warning,) = data_warnings(data, None)
+    kind = "rows with an HTML entity, a \\n of two characters, or the sign for an unreadable character"
+    assert warning.startswith(f"{kind}: 2\n  rows.jsonl:2 ") and max(map(len, warning.splitlines())) <= 100
+
+
+def test_white_space_around_answers_is_told(load):
+    data = load([flat("yes", image="a.png"), flat("yes ", image="b.png"), flat("\tno", image="c.png")])
+    (warning,) = data_warnings(data, None)
+    assert warning == "rows whose answer, as it is trained, begins or ends with white space: 2\n  rows.jsonl:2 'yes '"
 
 
 @pytest.mark.parametrize("text", ["\u200b", "\ufeff", "\u200b \u200d", "\u3164", "\u2800", "\u00ad"])

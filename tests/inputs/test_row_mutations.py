@@ -376,9 +376,13 @@ def an_answer_that_says_nothing(case):
 
 @mutation("used")
 def texts_that_only_look_like_marks(case):
-    text = case.choose(
-        "<b>this</b>", "a < b > c", "<5mm", "[1]", "<polyp>", "{question}", "%s", "&lt;", "<|", "\\n", "//"
-    )
+    text = case.choose("<b>this</b>", "a < b > c", "<5mm", "[1]", "<polyp>", "{question}", "%s", "<|", "//", "a & b;")
+    case.asked(f"{case.question} {text}") if case.random.random() < 0.5 else case.answered(f"{text} {case.answer}")
+
+
+@mutation("told", "HTML entity")
+def texts_that_a_program_may_have_damaged(case):
+    text = case.choose("&lt;", "&nbsp;", "&#39;", "&#x27;", "\\n", "caf\ufffd")
     case.asked(f"{case.question} {text}") if case.random.random() < 0.5 else case.answered(f"{text} {case.answer}")
 
 

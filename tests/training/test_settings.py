@@ -10,6 +10,7 @@ import pytest
 from runs import ROOT
 
 from common import InputError
+from training.description import without_effect
 from training.settings import build_parser, parse_settings, to_toml
 
 
@@ -39,9 +40,11 @@ WRONG = {
     "not a whole number": (["--epochs", "three"], "--epochs: 'three' is not a whole number"),
     "a part of one": (["--batch-size", "1.5"], "--batch-size: '1.5' is not a whole number"),
     "not a number": (["--lr", "fast"], "--lr: 'fast' is not a number"),
-    "negative": (["--lr", "-1"], "--lr: must be at least 0, not -1"),
+    "negative": (["--warmup", "-1"], "--warmup: must be at least 0, not -1"),
+    "no learning rate": (["--lr", "0"], "--lr: must be over 0, not 0"),
+    "no LoRA": (["--lora-alpha", "0"], "--lora-alpha: must be over 0, not 0"),
     "zero": (["--lora-r", "0"], "--lora-r: must be at least 1, not 0"),
-    "over one": (["--lora-dropout", "1.5"], "--lora-dropout: must be from 0 to 1, not 1.5"),
+    "over one": (["--lora-dropout", "1.5"], "--lora-dropout: must be from 0 to 0.99, not 1.5"),
     "nan": (["--lr", "nan"], "--lr: 'nan' is not a finite number"),
     "inf": (["--lr", "inf"], "--lr: 'inf' is not a finite number"),
     "choice": (["--schedule", "sine"], "--schedule: 'sine' is none of cosine, linear, constant"),
@@ -278,3 +281,29 @@ def test_only_rank_0_answers_and_names_wrong_paths_before_torch_is_imported(tmp_
     assert done.returncode == code and said in done.stdout and not done.stderr
     done = subprocess.run(command, env=environment | {"RANK": "1"}, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "imported" and not done.stdout  # only rank 0 speaks
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "told"),
+    [
+        ([], 30, ""),
+        ([], 29, "29 optimizer steps in all may be too few to learn from\n  a lower --batch-size or more --epochs"),
+        (["--warmup=100"], 99, "--warmup 100 is more than the run's 99 steps: it never gets to --lr"),
+        (["--warmup=100"], 100, ""),
+        (["--patience=2"], 600, "--patience 2 can't end a run of 600 steps with --eval-every 200"),
+        (["--patience=2"], 601, ""),
+        (["--patience=2", "--eval-every=0"], 9000, "--patience 2 can't end a run of 9,000 steps with --eval-every 0"),
+        (["--patience=2", "--warmup=100", "--max-steps=5"], 5, ""),
+        (["--time-limit=4"], 99, "--time-limit ends no run: --plan compares its hours with the limit"),
+        (["--time-limit=4", "--plan"], 99, ""),
+        (
+            ["--prompt={question}\\nBriefly.", "--system=a\\nb"],
+            99,
+            "--system and --prompt: \\n is two characters there",
+        ),
+        (["--prompt={question}\nBriefly."], 99, ""),
+    ],
+)
+def test_settings_that_can_not_do_what_they_say_are_told(words, steps, told):
+    warnings = without_effect(parse_settings(words), steps)
+    assert len(warnings) == bool(told) and all(warning.startswith(told) for warning in warnings)
