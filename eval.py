@@ -64,7 +64,7 @@ from modeling.loading import check_precision, fingerprint, resolve_model
 from modeling.lora import load_adapter, merge_lora
 from modeling.memory import start_compile_workers
 from modeling.precision import forward_precision
-from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base
+from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base, warn_of_other_prompts
 from training.description import unread_warnings
 from training.eval_settings import parse
 from training.metrics import read_metrics
@@ -126,6 +126,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         print0(f"warning: {warning}")
     folder = dist_utils.local_rank0_first(lambda: resolve_model(sources.model))
     tokenizer = load_tokenizer(folder)
+    dist_utils.from_rank0(lambda: warn_of_other_prompts(sources.ckpt, tokenizer))
     settings = sources.image_settings(folder, args.min_pixels, args.max_pixels)
     if args.question is not None:
         return answer_question(args, sources, folder, tokenizer, settings, ranks, dtype)

@@ -43,7 +43,7 @@ from modeling.adapters import base_name
 from modeling.loading import fp8_blocks, resolve_model
 from modeling.lora import load_adapter, merge_lora
 from modeling.merging import copy_files, set_end_tokens, set_pixel_limits, weights_dtype, write_weights
-from training.checkpoints import find_adapter, warn_of_other_base
+from training.checkpoints import find_adapter, warn_of_other_base, warn_of_other_prompts
 from training.merge_settings import parse
 from training.model_card import merged_card
 from trees import Assignment
@@ -80,6 +80,7 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, held_out: list[str], 
     dtype = torch.float32 if to_float32 else weights_dtype(folder)
     settings = ImageSettings(**run["image_settings"]) if run else image_settings(folder)
     tokenizer = load_tokenizer(folder)
+    warn_of_other_prompts(ckpt, tokenizer)
     rows, data = rows_to_compare(args, run, held_out, tokenizer, settings)
 
     batches = [

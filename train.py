@@ -380,7 +380,7 @@ def checkpoint_state(run: Run, progress: Progress) -> dict:
         "optimizer": run.optimizer.state_dict(),
         "held_out": held_out,
         "identity": run.identity,
-        "base_weights": prepared.base_weights,
+        "base": prepared.base,
         "settings": vars(args) | {"image_settings": asdict(prepared.images)},
     }
 

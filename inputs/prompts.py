@@ -1,6 +1,7 @@
 """Prompts: a row's messages as the chat template's text, cut where each answer begins and ends."""
 
 import re
+from hashlib import sha256
 from itertools import zip_longest
 
 from common import InputError
@@ -134,6 +135,14 @@ def _render(messages: list[dict], tokenizer, **options) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
     except Exception as error:
         raise ValueError(f"the chat template fails: {' '.join(str(error).split())}") from None
+
+
+def prompt_hash(tokenizer) -> str:
+    """A hash of the token ids that a picture with a question and its answer become. Raises InputError for what
+    `end_of_turn` refuses."""
+    end_of_turn(tokenizer)
+    text = _render([_turn("user", "Question 1?", has_image=True), _turn("assistant", "Answer 1.")], tokenizer)
+    return sha256(str(tokenizer(text, add_special_tokens=False)["input_ids"]).encode()).hexdigest()[:16]
 
 
 def may_think(tokenizer) -> bool:

@@ -70,7 +70,7 @@ class Saves:
         identity, trained = {"train rows": "33 questions"}, [p for p in self.model.parameters() if p.requires_grad]
         self.state = {"step": 2, "best": {"exact_match": 0.5, "loss": 1.0, "step": 2}, "identity": identity}
         self.state |= {
-            "base_weights": "",
+            "base": {},
             "settings": vars(self.args),
             "optimizer": torch.optim.AdamW(trained).state_dict(),
         }

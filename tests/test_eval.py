@@ -371,6 +371,33 @@ def test_another_base_model_of_the_same_sizes_is_warned_of(world, run, tmp_path,
     assert warning not in capsys.readouterr().out
 
 
+def test_another_chat_template_is_warned_of(world, run, tmp_path, capsys):
+    ckpt, model = checkpoints(run)[-1], shutil.copytree(world / "model", tmp_path / "model")
+    warning = f"with another chat template than that of {model}"
+    asked = ["--question=Sharp?", "--max-new-tokens=1", f"--model={model}"]
+
+    def told(main=evaluation.main, words=(*asked, f"--ckpt={ckpt}")) -> bool:
+        assert main(list(words)) == 0
+        return warning in capsys.readouterr().out
+
+    assert not told()
+    made = tmp_path / "made"  # an adapter made elsewhere, beside its template
+    made.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(ckpt / name, made)
+    shutil.copy(model / "chat_template.jinja", made)
+    assert not told(words=(*asked, f"--adapter={made}"))
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>the "))
+    assert told() and told(words=(*asked, f"--adapter={made}"))
+    assert told(merge.main, [f"--ckpt={ckpt}", f"--out={tmp_path / 'merged'}", f"--model={model}"])
+    old = shutil.copytree(ckpt, tmp_path / "checkpoint-000020")
+    manifest = json.loads((old / "manifest.json").read_text())
+    assert manifest.pop("prompt")
+    (old / "manifest.json").write_text(json.dumps(manifest))  # as an older version wrote it
+    assert not told(words=(*asked, f"--ckpt={old}"))
+
+
 def test_base_answers_are_those_of_the_model_without_an_adapter(world, run, tmp_path):
     assert answer(run, "--output", tmp_path / "both", "--with-base") == 0
     words = ["--model", world / "model", "--data", world / "rows.jsonl", "--images", world / "images", "--workers=0"]

@@ -30,6 +30,7 @@ from common import (
     writing,
 )
 from dist_utils import print0, restarted, unwrap
+from inputs.prompts import prompt_hash
 from modeling.adapters import read_settings
 from modeling.delta import kernel_versions
 from modeling.loading import weights_hash
@@ -61,8 +62,7 @@ def write_checkpoint(folder: Path, model, state: dict) -> None:
     files = {path.name: size_and_sum(path) for path in sorted(folder.iterdir())}
     # Last of all: a folder without a manifest is not a checkpoint.
     manifest = {"step": state["step"], "versions": VERSIONS, "identity": state["identity"], "files": files}
-    manifest["base weights"] = state["base_weights"]
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / "manifest.json").write_text(json.dumps(manifest | state["base"], indent=1) + "\n")
     for path in [*folder.iterdir(), folder]:
         flush_to_disk(path)
 
@@ -231,11 +231,27 @@ def find_adapter(ckpt: str, adapter: str) -> tuple[Path | None, dict]:
 def warn_of_other_base(folder: Path | None, model: str) -> None:
     """Print a warning where a checkpoint was trained on other weights than those in a model's folder. One of an older
     version, and an adapter made elsewhere, do not tell."""
-    path = folder / "manifest.json" if folder else Path()
-    manifest = path.read_text("utf-8", "replace") if path.is_file() else ""
-    known = re.search(r'"base weights": "(\w+)"', manifest)
-    if known and known[1] != weights_hash(model):
+    known = _recorded(folder, "base weights")
+    if known and known != weights_hash(model):
         print0(f"warning: {folder} was trained on a base model with other weights than those in {model}")
+
+
+def warn_of_other_prompts(folder: Path | None, tokenizer) -> None:
+    """Print a warning where a model's chat template or tokenizer writes a question otherwise than when a checkpoint was
+    trained. Of an adapter made elsewhere, the template in its folder tells."""
+    known, template = _recorded(folder, "prompt"), folder / "chat_template.jinja" if folder else Path()
+    differs = known and known != prompt_hash(tokenizer)
+    if template.is_file():
+        differs = template.read_text("utf-8", "replace").strip() != (tokenizer.chat_template or "").strip()
+    if differs:
+        print0(f"warning: {folder} was trained with another chat template than that of {tokenizer.name_or_path}")
+
+
+def _recorded(folder: Path | None, name: str) -> str:
+    """A hash in a checkpoint's manifest, which may be damaged; empty where there is none."""
+    path = folder / "manifest.json" if folder else Path()
+    found = re.search(rf'"{name}": "(\w+)"', path.read_text("utf-8", "replace") if path.is_file() else "")
+    return found[1] if found else ""
 
 
 def read_state(folder: Path) -> dict:

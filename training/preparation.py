@@ -20,7 +20,7 @@ from dist_utils import Ranks, print0
 from evaluation.runner import plan_evaluation
 from inputs.holdout import hold_out, relative_names
 from inputs.images import ImageSettings, image_settings
-from inputs.prompts import may_think
+from inputs.prompts import may_think, prompt_hash
 from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.texts import load_tokenizer
 from inputs.vision_cache import SPARE, cache_at
@@ -59,7 +59,7 @@ class Prepared:
     steps: int  # of the whole run
     identity: dict  # what the result depends on
     checkpoint: Path | None  # to go on from
-    base_weights: str  # a hash of the base model's
+    base: dict[str, str]  # hashes of what the base model is
 
 
 def prepare(
@@ -94,7 +94,7 @@ def prepare(
     parts = [(train, [bounds.largest]), (val, val_batches)]
     dist_utils.from_rank0(lambda: check_shared_memory(parts, images, args.workers, cache))
     steps = count_steps(args, len(sampler), args.epochs)
-    base_weights = dist_utils.from_rank0(lambda: weights_hash(folder))
+    base = dist_utils.from_rank0(lambda: {"base weights": weights_hash(folder), "prompt": prompt_hash(tokenizer)})
     return Prepared(
         folder,
         config,
@@ -108,7 +108,7 @@ def prepare(
         steps,
         identity,
         checkpoint,
-        base_weights,
+        base,
     )
 
 
