@@ -20,16 +20,19 @@ CHUNK = 10_000  # conversations tokenized at once, which is faster; the tokenize
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model in `folder`. Raises InputError where it loses text, as without its vocabulary, has
-    another image token than the model, or more tokens than the model has embeddings."""
+    another image token than the model, splits it, or has more tokens than the model has embeddings."""
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
     text, image = "Question 1?", tokenizer.convert_tokens_to_ids(prompts.IMAGE_TOKEN)
     read = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
     tokens, embeddings, wanted = len(tokenizer), config.text_config.vocab_size, config.image_token_id
+    pieces = len(tokenizer(prompts.IMAGE_TOKEN, add_special_tokens=False)["input_ids"])
     copy = "copy all of this model's tokenizer files there, tokenizer.json among them"
+    unsplit = "set split_special_tokens to false in tokenizer_config.json, or copy this model's tokenizer files there"
     resize = "resize the model's embeddings, or take the added tokens out"
     problems = [
         (text not in read, f"reads {text!r} as {read!r}", copy),
         (image != wanted, f"gives {prompts.IMAGE_TOKEN} the id {image}, and config.json {wanted}", copy),
+        (pieces != 1, f"reads {prompts.IMAGE_TOKEN} as {pieces} tokens, not as one", unsplit),
         (tokens > embeddings, f"has {tokens:,} tokens, and the model {embeddings:,} embeddings", resize),
     ]
     for is_wrong, problem, remedy in problems:
