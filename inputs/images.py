@@ -70,8 +70,9 @@ class ImageSettings:
 
 
 def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) -> ImageSettings:
-    """The model's own image settings; 0 leaves its pixel limits as they are. Raises InputError if limits cross, or
-    if patch sizes differ from the vision tower's, as in another model's file or one that leaves them out."""
+    """The model's own image settings; 0 leaves its pixel limits as they are. Raises InputError if limits cross, if
+    patch sizes differ from the vision tower's, as in another model's file or one that leaves them out, or if the file
+    has no pixel limits that transformers obeys."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
     vision = AutoConfig.from_pretrained(model_folder).vision_config
     for name, config_name in PATCH_NAMES.items():
@@ -80,12 +81,18 @@ def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) 
                 f"image settings of {model_folder} have a {name} of {actual}, and config.json {needed}:\n"
                 "  copy this model's preprocessor_config.json there, and its processor_config.json where it has one"
             )
+    limits = {key: value for key, value in dict(processor.size).items() if value is not None}
+    if not limits.keys() >= {"shortest_edge", "longest_edge"}:
+        raise InputError(
+            f"image settings of {model_folder} give size as {', '.join(limits)}, which transformers can't resize by\n"
+            "  give it as shortest_edge and longest_edge, the least and most pixels of an image"
+        )
     settings = ImageSettings(
         processor.patch_size,
         processor.merge_size,
         processor.temporal_patch_size,
-        min_pixels or processor.size["shortest_edge"],
-        max_pixels or processor.size["longest_edge"],
+        min_pixels or limits["shortest_edge"],
+        max_pixels or limits["longest_edge"],
         tuple(processor.image_mean),
         tuple(processor.image_std),
         math.isqrt(getattr(vision, "num_position_embeddings", 0)),  # Qwen3-VL

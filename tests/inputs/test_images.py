@@ -9,6 +9,7 @@ import pytest
 from examples import flat
 from pictures import BAD_IMAGES, VALID_IMAGES, noise
 from PIL import ImageFile
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from common import InputError, quote
 from inputs import images as images_file
@@ -86,6 +87,17 @@ def test_patches_that_are_not_the_vision_tower_s_are_refused(world, tmp_path, na
     (tmp_path / "config.json").write_bytes((world / "model" / "config.json").read_bytes())
     with pytest.raises(InputError, match=f"have a {name} of {actual or 14}, and config.json {needed}:\n  copy"):
         image_settings(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [{"min_pixels": 256, "max_pixels": 4096}, {"height": 448, "width": 448}])
+def test_sizes_by_which_transformers_resizes_no_image_are_refused(world, tmp_path, size):
+    for name in ("config.json", "preprocessor_config.json"):
+        facts = json.loads((world / "model" / name).read_text())
+        (tmp_path / name).write_text(json.dumps(facts | {"size": size} if "size" in facts else facts))
+    with pytest.raises(InputError, match=f"give size as {', '.join(size)}, which .*\n  .*shortest_edge"):
+        image_settings(str(tmp_path), 256, 4096)
+    with pytest.raises(ValueError, match="shortest_edge"):
+        Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(noise(64, 64))
 
 
 # ----------------------------------------------------------------------------------------- the memory of checked images
