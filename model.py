@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
@@ -43,23 +42,20 @@ def load_base(folder: str, dtype: torch.dtype, device: torch.device, precision: 
 
     precision: of the decoder layers' linear layers, one of `modeling.precision.PRECISIONS`. All else is of `dtype`.
     Weights that were published in FP8 become numbers first, which bf16 keeps and the others round per channel.
-    Raises InputError when weights are damaged, or some are missing: transformers would go on with random ones.
+    Raises InputError when weights are missing: transformers would go on with random ones.
     """
     transformers_logging.disable_progress_bar()  # every rank would show one
     config = AutoConfig.from_pretrained(folder)
     if block := fp8_blocks(getattr(config, "quantization_config", None)):
         del config.quantization_config  # by which transformers would read the weights itself
     options = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa", "output_loading_info": True}
-    try:
-        if precision == "bf16" and not block:
-            model, info = AutoModelForImageTextToText.from_pretrained(folder, config=config, **options)
-        else:  # its layers are added one after the other
-            with without_warnings():  # of the layers, which it was not asked to load
-                without = without_layers(config)
-                rest, info = AutoModelForImageTextToText.from_pretrained(folder, config=without, **options)
-            model = add_quantized_layers(rest, folder, config, dtype, device, precision, block)
-    except SafetensorError as error:
-        raise InputError(f"model {folder} has damaged weights ({error}): copy or download them again") from None
+    if precision == "bf16" and not block:
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, config=config, **options)
+    else:  # its layers are added one after the other
+        with without_warnings():  # of the layers, which it was not asked to load
+            without = without_layers(config)
+            rest, info = AutoModelForImageTextToText.from_pretrained(folder, config=without, **options)
+        model = add_quantized_layers(rest, folder, config, dtype, device, precision, block)
     if missing := sorted(info["missing_keys"]):
         lacking = f"{missing[0]}, one of {len(missing):,} missing"
         raise InputError(f"model {folder} has no weights {lacking}: copy or download it again")

@@ -8,33 +8,38 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from common import InputError
 
 MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "qwen3_5": "Qwen3.5"}
 HASHED = 32  # weights, at least, where there are as many
 INDEX = "model.safetensors.index.json"  # names the files of weights where they are several
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # begins what a clone without Git LFS has for a large file
 
 
 def resolve_model(name: str, weights: bool = True) -> str:
     """The folder of a model that is named by its folder or its hub name; from the hub it is downloaded into the cache.
 
     With `weights=False`, weight files are neither downloaded nor required. Raises InputError for a model that this
-    program can't train, before its weights are downloaded.
+    program can't train, before its weights are downloaded, and for a folder or a cache that lacks files, holds damaged
+    ones, or holds an adapter.
     """
     is_folder = Path(name).is_dir()
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise InputError(f"model {name}: there is no such folder, and it is not a hub name either")
     folder = name if is_folder else _download(name, allow_patterns="config.json")
-    if problem := _unsupported(Path(folder) / "config.json"):
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        raise InputError(f"model {name} has no config.json\n  {_remedy(name)}")
+    _check_file(name, config)
+    if problem := _unsupported(json.loads(config.read_text(encoding="utf-8"))):
         known = ", ".join(f"{family} ({kind})" for kind, family in MODEL_TYPES.items())
         what = f"this program trains dense models only, in full precision or in FP8 blocks:\n  {known}"
         raise InputError(f"model {name} {problem}\n  {what}")
     if not is_folder:
-        return _download(name, **({} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}))
-    if missing := _missing(Path(folder), weights):
-        raise InputError(f"model {name} has no {missing}: copy or download all of its files")
+        folder = _download(name, **({} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}))
+    _check_folder(name, Path(folder), weights)
     return folder
 
 
@@ -49,6 +54,47 @@ def _download(name: str, **files) -> str:
         ) from None
 
 
+def _remedy(name: str, again: bool = False) -> str:
+    """How to get a model's files, or to get one of them `again`."""
+    if Path(name).is_dir():
+        return "copy or download it again" if again else "copy or download all of its files"
+    return f"on a machine with internet: hf download {name}{' --force-download' if again else ''}"
+
+
+def _check_folder(name: str, folder: Path, weights: bool) -> None:
+    """Raise InputError where a model's files are not all there and whole, or where an adapter lies among them."""
+    if (folder / "adapter_config.json").is_file():  # transformers loads it with the weights, without a word
+        raise InputError(
+            f"model {name} also holds an adapter, adapter_config.json, which would be added to its weights\n"
+            "  move adapter_config.json and adapter_model.safetensors elsewhere, or name the base model by\n"
+            "  --model and the adapter by --init-from or eval.py --adapter"
+        )
+    for path in sorted(folder.glob("[!.]*.json")):
+        _check_file(name, path)
+    if missing := _missing(folder, weights):
+        raise InputError(f"model {name} has no {missing}\n  {_remedy(name)}")
+    for path in weight_files(folder) if weights else ():
+        _check_file(name, path)
+
+
+def _check_file(name: str, path: Path) -> None:
+    """Raise InputError for a damaged JSON file or file of weights. Of weights it reads the header only, from which
+    safetensors knows how long the file must be."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            remedy = "run git lfs pull in its folder, or download it again by hf download"
+            raise InputError(f"model {name} has a Git LFS pointer in place of {path.name}\n  {remedy}")
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with safe_open(path, "pt"):
+                pass
+    except (ValueError, SafetensorError) as error:
+        remedy = _remedy(name, again=True)
+        raise InputError(f"model {name} has a damaged {path.name}\n  {remedy}\n  {error}") from None
+
+
 def _missing(folder: Path, weights: bool) -> str:
     """Which file a model's folder lacks; empty when it is complete."""
     wanted = [("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")]
@@ -60,14 +106,8 @@ def _missing(folder: Path, weights: bool) -> str:
     return " or ".join(next(lacking, ()))
 
 
-def _unsupported(path: Path) -> str:
-    """Why this program can't train the model with this configuration file; empty when it can."""
-    if not path.is_file():
-        return "has no config.json"
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        return f"has a damaged config.json ({error})"
+def _unsupported(config: dict) -> str:
+    """Why this program can't train the model with this configuration; empty when it can."""
     kind = str(config.get("model_type"))
     if kind not in MODEL_TYPES:
         return f"is of type {kind}{', a mixture of experts' if 'moe' in kind else ''}"

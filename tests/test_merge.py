@@ -67,7 +67,7 @@ HUB = {  # as the hub's folders spell them, which the installed transformers wou
     "README.md": "---\nlicense: other\nlicense_name: research\nlanguage: en\n---\n# The base model",
 }
 LEFT_OUT = ["model.safetensors", "model.safetensors.index.json", "consolidated.safetensors", "pytorch_model.bin",
-            "pytorch_model.bin.index.json", "adapter_config.json", "optimizer.pt", "model.gguf", ".gitattributes",
+            "pytorch_model.bin.index.json", "optimizer.pt", "model.gguf", ".gitattributes",
             ".cache/huggingface/a"]  # fmt: skip
 
 

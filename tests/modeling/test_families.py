@@ -263,22 +263,43 @@ def test_a_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, monk
     assert asked == [{"allow_patterns": "config.json"}]
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+POINTERS = ["config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json", "model.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.json", "{", "has a damaged config.json"),
-        ("tokenizer.json", None, "has no tokenizer.json or vocab.json: copy"),
+        ("config.json", "{", "has a damaged config.json\n  copy or"),
+        ("tokenizer.json", None, "has no tokenizer.json or vocab.json\n  copy or download all"),
         ("preprocessor_config.json", None, "has no preprocessor_config.json or processor_config.json"),
         ("model.safetensors", None, "has no model.safetensors or model.safetensors.index.json"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "model-2-of-2.safetensors"}}', "has no model-2-of-2"),
-        ("model.safetensors", "short", "has damaged weights"),
+        ("model.safetensors", "short", "has a damaged model.safetensors\n  copy or download it again"),
+        ("model.safetensors.index.json", "{", "has a damaged model.safetensors.index.json\n  copy or"),
+        ("tokenizer_config.json", "{'a': 1}", "has a damaged tokenizer_config.json\n  copy or"),
+        ("adapter_config.json", "{}", "also holds an adapter, .*, which would be added to its weights\n  move"),
+        *((name, LFS, f"has a Git LFS pointer in place of {name}\n  run git lfs pull") for name in POINTERS),
     ],
 )
 def test_a_model_folder_that_is_not_whole_is_one_clear_error(world, tmp_path, name, text, message):
     folder = shutil.copytree(world / "model", tmp_path / "model")
     (folder / name).write_text(text) if text else (folder / name).unlink()
-    with pytest.raises(InputError, match=message):
-        load_base(resolve_model(str(folder)), torch.float32, torch.device("cpu"))
+    with pytest.raises(InputError, match=message) as refusal:
+        resolve_model(str(folder))
+    assert max(map(len, str(refusal.value).replace(str(folder), "").splitlines())) <= 100
+
+
+def test_weights_that_are_cut_off_are_noticed_before_rows_are_read_and_a_plan_needs_none(world, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(world / "model")
+    folder = shutil.copytree(world / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(folder, max_shard_size="1MB")
+    path = max(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    (folder / ".hidden.json").write_bytes(b"\0")
+    resolve_model(str(folder), weights=False)
+    with pytest.raises(InputError, match=f"damaged {path.name}"):
+        resolve_model(str(folder))
 
 
 def test_a_base_model_never_goes_on_with_random_weights(world, tmp_path):
@@ -288,6 +309,20 @@ def test_a_base_model_never_goes_on_with_random_weights(world, tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="has no weights model.*layers.1.mlp.up_proj.weight, one of 1 missing: copy"):
         load_base(resolve_model(str(folder)), torch.float32, torch.device("cpu"))
+
+
+def test_a_cache_without_the_weights_is_one_clear_error_and_enough_for_a_plan(world, tmp_path, monkeypatch):
+    """The cache of a model after --plan."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cached, commit = tmp_path / "models--some--model", "0" * 40
+    no_weights = shutil.ignore_patterns("*.safetensors")
+    snapshot = shutil.copytree(world / "model", cached / "snapshots" / commit, ignore=no_weights)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    assert resolve_model("some/model", weights=False) == str(snapshot)
+    with pytest.raises(InputError, match="has no model.safetensors or .*\n  on a .* internet: hf download some/model$"):
+        resolve_model("some/model")
 
 
 def test_a_model_that_the_hub_does_not_give_is_one_clear_error(tmp_path, monkeypatch):
