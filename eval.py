@@ -36,7 +36,15 @@ from common import STARTED, InputError, lock_folder, nearest_existing, removed_i
 from data import TreeDataset, VQAData, encode_rows, load_data, padding
 from dist_utils import Ranks, Stop, print0
 from evaluation import overlap, scores
-from evaluation.answers import MAX_TREES, answer_batch, predict, repetition_penalty, score_samples, unused_settings
+from evaluation.answers import (
+    MAX_TREES,
+    answer_batch,
+    length_warnings,
+    predict,
+    repetition_penalty,
+    score_samples,
+    unused_settings,
+)
 from evaluation.report import write_report
 from evaluation.runner import Runner, plan_evaluation
 from evaluation.tables import (
@@ -240,7 +248,8 @@ def load_rows(
             raise InputError(f"{sources.rows}: none of the held-out rows can be used")
         refuse_unknown_fields(args.by, data, sources)
         check_shared_memory([(data, plan_evaluation(data.samples, args.max_tokens, MAX_TREES))], settings, args.workers)
-    for warning in picture_warnings(data.sizes) + unread_warnings(data):
+    long = length_warnings(data.samples, args.max_new_tokens)
+    for warning in picture_warnings(data.sizes) + unread_warnings(data) + long:
         print0(f"warning: {warning}")
     closed = closed_options(sources, args.closed_set) if args.closed_set else {}
     own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
@@ -368,6 +377,10 @@ def write_results(
     summaries = {kind: scores.summarize(answers, args.numeric_tolerance) for kind, answers in predictions.items()}
     summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": summaries}
     print0(accuracy_table(summaries))
+    for kind, score in summaries.items():
+        if cut := score["cut"]:
+            told = f"{cut:,} of {len(data.samples):,} answers ({kind}) were cut at {args.max_new_tokens:,} tokens"
+            print0(f"{told}: give a higher --max-new-tokens")
     for field in dict.fromkeys(args.by):
         for kind, score in summaries.items():
             print0(f"\n{breakdown_table(field, kind, score)}")

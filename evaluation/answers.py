@@ -59,7 +59,7 @@ def predict(
 
 
 def answer_all(runner: Runner, data: VQAData, tokenizer, max_tokens: int, max_new_tokens: int) -> list[dict] | None:
-    """Answer every sample: {"prediction", "confidence"} of each, or None when stopped."""
+    """Answer every sample: {"prediction", "confidence", "cut"} of each, or None when stopped."""
     answer = partial(answer_batch, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
     batches = plan_evaluation(data.samples, max_tokens, MAX_TREES)
     answers = runner.run(answer, data, batches, "answers", prompts_only=True)
@@ -67,10 +67,23 @@ def answer_all(runner: Runner, data: VQAData, tokenizer, max_tokens: int, max_ne
 
 
 def answer_batch(model: TreeModel, batch: Batch, tokenizer, max_new_tokens: int) -> list[dict]:
-    """{"prediction", "confidence"} of every question of a `prompts_only` batch."""
+    """{"prediction", "confidence", "cut"} of every question of a `prompts_only` batch. An answer is cut if it reached
+    `max_new_tokens` before an end token."""
     answers = generate(model, batch, max_new_tokens, set(stop_tokens(model.base, tokenizer)))
     texts = tokenizer.batch_decode([tokens for tokens, _ in answers])
-    return [{"prediction": text, "confidence": probability} for text, (_, probability) in zip(texts, answers)]
+    return [
+        {"prediction": text, "confidence": probability, "cut": len(tokens) == max_new_tokens}
+        for text, (tokens, probability) in zip(texts, answers)
+    ]
+
+
+def length_warnings(samples: list[Sample], max_new_tokens: int) -> list[str]:
+    """A warning if rows have answers that no generated one can equal: with their end, they have more tokens."""
+    tokens = [len(sample.ids) - sample.last_answer for sample in samples]
+    long, longest = sum(count > max_new_tokens for count in tokens), max(tokens)
+    told = f"{long:,} of {len(samples):,} rows have answers over --max-new-tokens {max_new_tokens}"
+    remedy = f"the longest has {longest:,} tokens with its end: give --max-new-tokens {longest}"
+    return [f"{told}\n  {remedy}"] if long else []
 
 
 def stop_tokens(base: torch.nn.Module, tokenizer) -> list[int]:

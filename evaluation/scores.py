@@ -179,8 +179,8 @@ def image_group(prediction: dict) -> str:
 
 def summarize(predictions: list[dict], tolerance: float) -> dict:
     """Every score with its interval, over all answers, by question type, by question and by the fields that --by names;
-    also the confusion table of each question with 2 to MAX_CLASSES true answers. `predictions` are lines of
-    predictions.jsonl."""
+    also the confusion table of each question with 2 to MAX_CLASSES true answers, and how many answers were `cut`.
+    `predictions` are lines of predictions.jsonl."""
     scored = [score_answer(p["prediction"], accepted(p), tolerance) for p in predictions]
     overlaps = overlap.row_scores(predictions)
     both = [scores | score_benchmarks(p) | words for scores, p, words in zip(scored, predictions, overlaps)]
@@ -202,6 +202,7 @@ def summarize(predictions: list[dict], tolerance: float) -> dict:
         if 1 < len(table) <= MAX_CLASSES:
             summary["closed"][question] = {"balanced_accuracy": balanced_accuracy(table), "confusion": table}
     summary["teacher_forced"] = score_teacher_forcing(predictions, [s["exact_match"] for s in scored], images)
+    summary["cut"] = sum(p.get("cut", False) for p in predictions)
     summary |= overlap.corpus_scores(predictions)
     summary["by"] = {
         field: {

@@ -209,6 +209,7 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
         "question_type",
         "images",
         "confidence",
+        "cut",
     }
     assert evaluation.main(["--compare", *map(str, files)]) == 0
     assert f"{100 * gain:+.1f} points" in capsys.readouterr().out
