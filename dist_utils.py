@@ -216,6 +216,8 @@ def run_and_exit(main: Callable, argv: list[str]) -> None:
         notes = "; ".join(getattr(error, "__notes__", []))
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):  # gloo raises RuntimeError
             print(printable(f"rank {os.environ['RANK']} lost the others ({notes}): {error}"), file=sys.stderr)
+        elif isinstance(error, FloatingPointError):  # of a model that is broken; the message says all
+            print(printable(f"error: {error}"), file=sys.stderr)
         elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(printable(f"error: no room on a disk: {error}"), file=sys.stderr)
         else:

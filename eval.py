@@ -33,12 +33,12 @@ from transformers import AutoConfig
 
 import dist_utils
 from common import STARTED, InputError, lock_folder, nearest_existing, removed_if_refused, sign, write_whole, writing
-from data import TreeDataset, VQAData, encode_rows, load_data, padding
+from data import VQAData, encode_rows, load_data
 from dist_utils import Ranks, Stop, print0
 from evaluation import overlap, scores
 from evaluation.answers import (
     MAX_TREES,
-    answer_batch,
+    answer_all,
     length_warnings,
     predict,
     repetition_penalty,
@@ -61,10 +61,10 @@ from inputs.holdout import possible_names, relative_names, split
 from inputs.images import ImageSettings, image_settings, picture_warnings
 from inputs.refused import refuse_without_images, stop_or_skip_bad
 from inputs.row_files import read_rows
-from inputs.rows import parse_row
+from inputs.rows import ENCODER, parse_row
 from inputs.texts import load_tokenizer
 from inputs.vision_cache import VisionCache
-from model import TreeModel, autocast, load_base, pick_dtype
+from model import TreeModel, load_base, pick_dtype
 from modeling.adapters import base_name
 from modeling.delta import check_library
 from modeling.fp8 import check_products
@@ -78,7 +78,7 @@ from training.eval_settings import parse
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, nearest
 from training.shared_memory import check_shared_memory
-from trees import Assignment, MicroBatch
+from trees import MicroBatch
 
 # ------------------------------------------------------------------------------------------------------ teacher forcing
 
@@ -159,7 +159,7 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
         if kind == "tuned" and args.merge:
             merge_lora(model.model)
         folders[kind] = sources.output / f"partial-{kind}-{key}"
-        runner = Runner(model, ranks, dtype, args.workers, stop, folders[kind])
+        runner = Runner(model, ranks, dtype, args.workers, stop, folders[kind], sources.name(kind))
         with model.model.disable_adapter() if sources.ckpt and kind == "base" else nullcontext():
             predictions[kind] = predict(runner, data, sources.images, options, tokenizer, args)
         if predictions[kind] is None:
@@ -198,6 +198,11 @@ class Sources:
     @property
     def rows(self) -> str:
         return ", ".join(self.files)
+
+    def name(self, kind: str) -> str:
+        """The model that answers, "base" or "tuned", as errors name it."""
+        base = f"base model {self.model}"
+        return f"{self.ckpt} on {base}" if self.ckpt and kind == "tuned" else base
 
     def image_settings(self, folder: str, min_pixels: int, max_pixels: int) -> ImageSettings:
         """Those of training, unless pixel limits are given."""
@@ -339,10 +344,8 @@ def answer_question(args, sources: Sources, folder: str, tokenizer, settings, ra
     model.dense_masks = True
     if sources.ckpt and args.merge:
         merge_lora(model.model)
-    dataset = TreeDataset(data, model.settings, padding(ranks.device), prompts_only=True)
-    (trees,) = plan_evaluation(data.samples, args.max_tokens)
-    with autocast(ranks.device, dtype):
-        (answer,) = answer_batch(model, dataset[Assignment(trees)].to(ranks.device), tokenizer, args.max_new_tokens)
+    runner = Runner(model, ranks, dtype, 0, Stop(), subject=sources.name("tuned"))
+    (answer,) = answer_all(runner, data, tokenizer, args.max_tokens, args.max_new_tokens)
     seconds = time.perf_counter() - STARTED
     print0(f"{answer['prediction']}\nconfidence {answer['confidence']:.4f}, answered after {seconds:.0f} s")
     dist_utils.leave()
@@ -373,7 +376,7 @@ def write_results(
     report.html; print the accuracy table."""
     output, tuned_first = sources.output, dict(reversed(predictions.items()))
     for name, answers in zip(("predictions.jsonl", "predictions-base.jsonl"), tuned_first.values()):
-        write_whole(output / name, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        write_whole(output / name, "".join(ENCODER.encode(answer) + "\n" for answer in answers))
     summaries = {kind: scores.summarize(answers, args.numeric_tolerance) for kind, answers in predictions.items()}
     summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": summaries}
     print0(accuracy_table(summaries))
@@ -389,7 +392,7 @@ def write_results(
     if len(predictions) == 2:
         summary["comparison"] = scores.compare(predictions["base"], predictions["tuned"])
         print0(describe_comparison(summary["comparison"], "base", "tuned"))
-    write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_whole(output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(output / "summary.csv", summary_csv(summary))
     write_whole(output / "summary.tex", summary_tex(summary))
     images = [list(sample.images) for sample in data.samples]

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -55,12 +54,29 @@ def predict(
     ]
 
 
+def refuse_infinite(numbers: list[float], batch: Batch, samples: list[Sample], subject: str) -> None:
+    """Raise FloatingPointError if one of `numbers`, which a model gave to the samples of a batch, is not finite: else
+    a broken model would look like one that is always wrong."""
+    for index, number in zip(batch.samples, numbers):
+        if not math.isfinite(number):
+            raise FloatingPointError(
+                f"{subject} gives numbers that are not finite for {samples[index].where}\n"
+                "  its weights are damaged, or overflowed in a conversion to float16: use bfloat16 or float32"
+            )
+
+
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
 def answer_all(runner: Runner, data: VQAData, tokenizer, max_tokens: int, max_new_tokens: int) -> list[dict] | None:
-    """Answer every sample: {"prediction", "confidence", "cut"} of each, or None when stopped."""
-    answer = partial(answer_batch, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
+    """Answer every sample: {"prediction", "confidence", "cut"} of each, or None when stopped. Raises FloatingPointError
+    for a confidence that is not finite."""
+
+    def answer(model: TreeModel, batch: Batch) -> list[dict]:
+        answers = answer_batch(model, batch, tokenizer, max_new_tokens)
+        refuse_infinite([a["confidence"] for a in answers], batch, data.samples, runner.subject)
+        return answers
+
     batches = plan_evaluation(data.samples, max_tokens, MAX_TREES)
     answers = runner.run(answer, data, batches, "answers", prompts_only=True)
     return answers and [answers[index] for index in range(len(data.samples))]
@@ -177,14 +193,21 @@ def score_all(runner: Runner, data: VQAData, options: list[list[str]], tokenizer
     """Loss and teacher-forced exact match of every sample and, where it has `options`, the probability of each option.
 
     Every option is a branch of its image's tree, as the sample's own answer is. An option's probability is that of all
-    its tokens, including the end of turn, divided by the sum over the options. None when stopped.
+    its tokens, including the end of turn, divided by the sum over the options. None when stopped. Raises
+    FloatingPointError for a loss that is not finite.
     """
     samples, owners = list(data.samples), []
     for index, texts in enumerate(options):
         samples += [with_answer(data.samples[index], text, tokenizer) for text in texts]
         owners += [(index, text) for text in texts]
     batches = plan_evaluation(samples, max_tokens, MAX_TREES)
-    results = runner.run(score_samples, replace(data, samples=samples), batches, "scores")
+
+    def score(model: TreeModel, batch: Batch) -> list[tuple[float, int, bool]]:
+        results = score_samples(model, batch)
+        refuse_infinite([loss for loss, _, _ in results], batch, samples, runner.subject)
+        return results
+
+    results = runner.run(score, replace(data, samples=samples), batches, "scores")
     if results is None:
         return None
     names = ("loss", "answer_tokens", "teacher_forced")

@@ -56,6 +56,7 @@ class Runner:
     workers: int  # processes per rank that prepare batches
     stop: Stop
     folder: Path | None = None  # receives results as they come, with a progress bar; None: no files and no bar
+    subject: str = "the model"  # as errors name it
 
     @torch.no_grad()
     def run(
