@@ -94,7 +94,7 @@ def answer_batch(model: TreeModel, batch: Batch, tokenizer, max_new_tokens: int)
 
 
 def length_warnings(samples: list[Sample], max_new_tokens: int) -> list[str]:
-    """A warning if rows have answers that no generated one can equal: with their end, they have more tokens."""
+    """A warning if rows have answers that, with their end, have more tokens than a generated one may have."""
     tokens = [len(sample.ids) - sample.last_answer for sample in samples]
     long, longest = sum(count > max_new_tokens for count in tokens), max(tokens)
     told = f"{long:,} of {len(samples):,} rows have answers over --max-new-tokens {max_new_tokens}"
