@@ -579,7 +579,7 @@ def test_suspicious_rows_are_counted_and_the_first_is_named(world, tmp_path):
         tiny.single("a.png", "Where?", "Left."),
         tiny.single("b.png", "How many?", "1"),
     ]  # the same answer
-    rows += [tiny.single("b.png", "How many?", "three"), rows[0], tiny.single("c.png", "Why?", "long " * 300)]
+    rows += [tiny.single("b.png", "How many?", "three"), rows[0], tiny.single("c.png", "Why?", "long" + " long" * 299)]
     rows += [tiny.single("c.png", "Which colours?", colours) for colours in ("pink; red", "red, pink")]  # the same set
     rows += [tiny.single("c.png", "Which tool?", "snare"), tiny.single("c.png", "Which tool?", "forceps")]
     rows[-1]["answers"] = ["forceps", "a snare"]  # which accepts the other row's answer
