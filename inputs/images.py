@@ -73,7 +73,10 @@ def image_settings(model_folder: str, min_pixels: int = 0, max_pixels: int = 0) 
     """The model's own image settings; 0 leaves its pixel limits as they are. Raises InputError if limits cross, if
     patch sizes differ from the vision tower's, as in another model's file or one that leaves them out, or if the file
     has no pixel limits that transformers obeys."""
-    processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
+    try:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(model_folder)
+    except ValueError as error:  # of a size with other names than it knows
+        raise InputError(f"image settings of {model_folder} can't be used: {error}") from None
     vision = AutoConfig.from_pretrained(model_folder).vision_config
     for name, config_name in PATCH_NAMES.items():
         if (actual := getattr(processor, name)) != (needed := getattr(vision, config_name)):

@@ -15,6 +15,12 @@ from common import InputError
 MODEL_TYPES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "qwen3_5": "Qwen3.5"}
 HASHED = 32  # weights, at least, where there are as many
 INDEX = "model.safetensors.index.json"  # names the files of weights where they are several
+# The files of a model, besides weights and text, that transformers or this program reads where they are there.
+READ_FILES = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
+    *("video_preprocessor_config.json", INDEX),
+)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # begins what a clone without Git LFS has for a large file
 
 
@@ -69,8 +75,9 @@ def _check_folder(name: str, folder: Path, weights: bool) -> None:
             "  move adapter_config.json and adapter_model.safetensors elsewhere, or name the base model by\n"
             "  --model and the adapter by --init-from or eval.py --adapter"
         )
-    for path in sorted(folder.glob("[!.]*.json")):
-        _check_file(name, path)
+    for path in (folder / file for file in READ_FILES):
+        if path.is_file():
+            _check_file(name, path)
     if missing := _missing(folder, weights):
         raise InputError(f"model {name} has no {missing}\n  {_remedy(name)}")
     for path in weight_files(folder) if weights else ():
@@ -86,7 +93,9 @@ def _check_file(name: str, path: Path) -> None:
             raise InputError(f"model {name} has a Git LFS pointer in place of {path.name}\n  {remedy}")
     try:
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == INDEX and "weight_map" not in content:
+                raise ValueError("it has no weight_map")
         else:
             with safe_open(path, "pt"):
                 pass

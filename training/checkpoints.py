@@ -240,9 +240,11 @@ def warn_of_other_prompts(folder: Path | None, tokenizer) -> None:
     """Print a warning where a model's chat template or tokenizer writes a question otherwise than when a checkpoint was
     trained. Of an adapter made elsewhere, the template in its folder tells."""
     known, template = _recorded(folder, "prompt"), folder / "chat_template.jinja" if folder else Path()
-    differs = known and known != prompt_hash(tokenizer)
-    if template.is_file():
-        differs = template.read_text("utf-8", "replace").strip() != (tokenizer.chat_template or "").strip()
+    if known:
+        differs = known != prompt_hash(tokenizer)
+    else:
+        own = tokenizer.chat_template and tokenizer.get_chat_template()
+        differs = own and template.is_file() and template.read_text("utf-8", "replace").strip() != own.strip()
     if differs:
         print0(f"warning: {folder} was trained with another chat template than that of {tokenizer.name_or_path}")
 

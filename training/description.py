@@ -54,7 +54,7 @@ def without_effect(args: argparse.Namespace, steps: int) -> list[str]:
     of_steps = {
         f"{steps:,} optimizer steps in all may be too few to learn from\n"
         "  a lower --batch-size or more --epochs gives more": steps < FEW_STEPS,
-        f"--warmup {args.warmup:g} is more than the run's {steps:,} steps: it never gets to --lr": args.warmup > steps,
+        f"--warmup {args.warmup:g}: the run has {steps:,} steps and never gets to --lr": args.warmup >= steps,
         f"--patience {patience} can't end a run of {steps:,} steps with --eval-every {every}": (
             patience and (not every or (patience + 1) * every >= steps)  # the first evaluation is the best so far
         ),
@@ -62,7 +62,7 @@ def without_effect(args: argparse.Namespace, steps: int) -> list[str]:
     others = {
         "--time-limit ends no run: --plan compares its hours with the limit": args.time_limit and not args.plan,
         f"--{' and --'.join(broken)}: \\n is two characters there, and no line break\n"
-        "  bash has line breaks in $'...\\n...'": broken,
+        "  bash has line breaks in $'...\\n...', TOML in double quotes": broken,
     }
     checks = others if args.max_steps else of_steps | others
     return [problem for problem, is_true in checks.items() if is_true]
@@ -157,7 +157,7 @@ def _row_warnings(data: VQAData) -> list[str]:
         "rows whose question or answer is what programs write for a missing value": missing,
         "rows whose question or answer has no visible character": invisible,
         "rows with an HTML entity, a \\n of two characters, or the sign for an unreadable character": damaged,
-        "rows whose answer, as it is trained, begins or ends with white space": spaced,
+        "rows whose answer begins or ends with white space, which most chat templates train": spaced,
     }
     return [f"{kind}: {len(rows):,}\n  {rows[0]}" for kind, rows in kinds.items() if rows]
 

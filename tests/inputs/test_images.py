@@ -100,6 +100,14 @@ def test_sizes_by_which_transformers_resizes_no_image_are_refused(world, tmp_pat
         Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(noise(64, 64))
 
 
+def test_a_size_of_two_kinds_is_refused(world, tmp_path):
+    facts = json.loads((world / "model" / "preprocessor_config.json").read_text())
+    facts |= {"size": {"height": 448, "width": 448}, "min_pixels": 256, "max_pixels": 4096}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="image settings of .* can't be used: size must have"):
+        image_settings(str(tmp_path))
+
+
 # ----------------------------------------------------------------------------------------- the memory of checked images
 
 

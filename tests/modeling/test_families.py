@@ -277,6 +277,7 @@ POINTERS = ["config.json", "tokenizer.json", "preprocessor_config.json", "genera
         ("model.safetensors.index.json", '{"weight_map": {"a": "model-2-of-2.safetensors"}}', "has no model-2-of-2"),
         ("model.safetensors", "short", "has a damaged model.safetensors\n  copy or download it again"),
         ("model.safetensors.index.json", "{", "has a damaged model.safetensors.index.json\n  copy or"),
+        ("model.safetensors.index.json", "{}", "has a damaged model.safetensors.index.json\n  copy or"),
         ("tokenizer_config.json", "{'a': 1}", "has a damaged tokenizer_config.json\n  copy or"),
         ("adapter_config.json", "{}", "also holds an adapter, .*, which would be added to its weights\n  move"),
         *((name, LFS, f"has a Git LFS pointer in place of {name}\n  run git lfs pull") for name in POINTERS),
@@ -296,7 +297,8 @@ def test_weights_that_are_cut_off_are_noticed_before_rows_are_read_and_a_plan_ne
     model.save_pretrained(folder, max_shard_size="1MB")
     path = max(folder.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1])
-    (folder / ".hidden.json").write_bytes(b"\0")
+    (folder / "rows.json").write_text('{"image": "a.png"}\n{"image": "b.png"}\n')  # no file of the model
+    (folder / "video_preprocessor_config.json").symlink_to("gone")
     resolve_model(str(folder), weights=False)
     with pytest.raises(InputError, match=f"damaged {path.name}"):
         resolve_model(str(folder))

@@ -288,8 +288,8 @@ def test_only_rank_0_answers_and_names_wrong_paths_before_torch_is_imported(tmp_
     [
         ([], 30, ""),
         ([], 29, "29 optimizer steps in all may be too few to learn from\n  a lower --batch-size or more --epochs"),
-        (["--warmup=100"], 99, "--warmup 100 is more than the run's 99 steps: it never gets to --lr"),
-        (["--warmup=100"], 100, ""),
+        (["--warmup=100"], 100, "--warmup 100: the run has 100 steps and never gets to --lr"),
+        (["--warmup=100"], 101, ""),
         (["--patience=2"], 600, "--patience 2 can't end a run of 600 steps with --eval-every 200"),
         (["--patience=2"], 601, ""),
         (["--patience=2", "--eval-every=0"], 9000, "--patience 2 can't end a run of 9,000 steps with --eval-every 0"),
