@@ -155,9 +155,9 @@ class TreeModel(nn.Module):
         cache: see `inputs.vision_cache.FeatureWriter.put`."""
         super().__init__()
         self.model, self.settings, self.keep_features = model, settings, keep_features
-        self.mean, self.std = (  # (3, 1): made once, as a copy to the GPU waits for all work before it
-            torch.tensor(values, device=self.base.device)[:, None] for values in (settings.mean, settings.std)
-        )
+        for name in ("mean", "std"):  # (3, 1): made once, as a copy to the GPU waits for all work before it
+            values = torch.tensor(getattr(settings, name), device=self.base.device)[:, None]
+            self.register_buffer(name, values, persistent=False)
         self.trains_vision = trains(self.base.model.visual)
         self.has_linear_layers = bool(linear_layers(self.base.model.language_model))
         self.dropout_rows = getattr(self.base, "dropout_rows", None)  # a modeling.dropout.RowKeys, where it is trained

@@ -220,6 +220,14 @@ def test_training_mode_is_on_from_the_start_and_never_for_the_vision_tower(world
     assert all(layer.training for layer in model.base.model.language_model.layers)
 
 
+def test_a_model_that_moves_to_another_device_leaves_no_tensor_behind(world):
+    model = tiny.lora_model(world).to("meta")
+    for module in model.modules():
+        tensors = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        assert not [name for name, tensor in tensors.items() if not tensor.is_meta]
+    assert model.mean.is_meta and not {"mean", "std"} & set(model.state_dict())
+
+
 def test_packing_keeps_to_the_token_budget(world):
     samples = tiny.load_world(world)[0].samples
     trees = whole(samples)
