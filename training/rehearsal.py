@@ -175,11 +175,13 @@ def rehearse_step(
 
 def largest_batch(dataset: TreeDataset, bounds: Bounds) -> Batch:
     """A micro-batch of real trees that reaches all bounds: the data set pads its tokens, its answer tokens repeat, and
-    linear attention gets them as a trunk with as many branches as there may be."""
+    linear attention gets them as a trunk of half the tokens, because long sequences have kernels of their own, and as
+    many branches as there may be."""
     batch = dataset[Assignment(bounds.largest)]
     repeated = torch.arange(bounds.answers) % len(batch.targets)
     names = "answer_at", "targets", "weights", "question"
-    branch = np.arange(len(batch.ids)) * (bounds.branches + 1) // len(batch.ids)
+    tokens = len(batch.ids)
+    branch = np.maximum(0, 1 + (2 * np.arange(tokens) - tokens) * bounds.branches // tokens)
     paths = recurrent_paths(np.zeros_like(branch), branch)
     return replace(batch, paths=paths, **{name: getattr(batch, name)[repeated] for name in names})
 

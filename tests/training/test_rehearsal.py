@@ -166,6 +166,8 @@ def test_the_rehearsed_micro_batch_reaches_all_bounds(world, tmp_path, images):
     assert len(batch.answer_at) == len(batch.weights) == len(batch.question) and bool(len(batch.patches)) is images
     assert len(batch.paths["branch_starts"]) == bounds.branches + 1 == 9
     assert len(batch.paths["order"]) == bounds.tokens
+    assert batch.paths["root_starts"].tolist() == [0, -(-len(batch.ids) // 2)]
+    assert batch.paths["branch_starts"].diff().min() > 0
 
 
 @pytest.mark.parametrize("images", [True, False])
