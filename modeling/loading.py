@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from common import InputError
 
@@ -29,7 +31,7 @@ def resolve_model(name: str, weights: bool = True) -> str:
 
     With `weights=False`, weight files are neither downloaded nor required. Raises InputError for a model that this
     program can't train, before its weights are downloaded, and for a folder or a cache that lacks files, holds damaged
-    ones, or holds an adapter.
+    ones, holds an adapter, or holds weights that are not those of the model in config.json.
     """
     is_folder = Path(name).is_dir()
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
@@ -46,6 +48,8 @@ def resolve_model(name: str, weights: bool = True) -> str:
     if not is_folder:
         folder = _download(name, **({} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}))
     _check_folder(name, Path(folder), weights)
+    if weights:
+        _check_weights(name, folder)
     return folder
 
 
@@ -80,6 +84,12 @@ def _check_folder(name: str, folder: Path, weights: bool) -> None:
             _check_file(name, path)
     if missing := _missing(folder, weights):
         raise InputError(f"model {name} has no {missing}\n  {_remedy(name)}")
+    try:
+        AutoConfig.from_pretrained(folder)
+    except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        remedy = _remedy(name, again=True)
+        raise InputError(f"transformers refuses config.json of model {name}\n  {remedy}\n  {reason}") from None
     for path in weight_files(folder) if weights else ():
         _check_file(name, path)
 
@@ -102,6 +112,35 @@ def _check_file(name: str, path: Path) -> None:
     except (ValueError, SafetensorError) as error:
         remedy = _remedy(name, again=True)
         raise InputError(f"model {name} has a damaged {path.name}\n  {remedy}\n  {error}") from None
+
+
+def _check_weights(name: str, folder: str) -> None:
+    """Raise InputError where weights are not those of the model that config.json describes. transformers would begin
+    with random numbers where some are missing, and leave out layers that are too many."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    expected, found = {key: list(weight.shape) for key, weight in model.state_dict().items()}, {}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            found |= {model_name(key): file.get_slice(key).get_shape() for key in file.keys()}
+    # Where lm_head shares the embeddings' weight, files may lack it.
+    if missing := sorted(expected.keys() - found.keys() - {"lm_head.weight"}):
+        lacking = f"{missing[0]}, one of {len(missing):,} missing"
+        raise InputError(f"model {name} has no weights {lacking}\n  {_remedy(name, again=True)}")
+    layers = set(map(_layer, expected))
+    problems = [f"{key} belongs to a layer too many" for key in found if _layer(key) not in layers]
+    problems += [
+        f"{key} is {found[key]}, not {sizes}" for key, sizes in expected.items() if found.get(key, sizes) != sizes
+    ]
+    if problems:
+        what = "weights that are not those of the model in its config.json"
+        raise InputError(f"model {name} has {what}\n  {problems[0]}\n  {_remedy(name, again=True)}")
+
+
+def _layer(key: str) -> str:
+    """The layer or block that a weight belongs to; empty for other weights."""
+    found = re.match(r"model\.(language_model\.layers|visual\.blocks)\.\d+\.", key)
+    return found[0] if found else ""
 
 
 def _missing(folder: Path, weights: bool) -> str:
@@ -173,18 +212,30 @@ def _indexed(folder: Path) -> list[str]:
     return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
 
 
-def weights_hash(folder: str) -> str:
-    """A hash of the first numbers of a few weights of all layers, rounded to bfloat16.
-
-    It tells models of the same sizes apart, but not files of another type, division or version. Takes milliseconds.
-    """
+def weight_places(folder: str) -> dict[str, tuple[Path, str]]:
+    """The file of each weight, and its name there, by its name in transformers 5."""
     places = {}
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             places |= {model_name(name): (path, name) for name in file.keys()}
-    names = sorted(name for name in places if re.search(r"\.(layers|blocks)\.\d+\..*weight$", name))
+    return places
+
+
+def weights_hashes(folder: str) -> dict[str, str]:
+    """Hashes of the first numbers of weights, rounded to bfloat16: of a few in all layers, and of all outside layers.
+
+    They tell models of the same sizes apart, but not files of another type, division or version. Takes milliseconds.
+    """
+    places = weight_places(folder)
+    inside = sorted(name for name in places if re.search(r"\.(layers|blocks)\.\d+\..*weight$", name))
+    outside = sorted(name for name in places if name.startswith("model.") and not _layer(name))
+    few = inside[:: max(1, len(inside) // HASHED)]
+    return {"base weights": _hash(places, few), "base weights outside layers": _hash(places, outside)}
+
+
+def _hash(places: dict, names: list[str]) -> str:
     digest = hashlib.sha256()
-    for name in names[:: max(1, len(names) // HASHED)]:
+    for name in names:
         path, own = places[name]
         with safe_open(path, "pt") as file:
             weight = file.get_slice(own)

@@ -2,7 +2,6 @@
 read: only the layer at hand is ever in memory in a second type."""
 
 import copy
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -12,7 +11,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 from common import InputError
 from modeling.fp8 import E4M3, dequantize_blocks
 from modeling.linear import quantize_layer
-from modeling.loading import model_name, weight_files
+from modeling.loading import weight_places
 
 SCALES = "_scale_inv"  # what follows a weight's name in that of its blocks' scales: factors, despite the name
 
@@ -36,8 +35,7 @@ def add_quantized_layers(
     block: list[int],
 ) -> nn.Module:
     """The whole model, from one that was loaded without decoder layers. `block`: of weights that were published in FP8
-    (`modeling.loading.fp8_blocks`). Raises InputError for weights that are missing, have other sizes than config.json
-    says, or are in FP8 outside the decoder layers, and SafetensorError for damaged files."""
+    (`modeling.loading.fp8_blocks`). Raises InputError for FP8 outside the decoder layers, or without its scales."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.model.visual, model.lm_head, model.generation_config = rest.model.visual, rest.lm_head, rest.generation_config
@@ -45,7 +43,7 @@ def add_quantized_layers(
     for name, module in rest.model.language_model.named_children():
         if name != "layers":
             setattr(language_model, name, module)
-    places = _places(folder)
+    places = weight_places(folder)
     if elsewhere := [name for name in places if name.endswith(SCALES) and ".language_model.layers." not in name]:
         what = "FP8 outside the language model's layers, which is not supported"
         raise InputError(f"model {folder} has {what}:\n  {elsewhere[0]}")
@@ -57,24 +55,12 @@ def add_quantized_layers(
     return model.eval()
 
 
-def _places(folder: str) -> dict[str, tuple[Path, str]]:
-    """The file of each weight, and its name there, by its name in transformers 5."""
-    places = {}
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            places |= {model_name(name): (path, name) for name in file.keys()}
-    return places
-
-
 def _fill(
     layer: nn.Module, prefix: str, places: dict, dtype: torch.dtype, device: torch.device, block: list[int]
 ) -> None:
     """Give a decoder layer on `meta` the weights of its files."""
-    for name, parameter in list(layer.named_parameters()):
+    for name in dict(layer.named_parameters()):
         weight = _read(prefix + name, places, device)
-        if weight.shape != parameter.shape:
-            path, own = places[prefix + name]
-            raise InputError(f"model {path.parent}: {own} is {list(weight.shape)}, not {list(parameter.shape)}")
         if weight.dtype == E4M3:
             weight = dequantize_blocks(weight, _read(prefix + name + SCALES, places, device), block)
         owner, _, kind = name.rpartition(".")

@@ -33,7 +33,7 @@ from dist_utils import print0, restarted, unwrap
 from inputs.prompts import prompt_hash
 from modeling.adapters import read_settings
 from modeling.delta import kernel_versions
-from modeling.loading import weights_hash
+from modeling.loading import weights_hashes
 from modeling.lora import load_lora, lora_differences, save_adapter
 from training.compatibility import plan_difference, setting_differences, unknown_settings, with_defaults
 from training.model_card import model_card
@@ -228,12 +228,28 @@ def find_adapter(ckpt: str, adapter: str) -> tuple[Path | None, dict]:
     return folder, read_state(folder)
 
 
+def check_base(resumed: Path | None, first: Path | None, model: str) -> None:
+    """Raise InputError where a run would go on with other base weights than it began with, and warn where a new one
+    begins with the adapter `first` of other base weights."""
+    if text := _other_base(resumed, model):
+        raise InputError(f"{text}\n  resume with those, or start a new run by another --output and --init-from")
+    if not resumed:
+        warn_of_other_base(first, model)
+
+
 def warn_of_other_base(folder: Path | None, model: str) -> None:
-    """Print a warning where a checkpoint was trained on other weights than those in a model's folder. One of an older
-    version, and an adapter made elsewhere, do not tell."""
-    known = _recorded(folder, "base weights")
-    if known and known != weights_hash(model):
-        print0(f"warning: {folder} was trained on a base model with other weights than those in {model}")
+    """Print a warning where a checkpoint was trained on other weights than those in a model's folder."""
+    if text := _other_base(folder, model):
+        print0(f"warning: {text}")
+
+
+def _other_base(folder: Path | None, model: str) -> str:
+    """What tells that a checkpoint was trained on other weights than those in a model's folder; empty otherwise. One of
+    an older version, and an adapter made elsewhere, do not tell."""
+    hashes = weights_hashes(model)
+    if all(_recorded(folder, name) in ("", value) for name, value in hashes.items()):
+        return ""
+    return f"{folder} was trained on a base model with other weights than those in {model}"
 
 
 def warn_of_other_prompts(folder: Path | None, tokenizer) -> None:

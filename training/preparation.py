@@ -26,11 +26,11 @@ from inputs.texts import load_tokenizer
 from inputs.vision_cache import SPARE, cache_at
 from modeling.delta import check_kernels
 from modeling.fp8 import check_products
-from modeling.loading import check_precision, fingerprint, resolve_model, weights_hash
+from modeling.loading import check_precision, fingerprint, resolve_model, weights_hashes
 from modeling.lora import lora_differences
 from modeling.precision import ROUNDED_GRADIENTS
 from modeling.targets import names_vision, resolve_targets
-from training.checkpoints import find_checkpoint, size_and_sum, warn_of_other_base
+from training.checkpoints import check_base, find_checkpoint, size_and_sum
 from training.compatibility import PLAN_VERSION
 from training.costs import tree_counter, uncounted
 from training.description import describe_data, without_effect
@@ -86,7 +86,7 @@ def prepare(
     checkpoint = dist_utils.from_rank0(lambda: find_checkpoint(args.resume, output, identity))
     dist_utils.from_rank0(lambda: check_lora(args, empty_model(config, args), is_new=not checkpoint))
     first = Path(args.init_from) if args.init_from else None
-    dist_utils.from_rank0(lambda: warn_of_other_base(checkpoint or first, folder))
+    dist_utils.from_rank0(lambda: check_base(checkpoint, first, folder))
     dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, train, val))
     val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
     cache = cache_at(Path(args.vision_cache), config, dtype) if args.vision_cache else None
@@ -94,7 +94,7 @@ def prepare(
     parts = [(train, [bounds.largest]), (val, val_batches)]
     dist_utils.from_rank0(lambda: check_shared_memory(parts, images, args.workers, cache))
     steps = count_steps(args, len(sampler), args.epochs)
-    base = dist_utils.from_rank0(lambda: {"base weights": weights_hash(folder), "prompt": prompt_hash(tokenizer)})
+    base = dist_utils.from_rank0(lambda: weights_hashes(folder) | {"prompt": prompt_hash(tokenizer)})
     return Prepared(
         folder,
         config,

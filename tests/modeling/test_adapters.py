@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from common import InputError
 from model import TreeModel, load_base
 from modeling.adapters import base_name, read_layers, read_settings
-from modeling.loading import weights_hash
+from modeling.loading import weights_hashes
 from modeling.lora import load_adapter, merge_lora
 from trees import Assignment
 
@@ -204,15 +204,19 @@ def test_an_adapter_names_its_base_model_or_must_be_told(made, tmp_path, world):
 
 def test_the_hash_of_weights_knows_other_weights_but_not_other_files(world, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(world / "model")
-    expected = weights_hash(world / "model")
+    expected = weights_hashes(world / "model")
     model.bfloat16().save_pretrained(tmp_path / "half", max_shard_size="1MB")
-    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1 and weights_hash(tmp_path / "half") == expected
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1 and weights_hashes(tmp_path / "half") == expected
     (tmp_path / "old").mkdir()
     weights = load_file(world / "model" / "model.safetensors")
     old = renamed(weights, [("model.language_model.", "model."), ("model.visual.", "visual.")])
     del old["lm_head.weight"]
     save_file(old, tmp_path / "old" / "model.safetensors")
-    assert weights_hash(tmp_path / "old") == expected
-    name = "model.layers.1.self_attn.q_proj.weight"
-    save_file(old | {name: old[name] * 1.02}, tmp_path / "old" / "model.safetensors")
-    assert weights_hash(tmp_path / "old") != expected
+    assert weights_hashes(tmp_path / "old") == expected
+    for name, others in [
+        ("model.layers.1.self_attn.q_proj.weight", {"base weights outside layers"}),
+        ("visual.merger.linear_fc2.bias", {"base weights"}),
+    ]:
+        save_file(old | {name: old[name] + 0.02}, tmp_path / "old" / "model.safetensors")
+        found = weights_hashes(tmp_path / "old")
+        assert {kind for kind in expected if found[kind] == expected[kind]} == others

@@ -309,8 +309,42 @@ def test_a_base_model_never_goes_on_with_random_weights(world, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights = {name: weight for name, weight in weights.items() if "layers.1.mlp.up_proj" not in name}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="has no weights model.*layers.1.mlp.up_proj.weight, one of 1 missing: copy"):
-        load_base(resolve_model(str(folder)), torch.float32, torch.device("cpu"))
+    with pytest.raises(InputError, match="has no weights model.*layers.1.mlp.up_proj.weight, one of 1 missing\n  copy"):
+        resolve_model(str(folder))
+    with pytest.raises(InputError, match="one of 1 missing: copy"):
+        load_base(folder, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "problem"),
+    [
+        ("text_config", {"num_hidden_layers": 1}, "layers.1.* belongs to a layer too many"),
+        ("vision_config", {"depth": 1, "deepstack_visual_indexes": [0]}, "blocks.1.* belongs to a layer too many"),
+        ("text_config", {"intermediate_size": 96}, r"mlp.* is \[\d+, \d+\], not \[.*96.*\]"),
+        ("text_config", {"vocab_size": 9999}, r"embed_tokens.weight is \[\d+, \d+\], not \[9999, "),
+    ],
+)
+def test_weights_of_another_model_than_the_configuration_s_are_refused(world, tmp_path, part, settings, problem):
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    kinds = config["text_config"].get("layer_types", ["full_attention"] * 3)
+    config["text_config"]["layer_types"] = kinds[: settings.get("num_hidden_layers")]
+    config[part] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"not those of the model in its config.json\n  model\..*{problem}"):
+        resolve_model(str(folder))
+
+
+def test_a_configuration_that_transformers_refuses_is_one_clear_error(world, tmp_path):
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"num_hidden_layers": 1, "layer_types": ["full_attention"] * 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    for weights in (True, False):
+        with pytest.raises(
+            InputError, match=r"transformers refuses config.json of model .*\n  copy or.*\n  .*layer_types"
+        ):
+            resolve_model(str(folder), weights)
 
 
 def test_a_cache_without_the_weights_is_one_clear_error_and_enough_for_a_plan(world, tmp_path, monkeypatch):

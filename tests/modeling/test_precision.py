@@ -216,14 +216,12 @@ def test_bytes_of_weights_are_those_of_the_loaded_model(world, precision):
     assert sum(t.nbytes for t in tensors.values()) - tables == weight_bytes(empty, precision)
 
 
-@pytest.mark.parametrize("fault", ["lost", "other size"])
-def test_lost_weights_and_those_of_another_size_are_errors_that_name_them(world, tmp_path, fault):
+def test_lost_weights_are_an_error_that_names_them(world, tmp_path):
     for path in (world / "model").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     name, path = "model.language_model.layers.1.mlp.up_proj.weight", tmp_path / "model.safetensors"
     weights = load_file(path)
-    own = weights.pop(name)
-    save_file(weights if fault == "lost" else weights | {name: own[:-16].contiguous()}, path, {"format": "pt"})
-    words = {"lost": f"no weights {name}", "other size": f"{name} is \\["}[fault]
-    with pytest.raises(InputError, match=words):
+    del weights[name]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(InputError, match=f"no weights {name}"):
         load_base(tmp_path, torch.float32, CPU, "fp8-weights")
