@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import filecmp
 import itertools
 import json
 import math
@@ -280,6 +281,34 @@ def picture_warnings(sizes: dict[str, PictureSize]) -> list[str]:
     }
     kinds["images with several frames or pages, of which the first is used"] = [p for p in sizes if sizes[p].several]
     return [f"{kind}: {len(paths):,}\n  {Path(paths[0]).name}" for kind, paths in kinds.items() if paths]
+
+
+def find_copies(images: dict[str, PictureSize], others: dict[str, PictureSize]) -> dict[str, str]:
+    """Those of `images` whose files have the same bytes as a file of `others`, each with the first such.
+
+    Nothing is read of a file that no other one is as long as. Raises OSError for files that can't be read.
+    """
+    sizes = set(images.values()) & set(others.values())
+    by_length, by_middle, copies = {}, {}, {}
+    for path in images:
+        if images[path] in sizes:
+            by_length.setdefault(os.path.getsize(path), []).append(path)
+    for path in others:
+        if others[path] in sizes and os.path.getsize(path) in by_length:
+            by_middle.setdefault(_middle(path), []).append(path)
+    for path in itertools.chain.from_iterable(by_length.values() if by_middle else ()):
+        same = (other for other in by_middle.get(_middle(path), ()) if filecmp.cmp(path, other, shallow=False))
+        if other := next(same, ""):
+            copies[path] = other
+    return copies
+
+
+def _middle(path: str) -> tuple[int, bytes]:
+    """The length of a file, and 4 KiB from its middle."""
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        file.seek(length // 2)
+        return length, file.read(4096)
 
 
 def checked_grid(image: str, size: tuple[int, int] | str, settings: ImageSettings) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from common import quote
 from data import Sample, VQAData
 from dist_utils import print0
 from evaluation.normalization import accepted, is_right
-from inputs.images import picture_warnings
+from inputs.images import find_copies, picture_warnings
 from modeling.lora import lora_table
 from training.scaling import GPU_COUNTS, spread
 from trees import Step, group_samples, rank_efficiency
@@ -106,14 +106,24 @@ def describe_plan(train: VQAData, plan: list[Step]) -> str:
 
 def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
     """What may be wrong with rows that can be used: how many there are, and where the first one stands."""
-    warnings = []
-    if shared := set(train.grids) & set(val.grids) if val else set():
-        first, image = next((s, image) for s in val.samples for image in s.images if image in shared)
-        place = f"{first.where} {Path(image).name}"
-        warnings.append(f"validation images that are also trained on: {len(shared):,}\n  {place}")
+    warnings = _trained_images(train, val) if val else []
     warnings += picture_warnings(train.sizes | (val.sizes if val else {}))
     of_rows = [warning for data in (train, val) if data for warning in unread_warnings(data) + _row_warnings(data)]
     return warnings + list(dict.fromkeys(of_rows))  # rows held out are of the files that others are trained of
+
+
+def _trained_images(train: VQAData, val: VQAData) -> list[str]:
+    """Warnings of validation images that are trained on, by the same name or by another."""
+    shared = {image: "" for image in val.sizes if image in train.sizes}
+    others = {image: size for image, size in val.sizes.items() if image not in shared}
+    kinds = {"also trained on": shared, "copies of trained ones": find_copies(others, train.sizes)}
+    warnings = []
+    for kind, found in kinds.items():
+        if found:
+            first, image = next((s, image) for s in val.samples for image in s.images if image in found)
+            place = f"{first.where} {Path(image).name}{found[image] and f' is {Path(found[image]).name}'}"
+            warnings.append(f"validation images that are {kind}: {len(found):,}\n  {place}")
+    return warnings
 
 
 def unread_warnings(data: VQAData) -> list[str]:

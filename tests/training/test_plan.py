@@ -599,6 +599,25 @@ def test_suspicious_rows_are_counted_and_the_first_is_named(world, tmp_path):
     assert data_warnings(data[1], None) == []
 
 
+def test_validation_images_that_are_copies_of_trained_ones_are_named(world, tmp_path):
+    tokenizer, settings = AutoTokenizer.from_pretrained(world / "model"), image_settings(world / "model")
+    picture = noise(64, 64)
+    for name in ("a", "copy", "end", "middle", "smaller"):  # of the same length, but for the last
+        changed = picture.resize((32, 64) if name == "smaller" else (64, 64))
+        if name in ("end", "middle"):
+            changed.putpixel((0, 0) if name == "end" else (0, 31), (1, 2, 3))  # a BMP ends with its first line
+        changed.save(tmp_path / f"{name}.bmp")
+    data = []
+    for names in (("smaller", "a"), ("smaller", "end", "middle", "copy")):
+        rows = [json.dumps(tiny.single(f"{name}.bmp", "How many?", "one")) + "\n" for name in names]
+        (tmp_path / "rows.jsonl").write_text("".join(rows))
+        data.append(load_data([tmp_path / "rows.jsonl"], tmp_path, tokenizer, settings, 100_000))
+    assert data_warnings(*data)[:2] == [
+        "validation images that are also trained on: 1\n  rows.jsonl:1 smaller.bmp",
+        "validation images that are copies of trained ones: 1\n  rows.jsonl:4 copy.bmp is a.bmp",
+    ]
+
+
 def test_the_first_suspicious_row_is_the_first_of_the_file_whatever_its_picture(load):
     a, b, no = (tiny.single(name, "How many?", answer) for name, answer in (("a.png", 1), ("b.png", 1), ("b.png", 2)))
     told = data_warnings(load([a, b, b, a, no, {**a, "answer": 2}]), None)
