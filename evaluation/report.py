@@ -145,6 +145,8 @@ def named_scores(score: dict) -> dict[str, tuple[int, str]]:
         cells[name] = difference["questions"], points(difference)
     if bleu := score.get("bleu"):
         cells["BLEU, 0 to 100"] = forced["exact_match"]["questions"], f"{bleu['score']:.1f}"
+    if cut := score["cut"]:
+        cells["answers cut by --max-new-tokens"] = forced["exact_match"]["questions"], f"{cut:,}"
     cells["loss per answer token"] = cell(forced, "loss", forced["exact_match"]["questions"])
     if options := score.get("options"):
         cells["likeliest option is right"] = mean_cell(options["top1"])
@@ -216,7 +218,8 @@ def truth(prediction: dict) -> str:
 
 def verdict(prediction: dict) -> str:
     css_class, mark = ("right", "✓") if prediction["right"] else ("wrong", "✗")
-    return f'<span class="{css_class}">{mark} {text(prediction["prediction"].strip()) or "(empty)"}</span>'
+    cut = " (cut)" if prediction.get("cut") else ""
+    return f'<span class="{css_class}">{mark} {text(prediction["prediction"].strip()) or "(empty)"}{cut}</span>'
 
 
 def flipped(summary: dict, predictions: dict[str, list[dict]]) -> str:

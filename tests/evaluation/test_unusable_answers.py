@@ -45,6 +45,9 @@ def test_answers_that_the_limit_cuts_are_foreseen_counted_and_marked(world, tmp_
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]["base"]["cut"] == 2
     told = "\n2 of 3 answers (base) were cut at 3 tokens: give a higher --max-new-tokens\n"
     assert told in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count(" (cut)</span>") == 2
+    assert re.search(r"answers cut by --max-new-tokens</t.><td[^>]*>3</td><td[^>]*>2</td>", page)
 
 
 @pytest.mark.parametrize("broken", ["base", "adapter"])
