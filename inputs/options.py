@@ -63,7 +63,8 @@ def take_answer(row: Fields, options: dict[str, str] | None) -> tuple[str, list[
             raise ValueError("several answers to a question with `options`: only one of them can be trained")
     others = row.take_matching(ANOTHER_ANSWER)
     if given is None and accepted:
-        given = Counter(accepted).most_common(1)[0][0]  # the first of equals: a Counter keeps the order
+        most = Counter(map(_folded, accepted)).most_common(1)[0][0]  # the first of equals: a Counter keeps the order
+        given = next(text for text in accepted if _folded(text) == most)
     elif given is None and others and options:
         given = others.pop(next(iter(others)))
     answer = _chosen(given, options) if options else _text("answer", given)

@@ -23,6 +23,7 @@ from trees import Step, group_samples, rank_efficiency
 MOST_FIELDS, LONGEST_NAME = 20, 60  # fields of a file that nothing reads: so many are named, and characters of a name
 BLANK = "\u115f\u1160\u2800\u3164\uffa0\u034f\ufe0f\ufe0e"  # letters and marks without ink, none of them white space
 DAMAGED = re.compile(r"&(?:#\d+|#[xX][\da-fA-F]+|amp|lt|gt|quot|apos|nbsp);|\\n(?![a-z])|\ufffd")
+LETTER = re.compile(r"\b(?:letters?|A, B, C)\b", re.IGNORECASE)
 FEW_STEPS = 30  # optimizer steps of a run, below which it is warned of
 LONG_ANSWER = 256  # trained tokens of a row, above which it is warned of
 
@@ -144,7 +145,7 @@ def _row_warnings(data: VQAData) -> list[str]:
     """Warnings of rows that repeat or contradict an earlier one, of very long answers, of last answers that are not
     trained but evaluated all the same, of texts that say nothing, and of texts that a program may have damaged."""
     (repeats, contradictions), long, untrained = clashes(data.samples), [], []
-    missing, invisible, damaged, spaced = [], [], [], []
+    missing, invisible, damaged, spaced, lettered = [], [], [], [], []
     for sample in data.samples:
         texts = sample.fields["question"], sample.fields["answer"]
         if (count := np.count_nonzero(sample.weights)) > LONG_ANSWER:
@@ -159,6 +160,10 @@ def _row_warnings(data: VQAData) -> list[str]:
             damaged.append(f"{sample.where} {quote(match[0])}")
         if texts[1].strip() != texts[1]:
             spaced.append(f"{sample.where} {quote(texts[1])}")
+        if sample.fields.get("options") and len(texts[1]) > 1 and LETTER.search(texts[0]):
+            lettered.append(
+                f"{sample.where} trains {quote(texts[1])}\n  without `options`, answers are trained as written"
+            )
     kinds = {
         "rows that repeat another in images, question and answer": repeats,
         "rows that contradict another of the same images and question": contradictions,
@@ -167,6 +172,7 @@ def _row_warnings(data: VQAData) -> list[str]:
         "rows whose question or answer is what programs write for a missing value": missing,
         "rows whose question or answer has no visible character": invisible,
         "rows with an HTML entity, a \\n of two characters, or the sign for an unreadable character": damaged,
+        "rows with `options` whose question asks for a letter": lettered,
         "rows whose answer begins or ends with white space, which most chat templates train": spaced,
     }
     return [f"{kind}: {len(rows):,}\n  {rows[0]}" for kind, rows in kinds.items() if rows]

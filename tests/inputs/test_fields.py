@@ -382,6 +382,19 @@ def test_white_space_around_answers_is_told(load):
     assert warning == f"{kind}: 2\n  rows.jsonl:2 'yes '"
 
 
+def test_a_letter_that_is_asked_for_where_texts_are_trained_is_told(load):
+    asked = "What colour? Answer with the letter of an option."
+    rows = [
+        flat("B", asked, image="a.png", options=["white", "red"]),
+        flat("B", "What colour?", image="b.png", options=["white", "red"]),
+        flat("B", asked, image="b.png"),
+        flat("B", asked, image="c.png", options=["A", "B"]),
+    ]
+    (warning,) = data_warnings(load(rows), None)
+    kind = "rows with `options` whose question asks for a letter"
+    assert warning == f"{kind}: 1\n  rows.jsonl:1 trains 'red'\n  without `options`, answers are trained as written"
+
+
 @pytest.mark.parametrize("text", ["\u200b", "\ufeff", "\u200b \u200d", "\u3164", "\u2800", "\u00ad"])
 def test_texts_without_a_visible_character_are_told(load, text):
     data = load([flat(image="a.png"), flat(text, image="b.png"), flat("no", text, image="c.png")])

@@ -105,6 +105,7 @@ MANY = {
     ("pink", "red"): "pink",
     ("red", "pink", "pink", "red"): "red",
     ("pink",) * 10: "pink",
+    ("red", "Pink", "pink.", "red.", "pink"): "Pink",
 }
 
 
