@@ -387,7 +387,7 @@ def test_a_letter_that_is_asked_for_where_texts_are_trained_is_told(load):
     rows = [
         flat("B", asked, image="a.png", options=["white", "red"]),
         flat("B", "What colour?", image="b.png", options=["white", "red"]),
-        flat("B", asked, image="b.png"),
+        flat("blue", asked, image="b.png"),
         flat("B", asked, image="c.png", options=["A", "B"]),
     ]
     (warning,) = data_warnings(load(rows), None)
