@@ -284,9 +284,9 @@ def picture_warnings(sizes: dict[str, PictureSize]) -> list[str]:
 
 
 def find_copies(images: dict[str, PictureSize], others: dict[str, PictureSize]) -> dict[str, str]:
-    """Those of `images` whose files have the same bytes as a file of `others`, each with the first such.
+    """Those of `images` whose files have the same bytes as a file of `others`, each with the first such file.
 
-    Nothing is read of a file that no other one is as long as. Raises OSError for files that can't be read.
+    Only files of equal length are read. Raises OSError for files that can't be read.
     """
     sizes = set(images.values()) & set(others.values())
     by_length, by_middle, copies = {}, {}, {}

@@ -4,12 +4,15 @@ import hashlib
 import json
 import re
 import textwrap
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from common import InputError
@@ -23,6 +26,7 @@ READ_FILES = (
     *("added_tokens.json", "vocab.json", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
     *("video_preprocessor_config.json", INDEX),
 )
+TIED = {"lm_head.weight", "model.language_model.embed_tokens.weight"}  # where they are one, files may hold either
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # begins what a clone without Git LFS has for a large file
 
 
@@ -48,8 +52,9 @@ def resolve_model(name: str, weights: bool = True) -> str:
     if not is_folder:
         folder = _download(name, **({} if weights else {"allow_patterns": ["*.json", "*.txt", "*.jinja"]}))
     _check_folder(name, Path(folder), weights)
+    model = _empty_model(name, folder)
     if weights:
-        _check_weights(name, folder)
+        _check_weights(name, folder, model)
     return folder
 
 
@@ -57,11 +62,15 @@ def _download(name: str, **files) -> str:
     try:
         return snapshot_download(name, **files)
     except OSError as error:  # no such model, none that this user may have, no network, a full disk
-        reason = textwrap.fill(" ".join(str(error).split()), 100, initial_indent="  ", subsequent_indent="  ")
         raise InputError(
             f"model {name} can't be downloaded and is not in the cache\n"
-            f"  on a machine with internet: hf download {name}; or give a model's folder\n{reason}"
+            f"  on a machine with internet: hf download {name}; or give a model's folder\n{_wrapped(error)}"
         ) from None
+
+
+def _wrapped(error: Exception) -> str:
+    """An error's message as lines of at most 100 columns."""
+    return textwrap.fill(" ".join(str(error).split()), 100, initial_indent="  ", subsequent_indent="  ")
 
 
 def _remedy(name: str, again: bool = False) -> str:
@@ -84,12 +93,6 @@ def _check_folder(name: str, folder: Path, weights: bool) -> None:
             _check_file(name, path)
     if missing := _missing(folder, weights):
         raise InputError(f"model {name} has no {missing}\n  {_remedy(name)}")
-    try:
-        AutoConfig.from_pretrained(folder)
-    except (ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        remedy = _remedy(name, again=True)
-        raise InputError(f"transformers refuses config.json of model {name}\n  {remedy}\n  {reason}") from None
     for path in weight_files(folder) if weights else ():
         _check_file(name, path)
 
@@ -114,27 +117,36 @@ def _check_file(name: str, path: Path) -> None:
         raise InputError(f"model {name} has a damaged {path.name}\n  {remedy}\n  {error}") from None
 
 
-def _check_weights(name: str, folder: str) -> None:
-    """Raise InputError where weights are not those of the model that config.json describes. transformers would begin
-    with random numbers where some are missing, and leave out layers that are too many."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
-    expected, found = {key: list(weight.shape) for key, weight in model.state_dict().items()}, {}
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            found |= {model_name(key): file.get_slice(key).get_shape() for key in file.keys()}
-    # Where lm_head shares the embeddings' weight, files may lack it.
-    if missing := sorted(expected.keys() - found.keys() - {"lm_head.weight"}):
-        lacking = f"{missing[0]}, one of {len(missing):,} missing"
-        raise InputError(f"model {name} has no weights {lacking}\n  {_remedy(name, again=True)}")
+def _empty_model(name: str, folder: str) -> nn.Module:
+    """The model that config.json describes, without memory for weights. Raises InputError where there can be none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # whatever transformers and torch raise over a configuration
+        raise InputError(
+            f"transformers can't use config.json of model {name}\n  {_remedy(name, again=True)}\n"
+            f"  {type(error).__name__}:\n{_wrapped(error)}"
+        ) from None
+
+
+def _check_weights(name: str, folder: str, model: nn.Module) -> None:
+    """Raise InputError where weights are not those of `model`. transformers would begin with random numbers where some
+    are missing, and leave out layers that are too many."""
+    expected = {key: list(weight.shape) for key, weight in model.state_dict().items()}
+    found = {key: place.shape for key, place in weight_places(folder).items()}
+    missing = expected.keys() - found.keys()
+    if model.lm_head.weight is model.get_input_embeddings().weight and len(missing & TIED) == 1:
+        missing -= TIED
     layers = set(map(_layer, expected))
-    problems = [f"{key} belongs to a layer too many" for key in found if _layer(key) not in layers]
-    problems += [
-        f"{key} is {found[key]}, not {sizes}" for key, sizes in expected.items() if found.get(key, sizes) != sizes
-    ]
-    if problems:
-        what = "weights that are not those of the model in its config.json"
-        raise InputError(f"model {name} has {what}\n  {problems[0]}\n  {_remedy(name, again=True)}")
+    problems = chain(
+        (f"{len(missing):,} are missing, the first is {key}" for key in sorted(missing)),
+        (f"{key} belongs to a layer that config.json does not have" for key in found if _layer(key) not in layers),
+        (f"{key} is {found[key]}, not {sizes}" for key, sizes in expected.items() if found.get(key, sizes) != sizes),
+    )
+    if problem := next(problems, ""):
+        raise InputError(
+            f"the weights of model {name} do not fit its config.json\n  {problem}\n  {_remedy(name, again=True)}"
+        )
 
 
 def _layer(key: str) -> str:
@@ -161,7 +173,7 @@ def _unsupported(config: dict) -> str:
         return f"is of type {kind}{', a mixture of experts' if 'moe' in kind else ''}"
     if "quantization_config" in config and not fp8_blocks(config["quantization_config"]):
         return "has quantized weights"
-    if (config | config.get("text_config", {})).get("use_sliding_window"):
+    if (config | (config.get("text_config") or {})).get("use_sliding_window"):
         return "attends within a sliding window"
     return ""
 
@@ -212,34 +224,43 @@ def _indexed(folder: Path) -> list[str]:
     return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
 
 
-def weight_places(folder: str) -> dict[str, tuple[Path, str]]:
-    """The file of each weight, and its name there, by its name in transformers 5."""
+class Place(NamedTuple):
+    """Where a weight is."""
+
+    path: Path
+    name: str  # in that file
+    shape: list[int]
+
+
+def weight_places(folder: str) -> dict[str, Place]:
+    """The place of each weight, by its name in transformers 5."""
     places = {}
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
-            places |= {model_name(name): (path, name) for name in file.keys()}
+            places |= {model_name(name): Place(path, name, file.get_slice(name).get_shape()) for name in file.keys()}
     return places
 
 
 def weights_hashes(folder: str) -> dict[str, str]:
-    """Hashes of the first numbers of weights, rounded to bfloat16: of a few in all layers, and of all outside layers.
+    """Hashes of the first numbers of weights, rounded to bfloat16: of a few in all layers, and of all outside layers
+    but lm_head, which files may lack.
 
-    They tell models of the same sizes apart, but not files of another type, division or version. Takes milliseconds.
+    They tell models of the same sizes apart, but not files of another type, division or version.
     """
     places = weight_places(folder)
-    inside = sorted(name for name in places if re.search(r"\.(layers|blocks)\.\d+\..*weight$", name))
+    inside = sorted(name for name in places if _layer(name) and name.endswith("weight"))
     outside = sorted(name for name in places if name.startswith("model.") and not _layer(name))
     few = inside[:: max(1, len(inside) // HASHED)]
-    return {"base weights": _hash(places, few), "base weights outside layers": _hash(places, outside)}
+    return {"base weights in layers": _hash(places, few), "base weights outside layers": _hash(places, outside)}
 
 
-def _hash(places: dict, names: list[str]) -> str:
+def _hash(places: dict[str, Place], names: list[str]) -> str:
     digest = hashlib.sha256()
-    for name in names:
-        path, own = places[name]
-        with safe_open(path, "pt") as file:
-            weight = file.get_slice(own)
-            first = weight[:1] if len(weight.get_shape()) > 1 else weight[:]
-        first = first.flatten()[:256].to(torch.bfloat16)
-        digest.update(name.encode() + first.view(torch.uint8).numpy().tobytes())
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(safe_open(path, "pt")) for path in {places[name].path for name in names}}
+        for name in names:
+            weight = files[places[name].path].get_slice(places[name].name)
+            first = weight[:1] if len(places[name].shape) > 1 else weight[:]
+            first = first.flatten()[:256].to(torch.bfloat16)
+            digest.update(name.encode() + first.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -69,8 +69,8 @@ def _fill(
 
 def _read(name: str, places: dict, device: torch.device) -> torch.Tensor:
     if name not in places:
-        folder = next(iter(places.values()))[0].parent
+        folder = next(iter(places.values())).path.parent
         raise InputError(f"model {folder} has no weights {name}: copy or download it again")
-    path, own = places[name]
+    path, own, _ = places[name]
     with safe_open(path, "pt", device=str(device)) as file:
         return file.get_tensor(own)

@@ -345,11 +345,13 @@ def test_an_adapter_made_elsewhere_answers_like_the_checkpoint_with_the_same_wei
     assert own.prompts["system"] == "Be brief." and own.ckpt == ckpt.resolve()
 
 
-def test_another_base_model_of_the_same_sizes_is_warned_of(world, run, tmp_path, capsys):
-    warning, ckpt = "was trained on a base model with other weights than those in", checkpoints(run)[-1]
+@pytest.mark.parametrize("part", ["layers", "merger"])
+def test_another_base_model_of_the_same_sizes_is_warned_of_and_never_resumed_on(world, run, tmp_path, capsys, part):
+    warning, ckpt = "was trained on other base weights than those in", checkpoints(run)[-1]
     other = shutil.copytree(world / "model", tmp_path / "other")
     weights = load_file(other / "model.safetensors")
-    save_file({name: weight + 0.01 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    weights |= {name: weight + 0.01 for name, weight in weights.items() if part in name}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
     asked = ["--ckpt", str(ckpt), "--question=Sharp?", "--max-new-tokens=1"]
     settings = {"init_from": ckpt, "max_steps": 1, "eval_every": 0}
     commands = [
@@ -359,14 +361,15 @@ def test_another_base_model_of_the_same_sizes_is_warned_of(world, run, tmp_path,
     ]
     for command in commands:
         assert command(other) == 0
-        assert f"warning: {ckpt} {warning} {other}" in capsys.readouterr().out
+        assert f"warning: {ckpt}\n  {warning} {other}" in capsys.readouterr().out
     commands[0](world / "model")
+    assert train.main(arguments(world, tmp_path / "new", model=other, **settings, resume="auto")) == 0
     assert warning not in capsys.readouterr().out
-    with pytest.raises(InputError, match=f"{warning} {world / 'model'}\n  resume with those, or"):
-        train.main(arguments(world, tmp_path / "new", **settings, resume="auto"))  # of a run on `other`
+    with pytest.raises(InputError, match=f"{warning} {world / 'model'}\n  resume with that base model, or"):
+        train.main(arguments(world, tmp_path / "new", **settings, resume="auto"))
     old = shutil.copytree(ckpt, tmp_path / "checkpoint-000020")
     manifest = json.loads((old / "manifest.json").read_text())
-    assert manifest.pop("base weights") and manifest.pop("base weights outside layers")
+    assert manifest.pop("base weights in layers") and manifest.pop("base weights outside layers")
     (old / "manifest.json").write_text(json.dumps(manifest))  # as an older version wrote it
     evaluation.main(["--ckpt", str(old), *asked[2:], f"--model={other}"])
     assert warning not in capsys.readouterr().out

@@ -229,10 +229,11 @@ def find_adapter(ckpt: str, adapter: str) -> tuple[Path | None, dict]:
 
 
 def check_base(resumed: Path | None, first: Path | None, model: str) -> None:
-    """Raise InputError where a run would go on with other base weights than it began with, and warn where a new one
+    """Raise InputError where a run would continue with other base weights than it began with, and warn where a new one
     begins with the adapter `first` of other base weights."""
     if text := _other_base(resumed, model):
-        raise InputError(f"{text}\n  resume with those, or start a new run by another --output and --init-from")
+        remedy = "start a new run with another --output and this checkpoint as --init-from"
+        raise InputError(f"{text}\n  resume with that base model, or {remedy}")
     if not resumed:
         warn_of_other_base(first, model)
 
@@ -246,10 +247,9 @@ def warn_of_other_base(folder: Path | None, model: str) -> None:
 def _other_base(folder: Path | None, model: str) -> str:
     """What tells that a checkpoint was trained on other weights than those in a model's folder; empty otherwise. One of
     an older version, and an adapter made elsewhere, do not tell."""
-    hashes = weights_hashes(model)
-    if all(_recorded(folder, name) in ("", value) for name, value in hashes.items()):
+    if not folder or all(_recorded(folder, name) in ("", now) for name, now in weights_hashes(model).items()):
         return ""
-    return f"{folder} was trained on a base model with other weights than those in {model}"
+    return f"{folder}\n  was trained on other base weights than those in {model}"
 
 
 def warn_of_other_prompts(folder: Path | None, tokenizer) -> None:

@@ -115,15 +115,17 @@ def data_warnings(train: VQAData, val: VQAData | None) -> list[str]:
 
 def _trained_images(train: VQAData, val: VQAData) -> list[str]:
     """Warnings of validation images that are trained on, by the same name or by another."""
-    shared = {image: "" for image in val.sizes if image in train.sizes}
+    shared = {image: image for image in val.sizes if image in train.sizes}
     others = {image: size for image, size in val.sizes.items() if image not in shared}
     kinds = {"also trained on": shared, "copies of trained ones": find_copies(others, train.sizes)}
     warnings = []
     for kind, found in kinds.items():
         if found:
             first, image = next((s, image) for s in val.samples for image in s.images if image in found)
-            place = f"{first.where} {Path(image).name}{found[image] and f' is {Path(found[image]).name}'}"
-            warnings.append(f"validation images that are {kind}: {len(found):,}\n  {place}")
+            other = f" is {Path(found[image]).name}" if found[image] != image else ""
+            warnings.append(
+                f"validation images that are {kind}: {len(found):,}\n  {first.where} {Path(image).name}{other}"
+            )
     return warnings
 
 

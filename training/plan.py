@@ -54,7 +54,7 @@ COMPILE_S = 24  # where all decoder layers share their graphs
 LAST_LAYER_S = 18  # more where the last one has its own, in training and in evaluation: one start, docs/benchmarks.md
 SAVE_BYTES_S = 0.3e9  # writing and hashing a checkpoint on the disk of a small machine
 OF_QWEN3_5 = (
-    "  Qwen3.5: fitted to steps of the 9B, H200, flash-linear-attention and flash-qla; no run was timed\n"
+    "  Qwen3.5: fitted to steps of the 9B, H200, flash-linear-attention and flash-qla\n"
     "  where its kernels never ran, compiling them takes 2 to 4 minutes more, not counted"
 )
 LISTED_EVENTS = 8  # evaluations and checkpoints that the table shows at most

@@ -181,7 +181,7 @@ def largest_batch(dataset: TreeDataset, bounds: Bounds) -> Batch:
     repeated = torch.arange(bounds.answers) % len(batch.targets)
     names = "answer_at", "targets", "weights", "question"
     tokens = len(batch.ids)
-    branch = np.maximum(0, 1 + (2 * np.arange(tokens) - tokens) * bounds.branches // tokens)
+    branch = np.maximum(0, 1 + np.arange(-tokens, tokens, 2) * bounds.branches // tokens)
     paths = recurrent_paths(np.zeros_like(branch), branch)
     return replace(batch, paths=paths, **{name: getattr(batch, name)[repeated] for name in names})
 

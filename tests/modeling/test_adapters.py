@@ -215,7 +215,7 @@ def test_the_hash_of_weights_knows_other_weights_but_not_other_files(world, tmp_
     assert weights_hashes(tmp_path / "old") == expected
     for name, others in [
         ("model.layers.1.self_attn.q_proj.weight", {"base weights outside layers"}),
-        ("visual.merger.linear_fc2.bias", {"base weights"}),
+        ("visual.merger.linear_fc2.bias", {"base weights in layers"}),
     ]:
         save_file(old | {name: old[name] + 0.02}, tmp_path / "old" / "model.safetensors")
         found = weights_hashes(tmp_path / "old")

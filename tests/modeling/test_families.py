@@ -35,7 +35,7 @@ from evaluation.runner import plan_evaluation
 from inputs.images import ImageSettings, image_settings
 from model import load_base
 from modeling import attention, loading
-from modeling.loading import MODEL_TYPES, resolve_model
+from modeling.loading import MODEL_TYPES, TIED, model_name, resolve_model
 from modeling.lora import lora_table, save_adapter
 from modeling.memory import compile_layers
 from modeling.targets import DEFAULT_TARGETS
@@ -309,7 +309,7 @@ def test_a_base_model_never_goes_on_with_random_weights(world, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights = {name: weight for name, weight in weights.items() if "layers.1.mlp.up_proj" not in name}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="has no weights model.*layers.1.mlp.up_proj.weight, one of 1 missing\n  copy"):
+    with pytest.raises(InputError, match=r"1 are missing, the first is model\..*layers.1.mlp.up_proj.weight\n  copy"):
         resolve_model(str(folder))
     with pytest.raises(InputError, match="one of 1 missing: copy"):
         load_base(folder, torch.float32, torch.device("cpu"))
@@ -318,8 +318,8 @@ def test_a_base_model_never_goes_on_with_random_weights(world, tmp_path):
 @pytest.mark.parametrize(
     ("part", "settings", "problem"),
     [
-        ("text_config", {"num_hidden_layers": 1}, "layers.1.* belongs to a layer too many"),
-        ("vision_config", {"depth": 1, "deepstack_visual_indexes": [0]}, "blocks.1.* belongs to a layer too many"),
+        ("text_config", {"num_hidden_layers": 1}, "layers.1.* belongs to a layer that"),
+        ("vision_config", {"depth": 1, "deepstack_visual_indexes": [0]}, "blocks.1.* belongs to a layer that"),
         ("text_config", {"intermediate_size": 96}, r"mlp.* is \[\d+, \d+\], not \[.*96.*\]"),
         ("text_config", {"vocab_size": 9999}, r"embed_tokens.weight is \[\d+, \d+\], not \[9999, "),
     ],
@@ -331,20 +331,47 @@ def test_weights_of_another_model_than_the_configuration_s_are_refused(world, tm
     config["text_config"]["layer_types"] = kinds[: settings.get("num_hidden_layers")]
     config[part] |= settings
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=rf"not those of the model in its config.json\n  model\..*{problem}"):
+    with pytest.raises(InputError, match=rf"do not fit its config.json\n  model\..*{problem}"):
         resolve_model(str(folder))
 
 
-def test_a_configuration_that_transformers_refuses_is_one_clear_error(world, tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_s_weight_may_be_left_out_where_it_is_the_embeddings(world, tmp_path, tied):
+    """Or the embeddings', as safetensors' save_model does it."""
+    folder = shutil.copytree(world / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    config["text_config"]["tie_word_embeddings"] = tied
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    embeddings = next(weight for name, weight in weights.items() if name.endswith("embed_tokens.weight"))
+    others = {name: weight for name, weight in weights.items() if model_name(name) not in TIED}
+    for left in (*TIED, None):
+        save_file(others | ({left: embeddings} if left else {}), folder / "model.safetensors", {"format": "pt"})
+        if tied and left:
+            resolve_model(str(folder))
+        else:
+            with pytest.raises(InputError, match="1 are missing, the first is" if left else "2 are missing"):
+                resolve_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_hidden_layers": 1, "layer_types": ["full_attention"] * 2}, "layer_types"),
+        ({"hidden_act": "jump"}, "jump"),
+        ({"num_attention_heads": 0}, "zero"),
+    ],
+)
+def test_a_configuration_that_transformers_can_t_use_is_one_clear_error(world, tmp_path, settings, reason):
     folder = shutil.copytree(world / "model", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= {"num_hidden_layers": 1, "layer_types": ["full_attention"] * 2}
+    config["text_config"] |= settings
     (folder / "config.json").write_text(json.dumps(config))
     for weights in (True, False):
-        with pytest.raises(
-            InputError, match=r"transformers refuses config.json of model .*\n  copy or.*\n  .*layer_types"
-        ):
+        with pytest.raises(InputError, match=r"transformers can't use config.json of model .*\n  copy or") as refusal:
             resolve_model(str(folder), weights)
+        lines = str(refusal.value).splitlines()
+        assert reason in "".join(lines[2:]) and max(map(len, lines[2:])) <= 100
 
 
 def test_a_cache_without_the_weights_is_one_clear_error_and_enough_for_a_plan(world, tmp_path, monkeypatch):
