@@ -7,17 +7,13 @@ import sys
 from pathlib import Path
 
 from common import InputError, quote
+from inputs.fields import plain
 from inputs.file_kinds import QUESTION_FIELDS
 
 SUFFIXES = (".csv", ".tsv")
 DELIMITERS = (",", "\t", ";")
-TEXTS = (
-    "id",
-    "question",
-    "answer",
-    "question_type",
-    "system",
-)  # columns whose cells are texts even where they look like JSON
+# Columns whose cells are texts even where they look like JSON. As everywhere, "Question Type" is question_type.
+TEXTS = {plain(name) for name in ("id", "question", "answer", "question_type", "system", "system_prompt")}
 
 
 def is_table(path: Path, raw: bytes) -> bool:
@@ -27,8 +23,7 @@ def is_table(path: Path, raw: bytes) -> bool:
     if first[:1] in (b"{", b"["):
         return False
     header, _ = _read_header(first.decode(errors="replace").rstrip(), path)
-    is_named = len(header) > 1 and any(name in header for name in QUESTION_FIELDS)
-    return is_named or path.suffix.lower() in SUFFIXES
+    return (len(header) > 1 and _names_question(header)) or path.suffix.lower() in SUFFIXES
 
 
 def table_values(path: Path, raw: bytes):
@@ -86,12 +81,16 @@ def _column_names(where: str, header: list[str]) -> list[str]:
     names = [cell.strip() or f"column {number} without a name" for number, cell in enumerate(header, start=1)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"{where}: two columns are named {quote(twice)}: rename one")
-    if not any(name in names for name in QUESTION_FIELDS):
+    if not _names_question(names):
         raise InputError(
             f"{where}: the first line must name the columns, such as image, question and answer, split by commas, "
             f"semicolons or tabs; it names {quote(', '.join(names))}"
         )
     return names
+
+
+def _names_question(columns: list[str]) -> bool:
+    return any(name in map(plain, columns) for name in QUESTION_FIELDS)
 
 
 def _row(names: list[str], cells: list[str]) -> dict:
@@ -104,12 +103,12 @@ def _row(names: list[str], cells: list[str]) -> dict:
 
 
 def _value(name: str, cell: str):
-    if name == "weight":
+    if plain(name) == "weight":
         try:
             return float(cell)
         except ValueError:
             return cell  # refused, as text is in JSON
-    if name in TEXTS or cell[0] not in "[{":
+    if plain(name) in TEXTS or cell[0] not in "[{":
         return cell
     try:
         return json.loads(cell)

@@ -55,6 +55,14 @@ def test_cells_are_texts_but_for_weights_and_json(tmp_path):
     assert bad.where == "rows.csv:4" and "`weight` must be" in bad.reason and "'half'" in bad.reason
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.txt"])
+def test_columns_are_read_in_any_letter_case(tmp_path, name):
+    header = "Image,QUESTION,Answer,Weight,Question Type"
+    (row,), bad = read(tmp_path, f'{header}\na.png,Where?,"[96, 64]",0.5,"[1]"\n', name)
+    assert not bad and row.images == ["a.png"] and row.messages[-1]["weight"] == 0.5
+    assert row.fields == {"question": "Where?", "answer": "[96, 64]", "question_type": "[1]"}
+
+
 def test_a_cell_of_any_length_is_read(tmp_path):
     (row,), bad = read(tmp_path, f"{HEADER}\na.png,Q?,{'long ' * 200_000}")
     assert not bad and len(row.fields["answer"]) == 1_000_000
