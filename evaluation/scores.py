@@ -89,7 +89,8 @@ def question_types(rows: list[dict]) -> list[str]:
     for question, row in zip(questions, rows):
         answers.setdefault(question, Counter())[normalize(row["answer"])] += 1
     kinds = {question: _kind(question, given) for question, given in answers.items()}
-    return [str(row.get("question_type") or kinds[question]) for question, row in zip(questions, rows)]
+    own = [row.get("question_type") for row in rows]  # may be 0
+    return [str(kinds[question] if kind is None else kind) for question, kind in zip(questions, own)]
 
 
 def _kind(question: str, answers: Counter) -> str:

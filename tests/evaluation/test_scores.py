@@ -202,7 +202,7 @@ def test_the_best_of_several_accepted_answers_counts():
     assert score("upper left", "left", "upper right")["token_f1"] == pytest.approx(2 / 3)
 
 
-def kinds(question: str, *answers: str, own: str | None = None) -> list[str]:
+def kinds(question: str, *answers: str, own: str | int | None = None) -> list[str]:
     return scores.question_types([{"question": question, "answer": answer, "question_type": own} for answer in answers])
 
 
@@ -232,6 +232,7 @@ def kinds(question: str, *answers: str, own: str | None = None) -> list[str]:
 def test_a_question_has_one_type_in_a_file(question, answers, kind):
     assert kinds(question, *answers) == [kind] * len(answers)
     assert kinds(question, *answers, own="own") == ["own"] * len(answers)
+    assert kinds(question, *answers, own=0) == ["0"] * len(answers)
 
 
 def test_rows_that_spell_a_question_otherwise_share_its_type():
