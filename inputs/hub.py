@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from common import PARTIAL, InputError, printable, replacing, writing
 from inputs.album import Album, is_absent, usable
+from inputs.fields import Fields
 from inputs.hub_sets import SETS, HubSet, find_set, load_splits, pictures_set, read_values, reading
+from inputs.options import take_options
 from inputs.rows import BadRow, parse_row
 
 READ_ERRORS = (
@@ -49,7 +51,7 @@ class Exported:
 def make_row(values: dict, album: Album, has_pictures: bool) -> dict:
     """A row as docs/rows.md has it. `has_pictures`: the data set's own; otherwise the album has them by their ids.
 
-    Raises ValueError for a picture that can't be used.
+    Raises ValueError for a picture and for options that can't be used.
     """
     values = dict(values)
     picture, picture_id = values.pop("image", None), values.pop("picture_id", None)
@@ -61,9 +63,9 @@ def make_row(values: dict, album: Album, has_pictures: bool) -> dict:
     else:
         raise ValueError(f"there is no picture of the id {picture_id!r}")
     row = {"image": images[0] if len(images) == 1 else images, "img_id": picture_id, **values}
-    hint, options = row.pop("hint", None), row.get("options")
+    hint, options = row.pop("hint", None), take_options(Fields(row)) or {}
     if isinstance(row.get("question"), str):  # a model can't choose from what it is not shown
-        texts = [hint, row["question"], *(options if isinstance(options, list) else [])]
+        texts = [hint, row["question"], *options.values()]
         row["question"] = "\n".join(str(text) for text in texts if text)
     return {name: value for name, value in row.items() if value is not None and value != []}
 

@@ -312,6 +312,15 @@ def test_any_other_set_is_mapped_by_hand(tmp_path):
     assert {*rows_of("train")[0]} == {"image", "question", "answer", "difficulty"}
 
 
+@pytest.mark.parametrize("options", ['["west", "east"]', {"A": "west", "B": "east"}, ["west", "east"]])
+def test_a_question_shows_its_options_in_whatever_form_they_come(tmp_path, options):
+    row = {"image": inside(picture(1)), "question": "Which?", "answer": "B", "choices": options}
+    write_set(tmp_path, "some/set", train=[row], test=[row])
+    words = "question=question", "answer=answer", "image=image", "options=choices"
+    export("some/set", "--map", *words, "--val-fraction=0")
+    assert rows_of("train")[0]["question"] == "Which?\nwest\neast"
+
+
 def test_several_pictures_of_a_row_stay_together(tmp_path):
     rows = [{"images": [inside(picture(n)), inside(picture(n + 1))], "q": "?", "a": "yes"} for n in range(0, 8, 2)]
     write_set(tmp_path, "some/set", train=rows)
