@@ -21,7 +21,7 @@ def build_parser() -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     args, problems = parse_words(build_parser(), argv)
     refuse(problems)
-    problems += path_problems(args, files=("rows",), folders=("images", "adapter"), made=("model",))
+    problems += path_problems(args, files=("rows",), folders=("images", "adapter"), made=("model", "out"))
     if bool(args.ckpt) == bool(args.adapter):
         problems.append("--ckpt or --adapter: give one of them")
     is_own = args.ckpt or (Path(args.adapter) / "state.pt").is_file()

@@ -116,7 +116,10 @@ def path_problems(args: argparse.Namespace, files: Iterable = (), folders: Itera
         for path in [value] if isinstance(value, str) else value:
             problem, exists = path_problem(path, is_folder=name not in files), os.path.exists(path)
             hint = nearest(path, ("none", "auto")) if name == "resume" and not exists else ""
-            if problem and (name not in made or exists):
+            is_home = path.startswith("~") and not exists  # a folder of that name would be made in this one
+            if is_home:
+                problem = f"{path}: a shell reads ~ as the home folder, but not behind = or in a file: write it out"
+            if problem and (name not in made or exists or is_home):
                 problems.append(f"--{name.replace('_', '-')}: {problem}{hint}")
     return problems
 
