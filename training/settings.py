@@ -275,8 +275,10 @@ def _set_defaults(parser: Parser, values: dict, config: str) -> list[str]:
     argparse converts a default that is text as if it stood on the command line; elements of a list it leaves alone.
     """
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    problems = []
+    problems, spelled = [], {}
     for name, value in values.items():
+        if (first := spelled.setdefault(name.replace("-", "_"), name)) != name:
+            problems.append(f"--config {config}: {first} and {name} are the same setting: leave one of them out")
         action = actions.get(name.replace("-", "_"))
         if name in WERE_SWITCHES and isinstance(value, bool):
             value = "on" if value else "off"

@@ -182,6 +182,7 @@ def test_a_misspelt_flag_is_named_without_its_values_and_beside_other_problems()
         ("epochs = 1.5", "--epochs: '1.5' is not a whole number"),
         ("dtype = 'float16'", "--dtype: 'float16' is none of auto, bfloat16, float32"),
         ("epochs = 1 2", "line 1"),
+        ("batch-size = 8\nbatch_size = 4", "batch-size and batch_size are the same setting"),
     ],
 )
 def test_a_wrong_line_of_the_settings_file_is_named(config, line, message):
