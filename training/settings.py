@@ -366,7 +366,9 @@ def _check_paths(settings: argparse.Namespace) -> list[str]:
 
 
 def _absolute(path: str, problems: list[str]) -> str:
-    absolute = str(Path(path).resolve())
+    """The path with its folders' links followed. A file keeps its name: the hub's cache links names to hashes."""
+    linked = Path(path)
+    absolute = str(linked.parent.resolve() / linked.name if os.path.isfile(path) else linked.resolve())
     if is_text(path) and not is_text(absolute):
         problems.append(f"{path} lies in {ascii(absolute)}, whose name holds bytes that are not UTF-8")
     return absolute

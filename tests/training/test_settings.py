@@ -220,6 +220,14 @@ def test_the_written_file_reads_back_to_the_same_settings(rows_file, config, sys
     assert to_toml(again) == written
 
 
+def test_a_file_of_rows_that_is_a_link_keeps_its_name(tmp_path, rows_file):
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "train.jsonl").symlink_to(rows_file)
+    (tmp_path / "link").symlink_to("snapshot")
+    settings = parse_settings(["--train", str(tmp_path / "link" / "train.jsonl")])
+    assert settings.train == [str(tmp_path / "snapshot" / "train.jsonl")]
+
+
 def test_a_run_s_settings_do_not_resume_it_by_themselves(rows_file, config):
     resumed = parse_settings(["--train", rows_file, "--output=x", "--resume=auto"])
     assert resumed.resume == "auto" and parse_settings(config(to_toml(resumed))).resume == "none"
