@@ -151,7 +151,10 @@ class Quantity:
 
 def parse_quantity(text: str) -> Quantity | None:
     """The quantity that an answer as a whole states; None when it states anything else."""
-    text = normalize(text).replace(" ", "")
+    text = normalize(text)
+    if re.search(r"\d \d", text):  # "1, 2, 3" is no 123
+        return None
+    text = text.replace(" ", "")
     if match := re.fullmatch(rf"({NUMBER}){UNIT}(?:-|to)({NUMBER}){UNIT}", text):
         low, low_unit, high, unit = float(match[1]), match[2], float(match[3]), match[4]
         if low_unit not in ("", unit):

@@ -133,6 +133,8 @@ def test_answers_that_differ(left, right):
         ("≥ 5 mm", (5, math.inf, "mm")),
         ("11 – 20 mm", (11, 20, "mm")),
         ("5; 10", None),
+        ("1, 2, 3", None),
+        ("0571 1234", None),
         ("5mm-2%", None),
         ("yes", None),
         ("", None),
