@@ -45,7 +45,12 @@ def build_parser() -> Parser:
     add("--workers", type=count, default=4, help="processes per rank that decode images; 0: none but the rank's own")
     add = parser.add_argument_group("results").add_argument
     add("--output", default="", help="folder of the results; empty: RUN/eval/checkpoint-STEP, or runs/eval-base")
-    add("--numeric-tolerance", type=number(float, 0), default=0.05, help="relative error up to which a number is right")
+    add(
+        "--numeric-tolerance",
+        type=number(float, 0, 1),
+        default=0.05,
+        help="relative error up to which a number is right",
+    )
     add("--by", action="append", default=[], metavar="FIELD", help="field of the rows, such as complexity: also "
         "score the rows of each of its values; may be repeated")  # fmt: skip
     add("--compare", nargs="+", metavar="FILE", help="only compare predictions files: each after the first "

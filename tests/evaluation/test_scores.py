@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 
+from common import InputError
 from evaluation import scores
 from evaluation.normalization import parse_quantity, quantities_match
+from training.eval_settings import parse
 
 SAME = [
     ("Yes.", "yes"),
@@ -164,6 +166,11 @@ def test_quantities(text, expected):
 )
 def test_quantities_match_within_the_tolerance(prediction, truth, expected):
     assert quantities_match(prediction, truth, 0.05) is expected
+
+
+def test_a_tolerance_in_percent_is_refused():
+    with pytest.raises(InputError, match="--numeric-tolerance: must be from 0 to 1, not 5"):
+        parse(["--numeric-tolerance=5"])
 
 
 def test_f1_of_tokens_and_of_parts():
