@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import PurePosixPath
 
+import numpy as np
+
 from common import InputError
 
 READ_ERRORS = OSError, ValueError, RuntimeError  # of the network, of names, of files, and of scripts that are not run
@@ -185,9 +187,15 @@ def reading(rows: Iterable[dict], name: str) -> Iterator[dict]:
 
 
 def read_values(rows, hub_set: HubSet) -> Iterator[dict]:
-    """The values of each row by field. A class is given as its name."""
+    """The values of each row by field. A class is given as its name, and a float32 by the digits that it has."""
     kinds = {name: (rows.features or {}).get(column) for name, column in hub_set.columns.items()}
-    classes = {name: kind.names for name, kind in kinds.items() if hasattr(kind, "int2str")}
+    written = {name: kind.names.__getitem__ for name, kind in kinds.items() if hasattr(kind, "int2str")}
+    # As Python's float of 64 bits, 0.1 is 0.10000000149011612.
+    written |= {name: _shortest for name, kind in kinds.items() if getattr(kind, "dtype", "") == "float32"}
     for row in reading(rows, hub_set.name):
         values = {name: row[column] for name, column in hub_set.columns.items()}
-        yield values | {name: names[values[name]] for name, names in classes.items() if values[name] is not None}
+        yield values | {name: write(values[name]) for name, write in written.items() if values[name] is not None}
+
+
+def _shortest(value: float) -> float:
+    return float(str(np.float32(value)))

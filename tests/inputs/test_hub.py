@@ -291,6 +291,17 @@ def test_a_class_is_written_by_its_name(tmp_path):
     assert rows_of("train")[0]["question_type"] == "machine"
 
 
+def test_a_float32_is_written_by_its_own_digits(tmp_path):
+    features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("float32")}
+    rows = [{"image": inside(picture(1)), "question": "How many?", "answer": value} for value in (0.1, 2e-5, 3.0, None)]
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    (tmp_path / "some/set").mkdir(parents=True)
+    data.to_parquet(tmp_path / "some/set/train-00000-of-00001.parquet")
+    words = "question=question", "answer=answer", "image=image", "--val-fraction=0", "--test-fraction=0"
+    export("some/set", "--map", *words)
+    assert [row["answer"] for row in rows_of("train")] == [0.1, 2e-5, 3.0]
+
+
 def test_a_row_without_a_picture_is_text_and_is_counted(tmp_path, capsys):
     rows = [{"image": inside(picture(1)), **SCIENCE}, {"image": None, **SCIENCE, "hint": ""}]
     write_set(tmp_path, SETS["scienceqa"].name, train=rows)
