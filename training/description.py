@@ -24,6 +24,8 @@ MOST_FIELDS, LONGEST_NAME = 20, 60  # fields of a file that nothing reads: so ma
 BLANK = "\u115f\u1160\u2800\u3164\uffa0\u034f\ufe0f\ufe0e"  # letters and marks without ink, none of them white space
 DAMAGED = re.compile(r"&(?:#\d+|#[xX][\da-fA-F]+|amp|lt|gt|quot|apos|nbsp);|\\n(?![a-z])|\ufffd")
 LETTER = re.compile(r"\b(?:letters?|A, B, C)\b", re.IGNORECASE)
+PYTHON_LIST = re.compile(r"\['.*'\]", re.DOTALL)
+WHOLE, NUMBER = re.compile(r"-?\d+\.0"), re.compile(r"-?[\d,]*\.?\d+")
 FEW_STEPS = 30  # optimizer steps of a run, below which it is warned of
 LONG_ANSWER = 256  # trained tokens of a row, above which it is warned of
 
@@ -147,7 +149,7 @@ def _row_warnings(data: VQAData) -> list[str]:
     """Warnings of rows that repeat or contradict an earlier one, of very long answers, of last answers that are not
     trained but evaluated all the same, of texts that say nothing, and of texts that a program may have damaged."""
     (repeats, contradictions), long, untrained = clashes(data.samples), [], []
-    missing, invisible, damaged, spaced, lettered = [], [], [], [], []
+    missing, invisible, damaged, spaced, lettered, lists = [], [], [], [], [], []
     for sample in data.samples:
         texts = sample.fields["question"], sample.fields["answer"]
         if (count := np.count_nonzero(sample.weights)) > LONG_ANSWER:
@@ -166,6 +168,8 @@ def _row_warnings(data: VQAData) -> list[str]:
             lettered.append(
                 f"{sample.where} trains {quote(texts[1])}\n  without `options`, answers are trained as written"
             )
+        if PYTHON_LIST.fullmatch(texts[1]):
+            lists.append(f"{sample.where} {quote(texts[1])}")
     kinds = {
         "rows that repeat another in images, question and answer": repeats,
         "rows that contradict another of the same images and question": contradictions,
@@ -176,8 +180,19 @@ def _row_warnings(data: VQAData) -> list[str]:
         "rows with an HTML entity, a \\n of two characters, or the sign for an unreadable character": damaged,
         "rows with `options` whose question asks for a letter": lettered,
         "rows whose answer begins or ends with white space, which most chat templates train": spaced,
+        "rows whose answer is a list as Python prints it, trained with its brackets": lists,
+        "rows whose answer is a whole number with .0, as pandas writes a column with gaps": _all_with_zero(
+            data.samples
+        ),
     }
     return [f"{kind}: {len(rows):,}\n  {rows[0]}" for kind, rows in kinds.items() if rows]
+
+
+def _all_with_zero(samples: list[Sample]) -> list[str]:
+    """Rows whose answer is a number such as 2.0, where all numbers are; none where one has other decimals or none."""
+    numbers = [(s.where, s.fields["answer"]) for s in samples if NUMBER.fullmatch(s.fields["answer"])]
+    all_whole = all(WHOLE.fullmatch(answer) for _, answer in numbers)
+    return [f"{where} {answer}" for where, answer in numbers] if all_whole else []
 
 
 def clashes(samples: list[Sample]) -> tuple[list[str], list[str]]:

@@ -395,6 +395,20 @@ def test_a_letter_that_is_asked_for_where_texts_are_trained_is_told(load):
     assert warning == f"{kind}: 1\n  rows.jsonl:1 trains 'red'\n  without `options`, answers are trained as written"
 
 
+def test_lists_as_python_prints_them_are_told(load):
+    data = load([flat('["a"]', image="a.png"), flat("['a', 'b']", image="b.png"), flat("the [1]", image="c.png")])
+    (warning,) = data_warnings(data, None)
+    assert warning.startswith("rows whose answer is a list as Python prints it") and "1\n  rows.jsonl:2" in warning
+
+
+def test_whole_numbers_with_a_zero_behind_the_point_are_told_unless_other_numbers_have_decimals(load):
+    rows = [flat("2.0", image="a.png"), flat(3.0, image="b.png"), flat("yes", image="c.png")]
+    (warning,) = data_warnings(load(rows), None)
+    assert "with .0, as pandas writes a column with gaps: 2\n  rows.jsonl:1 2.0" in warning
+    for other in ("2.5", "4", "1,000.5", ".5"):
+        assert not data_warnings(load([*rows, flat(other, image="d.png")]), None)
+
+
 @pytest.mark.parametrize("text", ["\u200b", "\ufeff", "\u200b \u200d", "\u3164", "\u2800", "\u00ad"])
 def test_texts_without_a_visible_character_are_told(load, text):
     data = load([flat(image="a.png"), flat(text, image="b.png"), flat("no", text, image="c.png")])
