@@ -36,6 +36,9 @@ def describe_data(train: VQAData, val: VQAData | None, plan: list[Step], tokeniz
         if data:
             sizes = f"{len(data.samples):,} questions, {len(data.grids):,} images"
             print0(f"{name}: {sizes}, {len(data.bad):,} rows left out")
+            blind = [sample.where for sample in data.samples if not sample.images]
+            if blind and data.grids:
+                print0(f"  questions without an image: {len(blind):,}, the first {blind[0]}")
     for warning in data_warnings(train, val):
         print0(f"warning: {warning}")
     if weighted := count_weighted(train.samples):

@@ -109,6 +109,15 @@ def test_rows_with_weights_of_their_own_are_reported(bare, capsys):
     assert "rows whose `weight` is not 1: 1; the loss counts their answers by it" in capsys.readouterr().out
 
 
+def test_questions_without_an_image_are_counted_where_others_show_some(bare, capsys):
+    lines = (bare / "rows.jsonl").read_text().splitlines(keepends=True)
+    assert train.main([*arguments(bare, "", val=""), "--plan"]) == 0
+    assert "questions without an image: 1, the first rows.jsonl:31\n" in capsys.readouterr().out
+    (bare / "rows.jsonl").write_text("".join(line for line in lines if "image" in line))
+    assert train.main([*arguments(bare, "", val=""), "--plan"]) == 0
+    assert "without an image" not in capsys.readouterr().out
+
+
 def test_the_plan_says_which_questions_come_before_their_picture_and_the_flag_moves_it(bare, capsys):
     rows = [{"image": "a.png", "question": f"Is there finding {n}? <image>", "answer": "no"} for n in range(20)]
     (bare / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
