@@ -336,6 +336,14 @@ def test_files_written_by_an_older_rule_are_compared_by_the_new_one():
     assert (result["only_a"], result["only_b"]) == (["0 0"], [])
 
 
+def test_a_comparison_of_other_rows_names_the_first_that_differs():
+    both = lines([("red", "red"), ("2", "many")])
+    with pytest.raises(ValueError, match=r"have 2 and 1 \(.*\), and '1 1' is in one of them only"):
+        scores.compare(both, both[:1])
+    with pytest.raises(ValueError, match="have 2 and 2 .*'0 0' has two answers"):
+        scores.compare(both, [both[0] | {"answer": "blue"}, both[1]])
+
+
 def test_rows_without_a_picture_are_independent_and_folders_distinguish_pictures():
     def low(images):
         one = {"question": "?", "answer": "yes", "question_type": "yes/no", "loss": 1.0, "answer_tokens": 1}
