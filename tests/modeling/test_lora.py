@@ -349,6 +349,16 @@ def test_a_run_starts_from_another_adapter_s_weights_at_step_0(world, start, tmp
     assert {float(moments["step"]) for moments in state["optimizer"]["state"].values()} == {2.0}
 
 
+def test_questions_of_another_form_than_those_of_the_first_weights_are_told(world, start, tmp_path, capsys):
+    settings = {"lora-r": 4, "init-from": start, "max-steps": 1}
+    train.main(arguments(world, tmp_path / "same", **settings))
+    assert "another form" not in capsys.readouterr().out
+    train.main(arguments(world, tmp_path / "other", **settings | {"prompt": "Q: {question}", "max-pixels": 8192}))
+    told = capsys.readouterr().out
+    assert f"warning: {start} was trained on questions of another form\n  prompt: was '{{question}}', is now" in told
+    assert "max_pixels: was 65536, is now 8192\n" in told and "min_pixels: was" not in told
+
+
 def test_a_checkpoint_overrides_init_from_whose_weights_are_known_by_their_fingerprint(world, start, tmp_path):
     moved, output = shutil.copytree(start, tmp_path / "moved"), tmp_path / "out"
     settings = {"lora-r": 4, "init-from": start, "keep": 9, "max-steps": 4}
