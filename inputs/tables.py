@@ -46,6 +46,9 @@ def table_values(path: Path, raw: bytes):
         try:
             if error:
                 raise ValueError(error)
+            if dialect["delimiter"] == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                problem = "a cell holds a tab and a line break, as where a text begins with a quote"
+                raise ValueError(f"{problem}: put quotes around that text, and double its own")
             yield str(line), _row(names, cells), None
         except ValueError as reason:
             yield str(line), written, str(reason)

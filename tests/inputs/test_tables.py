@@ -68,6 +68,13 @@ def test_a_cell_of_any_length_is_read(tmp_path):
     assert not bad and len(row.fields["answer"]) == 1_000_000
 
 
+def test_quotes_of_texts_do_not_join_rows_of_a_tsv(tmp_path):
+    lines = ["image\tquestion\tanswer", 'a.png\t"Is it?\tyes', 'b.png\tsmall"\tno', 'c.png\t"Is\nit?"\tno']
+    (row,), (bad,) = read(tmp_path, "\n".join(lines), "rows.tsv")
+    assert bad.where == "rows.tsv:2" and "holds a tab and a line break" in bad.reason
+    assert row.fields["question"] == "Is\nit?"
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
