@@ -291,6 +291,23 @@ def test_a_class_is_written_by_its_name(tmp_path):
     assert rows_of("train")[0]["question_type"] == "machine"
 
 
+def test_a_class_that_is_not_known_is_no_answer_and_a_list_of_classes_has_their_names(tmp_path):
+    kind = datasets.ClassLabel(names=["no", "yes"])
+    features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": kind, "tags": [kind]}
+    row = {"image": inside(picture(1)), "question": "Is it?", "tags": [1, 0]}
+    rows = [row | {"answer": number} for number in (1, -1, 0)]
+    (tmp_path / "some/set").mkdir(parents=True)
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    data.to_parquet(tmp_path / "some/set/train-00000-of-00001.parquet")
+    words = "question=question", "answer=answer", "image=image", "tags=tags", "--val-fraction=0", "--test-fraction=0"
+    export("some/set", "--map", *words)
+    assert [(row["answer"], row["tags"]) for row in rows_of("train")] == [
+        (each, ["yes", "no"]) for each in ("yes", "no")
+    ]
+    (bad,) = rows_of("bad_rows")
+    assert bad["where"] == "train:1" and "no answer" in bad["reason"]
+
+
 def test_a_float32_is_written_by_its_own_digits(tmp_path):
     features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("float32")}
     rows = [{"image": inside(picture(1)), "question": "How many?", "answer": value} for value in (0.1, 2e-5, 3.0, None)]
