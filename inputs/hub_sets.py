@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from common import InputError
+from common import InputError, printable
 
 READ_ERRORS = OSError, ValueError, RuntimeError  # of the network, of names, of files, and of scripts that are not run
 NEEDED = ("question", "answer", "image")
@@ -175,6 +175,9 @@ def load_splits(hub_set: HubSet, fields: Iterable[str] = ()) -> dict:
     for split, rows in splits.items():
         check_columns(hub_set, rows.column_names or [], split)
     wanted = list(dict.fromkeys(hub_set.columns[name] for name in fields or hub_set.columns))
+    left = dict.fromkeys(column for rows in splits.values() for column in rows.column_names if column not in wanted)
+    if left and not fields:
+        print(printable(f"columns that are not exported: {', '.join(left)}"))
     return {split: rows.select_columns(wanted).decode(False) for split, rows in splits.items()}
 
 

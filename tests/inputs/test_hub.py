@@ -331,13 +331,15 @@ def test_a_row_without_a_picture_is_text_and_is_counted(tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------------- other columns
 
 
-def test_any_other_set_is_mapped_by_hand(tmp_path):
-    rows = [{"photo": inside(picture(n)), "query": "?", "label": "yes", "level": n} for n in range(4)]
+def test_any_other_set_is_mapped_by_hand(tmp_path, capsys):
+    row = {"query": "?", "label": "yes", "photo_2": inside(picture(9)), "note": ""}
+    rows = [{"photo": inside(picture(n)), "level": n} | row for n in range(4)]
     write_set(tmp_path, "some/set", train=rows, validation=rows[:1], hard=rows[:2])
     export("some/set", "--map", "question=query", "answer=label", "image=photo", "difficulty=level")
     assert [len(rows_of(name)) for name in ("train", "val", "hard")] == [4, 1, 2]
     assert [row["difficulty"] for row in rows_of("train")] == [0, 1, 2, 3]
     assert {*rows_of("train")[0]} == {"image", "question", "answer", "difficulty"}
+    assert "columns that are not exported: photo_2, note\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", ['["west", "east"]', {"A": "west", "B": "east"}, ["west", "east"]])
