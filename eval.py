@@ -74,7 +74,7 @@ from modeling.memory import start_compile_workers
 from modeling.precision import forward_precision
 from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base, warn_of_other_prompts
 from training.description import unread_warnings
-from training.eval_settings import parse
+from training.eval_settings import parse, replaced_results
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, nearest
 from training.shared_memory import check_shared_memory
@@ -253,8 +253,9 @@ def load_rows(
             raise InputError(f"{sources.rows}: none of the held-out rows can be used")
         refuse_unknown_fields(args.by, data, sources)
         check_shared_memory([(data, plan_evaluation(data.samples, args.max_tokens, MAX_TREES))], settings, args.workers)
-    long = length_warnings(data.samples, args.max_new_tokens)
-    for warning in picture_warnings(data.sizes) + unread_warnings(data) + long:
+    facts = {"model": sources.model, "rows": sources.rows} | sources.prompts
+    more = length_warnings(data.samples, args.max_new_tokens) + replaced_results(sources.output, facts)
+    for warning in picture_warnings(data.sizes) + unread_warnings(data) + more:
         print0(f"warning: {warning}")
     closed = closed_options(sources, args.closed_set) if args.closed_set else {}
     own = [sample.fields.get("options", []) if args.options else [] for sample in data.samples]
