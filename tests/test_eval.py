@@ -220,22 +220,14 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
 
 def test_results_of_other_rows_or_prompts_are_told_before_they_are_replaced(world, run, tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text((world / "rows.jsonl").read_text())
-    words = [
-        "--ckpt",
-        run,
-        "--images",
-        world / "images",
-        "--output",
-        tmp_path / "out",
-        "--max-new-tokens=2",
-        "--workers=0",
-    ]
-    told, first, second = [], ["--data", world / "rows.jsonl"], ["--data", tmp_path / "other.jsonl"]
+    words = [f"--ckpt={run}", f"--images={world / 'images'}", f"--output={tmp_path / 'out'}"]
+    words += ["--max-new-tokens=2", "--workers=0"]
+    told, first, second = [], [f"--data={world / 'rows.jsonl'}"], [f"--data={tmp_path / 'other.jsonl'}"]
     for more in (first, first, second, [*second, "--prompt={question} Say it."]):
-        assert evaluation.main([*map(str, [*words, *more])]) == 0
+        assert evaluation.main([*words, *more]) == 0
         told += [line for line in capsys.readouterr().out.splitlines() if "has results of" in line]
-    rows = f'rows "{world / "rows.jsonl"}"'
-    assert told == [f"warning: {tmp_path / 'out'} has results of {other}" for other in (rows, 'prompt "{question}"')]
+    others = f"rows '{world / 'rows.jsonl'}'", "prompt '{question}'"
+    assert told == [f"warning: {tmp_path / 'out'} has results of {other}" for other in others]
 
 
 def test_each_file_is_compared_with_the_first(tmp_path, capsys):

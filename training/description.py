@@ -6,6 +6,7 @@ import shlex
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -149,51 +150,79 @@ def unread_warnings(data: VQAData) -> list[str]:
 
 
 def _row_warnings(data: VQAData) -> list[str]:
-    """Warnings of rows that repeat or contradict an earlier one, of very long answers, of last answers that are not
-    trained but evaluated all the same, of texts that say nothing, and of texts that a program may have damaged."""
-    (repeats, contradictions), long, untrained = clashes(data.samples), [], []
-    missing, invisible, damaged, spaced, lettered, lists = [], [], [], [], [], []
-    for sample in data.samples:
-        texts = sample.fields["question"], sample.fields["answer"]
-        if (count := np.count_nonzero(sample.weights)) > LONG_ANSWER:
-            long.append(f"{sample.where} has {count:,}")
-        if not sample.weights[-1]:
-            untrained.append(sample.where)
-        if (nothing := [text for text in texts if is_missing(text)]) or all(map(is_none, texts)):
-            missing.append(f"{sample.where} {quote((nothing or texts)[0].strip())}")
-        if not all(map(is_visible, texts)):
-            invisible.append(f"{sample.where} {next(text for text in texts if not is_visible(text))[:40]!a}")
-        if match := next(filter(None, map(DAMAGED.search, texts)), None):
-            damaged.append(f"{sample.where} {quote(match[0])}")
-        if texts[1].strip() != texts[1]:
-            spaced.append(f"{sample.where} {quote(texts[1])}")
-        if sample.fields.get("options") and len(texts[1]) > 1 and LETTER.search(texts[0]):
-            lettered.append(
-                f"{sample.where} trains {quote(texts[1])}\n  without `options`, answers are trained as written"
-            )
-        if PYTHON_LIST.fullmatch(texts[1]):
-            lists.append(f"{sample.where} {quote(texts[1])}")
+    """Warnings of rows that repeat or contradict an earlier one, of what is wrong with a row on its own, and of numbers
+    that a program may have changed: the count of each kind, and its first row."""
+    repeats, contradictions = clashes(data.samples)
     kinds = {
         "rows that repeat another in images, question and answer": repeats,
         "rows that contradict another of the same images and question": contradictions,
-        f"rows of over {LONG_ANSWER} answer tokens": long,
-        "rows whose last answer is not trained": untrained,
-        "rows whose question or answer is what programs write for a missing value": missing,
-        "rows whose question or answer has no visible character": invisible,
-        "rows with an HTML entity, a \\n of two characters, or the sign for an unreadable character": damaged,
-        "rows with `options` whose question asks for a letter": lettered,
-        "rows whose answer begins or ends with white space, which most chat templates train": spaced,
-        "rows whose answer is a list as Python prints it, trained with its brackets": lists,
-        "rows whose answer is a whole number with .0, as pandas writes a column with gaps": _all_with_zero(
-            data.samples
-        ),
     }
+    for kind, problem in PROBLEMS.items():
+        kinds[kind] = [f"{sample.where} {found}" for sample in data.samples if (found := problem(sample))]
+    kinds["rows whose answer is a whole number with .0, as pandas writes a column with gaps"] = _all_with_zero(data)
     return [f"{kind}: {len(rows):,}\n  {rows[0]}" for kind, rows in kinds.items() if rows]
 
 
-def _all_with_zero(samples: list[Sample]) -> list[str]:
+def _texts(sample: Sample) -> tuple[str, str]:
+    """The last question and answer."""
+    return sample.fields["question"], sample.fields["answer"]
+
+
+def _long(sample: Sample) -> str:
+    count = np.count_nonzero(sample.weights)
+    return f"has {count:,}" if count > LONG_ANSWER else ""
+
+
+def _untrained(sample: Sample) -> str:
+    return "" if sample.weights[-1] else quote(_texts(sample)[1])
+
+
+def _missing(sample: Sample) -> str:
+    texts = _texts(sample)
+    found = [text for text in texts if is_missing(text)] or (texts if all(map(is_none, texts)) else ())
+    return quote(found[0].strip()) if found else ""
+
+
+def _invisible(sample: Sample) -> str:
+    return next((f"{text[:40]!a}" for text in _texts(sample) if not is_visible(text)), "")
+
+
+def _damaged(sample: Sample) -> str:
+    return next((quote(match[0]) for match in map(DAMAGED.search, _texts(sample)) if match), "")
+
+
+def _lettered(sample: Sample) -> str:
+    question, answer = _texts(sample)
+    if not sample.fields.get("options") or len(answer) == 1 or not LETTER.search(question):
+        return ""
+    return f"trains {quote(answer)}\n  without `options`, answers are trained as written"
+
+
+def _spaced(sample: Sample) -> str:
+    answer = _texts(sample)[1]
+    return quote(answer) if answer != answer.strip() else ""
+
+
+def _listed(sample: Sample) -> str:
+    answer = _texts(sample)[1]
+    return quote(answer) if PYTHON_LIST.fullmatch(answer) else ""
+
+
+PROBLEMS: dict[str, Callable[[Sample], str]] = {  # kind of row -> what is named of one that is; empty for others
+    f"rows of over {LONG_ANSWER} answer tokens": _long,
+    "rows whose last answer is not trained": _untrained,
+    "rows whose question or answer is what programs write for a missing value": _missing,
+    "rows whose question or answer has no visible character": _invisible,
+    "rows with an HTML entity, a \\n of two characters, or the sign for an unreadable character": _damaged,
+    "rows with `options` whose question asks for a letter": _lettered,
+    "rows whose answer begins or ends with white space, which most chat templates train": _spaced,
+    "rows whose answer is a list as Python prints it, trained with its brackets": _listed,
+}
+
+
+def _all_with_zero(data: VQAData) -> list[str]:
     """Rows whose answer is a number such as 2.0, where all numbers are; none where one has other decimals or none."""
-    numbers = [(s.where, s.fields["answer"]) for s in samples if NUMBER.fullmatch(s.fields["answer"])]
+    numbers = [(s.where, s.fields["answer"]) for s in data.samples if NUMBER.fullmatch(s.fields["answer"])]
     all_whole = all(WHOLE.fullmatch(answer) for _, answer in numbers)
     return [f"{where} {answer}" for where, answer in numbers] if all_whole else []
 

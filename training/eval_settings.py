@@ -3,9 +3,9 @@
 import argparse
 import json
 import os
-import re
 from pathlib import Path
 
+from common import quote
 from inputs.picture_checks import check_files
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, path_problems, refuse, template
 
@@ -86,14 +86,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def replaced_results(output: Path, facts: dict[str, str]) -> list[str]:
     """A warning where a folder has results of another model, of other rows or prompts, which took as long as these
-    will; otherwise none. `facts` are those of these, by their names in summary.json, which may be damaged."""
+    will; otherwise none. `facts` are those of these, by their names in summary.json."""
     path = output / "summary.json"
-    known = path.read_text("utf-8", "replace") if path.is_file() else ""
-    before = {name: re.search(rf'"{name}": (".*"),\n', known) for name in facts}  # the first is that of "facts"
-    other = [
-        f"{name} {match[1]}"
-        for name, match in before.items()
-        if match and match[1] != json.dumps(facts[name], ensure_ascii=False)
-    ]
+    before = json.loads(path.read_text("utf-8")).get("facts", {}) if path.is_file() else {}
+    other = [f"{name} {quote(before[name])}" for name in facts if before.get(name, facts[name]) != facts[name]]
     told = f"{output} has results of {', '.join(other)}\n  these will replace them: another --output keeps both"
     return [told] if other else []
