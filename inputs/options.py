@@ -34,10 +34,7 @@ def take_options(row: Fields) -> dict[str, str] | None:
 
 def _options(name: str, value) -> dict[str, str]:
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"`{name}` is not valid JSON: {error}") from None
+        value = _from_json(name, value)
     if isinstance(value, list):
         value = {_letter(place): text for place, text in enumerate(value)}
     texts = list(value.values()) if isinstance(value, dict) else []
@@ -85,12 +82,18 @@ def take_answers(row: Fields) -> list[str]:
 def _answers(name: str, value) -> list[str]:
     """Texts of a list of answers, each a text, a number or an object with `answer`, or of JSON text of such a list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"`{name}` is not valid JSON: {error}") from None
+        value = _from_json(name, value)
     items = value if isinstance(value, list) else [value]
     return [_text(name, Fields(item).take("answer") if isinstance(item, dict) else item) for item in items]
+
+
+def _from_json(name: str, text: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        if text.strip()[1:2] == "'":
+            raise ValueError(f"`{name}` is a list as Python prints it: write it as JSON") from None
+        raise ValueError(f"`{name}` is not valid JSON: {error}") from None
 
 
 def _text(name: str, value) -> str:

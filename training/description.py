@@ -42,8 +42,8 @@ def describe_data(train: VQAData, val: VQAData | None, plan: list[Step], tokeniz
                 print0(f"  questions without an image: {len(blind):,}, the first {blind[0]}")
     for warning in data_warnings(train, val):
         print0(f"warning: {warning}")
-    if weighted := count_weighted(train.samples):
-        print0(f"rows whose `weight` is not 1: {weighted:,}; the loss counts their answers by it")
+    if weighted := describe_weights(train.samples):
+        print0(weighted)
     groups = [len(group) for group in group_samples(train.samples)]
     print0(f"questions per image: {min(groups)} to {max(groups)}, {sum(groups) / len(groups):.1f} on average")
     if unshared := describe_unshared(train.samples):
@@ -75,11 +75,15 @@ def without_effect(args: argparse.Namespace, steps: int) -> list[str]:
     return [problem for problem, is_true in checks.items() if is_true]
 
 
-def count_weighted(samples: list[Sample]) -> int:
-    """How many samples have a weight that is neither 0 nor 1."""
+def describe_weights(samples: list[Sample]) -> str:
+    """How many samples have a weight that is neither 0 nor 1, and between which; empty for none."""
     arrays = {id(sample.weights): sample.weights for sample in samples}  # few, as samples share them
-    weighted = {key for key, weights in arrays.items() if not np.isin(weights, (0, 1)).all()}
-    return sum(id(sample.weights) in weighted for sample in samples)
+    others = {key: other for key, weights in arrays.items() if (other := weights[~np.isin(weights, (0, 1))]).size}
+    count = sum(id(sample.weights) in others for sample in samples)
+    if not count:
+        return ""
+    low, high = min(map(np.min, others.values())), max(map(np.max, others.values()))
+    return f"rows whose `weight` is not 1: {count:,}, from {low:g} to {high:g}; the loss counts their answers by it"
 
 
 def describe_unshared(samples: list[Sample]) -> str:

@@ -140,6 +140,12 @@ def test_turns_are_scored_against_the_answers_beside_them(write):
     assert fields["answer"] == "It is red." and fields["answers"] == ["red", "It is red."]
 
 
+def test_lists_as_python_prints_them_are_refused_by_name():
+    for name in ("answers", "options"):
+        with pytest.raises(ValueError, match=f"`{name}` is a list as Python prints it: write it as JSON"):
+            read({"question": "What colour?", "answer": "red", name: "['red', 'pink']"})
+
+
 @pytest.mark.parametrize("answers", [[], [7, {}], {}, "", [{"text": "red"}], [" "], [["red"]], [None], [True], "[1, "])
 def test_answers_of_another_kind_are_refused(answers):
     with pytest.raises(ValueError, match="answer"):
