@@ -30,7 +30,7 @@ from modeling.loading import check_precision, fingerprint, resolve_model, weight
 from modeling.lora import lora_differences
 from modeling.precision import ROUNDED_GRADIENTS
 from modeling.targets import names_vision, resolve_targets
-from training.checkpoints import check_base, find_checkpoint, read_state, size_and_sum
+from training.checkpoints import check_base, find_checkpoint, read_manifest, size_and_sum
 from training.compatibility import PLAN_VERSION
 from training.costs import tree_counter, uncounted
 from training.description import describe_data, without_effect
@@ -88,7 +88,7 @@ def prepare(
     first = Path(args.init_from) if args.init_from else None
     dist_utils.from_rank0(lambda: check_base(checkpoint, first, folder))
     if first and not checkpoint:
-        dist_utils.from_rank0(lambda: warn_of_other_inputs(args, images, first))
+        dist_utils.from_rank0(lambda: warn_of_other_questions(first, identity))
     dist_utils.from_rank0(lambda: check_cache(args, config, dtype, images, train, val))
     val_batches = plan_evaluation(val.samples, args.max_tokens) if val else []
     cache = cache_at(Path(args.vision_cache), config, dtype) if args.vision_cache else None
@@ -191,17 +191,15 @@ def check_lora(args: argparse.Namespace, model: PeftModel, is_new: bool) -> None
         raise InputError("\n  ".join([f"--init-from {args.init_from} does not fit:", *differences]))
 
 
-def warn_of_other_inputs(args: argparse.Namespace, images: ImageSettings, first: Path) -> None:
+def warn_of_other_questions(first: Path, identity: dict) -> None:
     """Print what of a question's form differs from that of the run that wrote the adapter `first`, if that was one."""
-    if not (first / "state.pt").is_file():
-        return
-    settings = read_state(first)["settings"]
-    before, now = settings | settings["image_settings"], vars(args) | asdict(images)
-    names = ("system", "prompt", "image_first", "min_pixels", "max_pixels")
-    changed = [name for name in names if before[name] != now[name]]
-    differs = [f"{name}: was {quote(before[name])}, is now {quote(now[name])}" for name in changed]
-    if differs:
-        print0("\n  ".join([f"warning: {first} was trained on questions of another form", *differs]))
+    names = ("system", "prompt", "image_first", "image min_pixels", "image max_pixels")
+    with suppress(ValueError):  # there is no manifest, or a damaged one
+        before = read_manifest(first)["identity"]
+        changed = [name for name in names if before.get(name, identity[name]) != identity[name]]
+        if changed:
+            differs = (f"{name}: was {quote(before[name])}, is now {quote(identity[name])}" for name in changed)
+            print0("\n  ".join([f"warning: {first} was trained on questions of another form", *differs]))
 
 
 def check_cache(
