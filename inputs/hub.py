@@ -63,11 +63,12 @@ def make_row(values: dict, album: Album, has_pictures: bool) -> dict:
     else:
         raise ValueError(f"there is no picture of the id {picture_id!r}")
     row = {"image": images[0] if len(images) == 1 else images, "img_id": picture_id, **values}
+    row = {name: value for name, value in row.items() if value is not None and value != []}
     hint, options = row.pop("hint", None), take_options(Fields(row)) or {}
     if isinstance(row.get("question"), str):  # a model can't choose from what it is not shown
         texts = [hint, row["question"], *options.values()]
         row["question"] = "\n".join(str(text) for text in texts if text)
-    return {name: value for name, value in row.items() if value is not None and value != []}
+    return row
 
 
 def write_rows(splits: dict, hub_set: HubSet, album: Album, file: Path) -> Exported:

@@ -351,6 +351,15 @@ def test_a_question_shows_its_options_in_whatever_form_they_come(tmp_path, optio
     assert rows_of("train")[0]["question"] == "Which?\nwest\neast"
 
 
+def test_an_open_question_among_others_with_options_has_an_empty_list_of_them(tmp_path):
+    row = {"image": inside(picture(1)), "question": "Which?", "answer": "west"}
+    rows = [row | {"choices": options} for options in (["west", "east"], [], None)]
+    write_set(tmp_path, "some/set", train=rows, test=rows[:1])
+    words = "question=question", "answer=answer", "image=image", "options=choices"
+    export("some/set", "--map", *words, "--val-fraction=0")
+    assert [row["question"] for row in rows_of("train")] == ["Which?\nwest\neast", "Which?", "Which?"]
+
+
 def test_several_pictures_of_a_row_stay_together(tmp_path):
     rows = [{"images": [inside(picture(n)), inside(picture(n + 1))], "q": "?", "a": "yes"} for n in range(0, 8, 2)]
     write_set(tmp_path, "some/set", train=rows)
