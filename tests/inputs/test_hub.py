@@ -310,13 +310,16 @@ def test_a_class_that_is_not_known_is_no_answer_and_a_list_of_classes_has_their_
 
 def test_a_float32_is_written_by_its_own_digits(tmp_path):
     features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("float32")}
-    rows = [{"image": inside(picture(1)), "question": "How many?", "answer": value} for value in (0.1, 2e-5, 3.0, None)]
+    features |= {"box": datasets.Array2D((1, 2), "float32")}
+    row = {"image": inside(picture(1)), "question": "How many?", "box": [[0.1, 0.5]]}
+    rows = [row | {"answer": value} for value in (0.1, 2e-5, 3.0, None)]
     data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     (tmp_path / "some/set").mkdir(parents=True)
     data.to_parquet(tmp_path / "some/set/train-00000-of-00001.parquet")
-    words = "question=question", "answer=answer", "image=image", "--val-fraction=0", "--test-fraction=0"
+    words = "question=question", "answer=answer", "image=image", "box=box", "--val-fraction=0", "--test-fraction=0"
     export("some/set", "--map", *words)
     assert [row["answer"] for row in rows_of("train")] == [0.1, 2e-5, 3.0]
+    assert rows_of("train")[0]["box"] == [[0.1, 0.5]]
 
 
 def test_a_row_without_a_picture_is_text_and_is_counted(tmp_path, capsys):
