@@ -46,9 +46,11 @@ def table_values(path: Path, raw: bytes):
         try:
             if error:
                 raise ValueError(error)
-            if dialect["delimiter"] == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
-                problem = "a cell holds a tab and a line break, as where a text begins with a quote"
-                raise ValueError(f"{problem}: put quotes around that text, and double its own")
+            parts = written.rstrip("\r\n").split("\n")
+            is_joined = len(parts) > 1 and {part.count("\t") for part in parts} == {len(names) - 1} != {0}
+            if dialect["delimiter"] == "\t" and is_joined:
+                problem = f"quotes join {len(parts)} lines, each of which has the tabs of a row"
+                raise ValueError(f"{problem}: put quotes around a text that begins with one, and double its own")
             yield str(line), _row(names, cells), None
         except ValueError as reason:
             yield str(line), written, str(reason)

@@ -70,9 +70,12 @@ def test_a_cell_of_any_length_is_read(tmp_path):
 
 def test_quotes_of_texts_do_not_join_rows_of_a_tsv(tmp_path):
     lines = ["image\tquestion\tanswer", 'a.png\t"Is it?\tyes', 'b.png\tsmall"\tno', 'c.png\t"Is\nit?"\tno']
-    (row,), (bad,) = read(tmp_path, "\n".join(lines), "rows.tsv")
-    assert bad.where == "rows.tsv:2" and "holds a tab and a line break" in bad.reason
-    assert row.fields["question"] == "Is\nit?"
+    lines += ['d.png\t"Which of these?\na\tb\n1\t2"\ta']
+    rows, (bad,) = read(tmp_path, "\n".join(lines), "rows.tsv")
+    assert bad.where == "rows.tsv:2" and "quotes join 2 lines, each of which has the tabs of a row" in bad.reason
+    assert [row.fields["question"] for row in rows] == ["Is\nit?", "Which of these?\na\tb\n1\t2"]
+    _, bad = read(tmp_path, 'question\n"Is\nit?"\n', "alone.tsv")
+    assert "no answer" in bad[0].reason
 
 
 @pytest.mark.parametrize(
