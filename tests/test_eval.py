@@ -30,6 +30,7 @@ from evaluation.runner import Runner, plan_evaluation
 from inputs.images import image_settings
 from modeling.lora import merge_lora
 from training.checkpoints import checkpoints
+from training.eval_settings import replaced_results
 from trees import Assignment
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -228,6 +229,12 @@ def test_results_of_other_rows_or_prompts_are_told_before_they_are_replaced(worl
         told += [line for line in capsys.readouterr().out.splitlines() if "has results of" in line]
     others = f"rows '{world / 'rows.jsonl'}'", "prompt '{question}'"
     assert told == [f"warning: {tmp_path / 'out'} has results of {other}" for other in others]
+
+
+@pytest.mark.parametrize("content", ["", "no JSON", "[1]", "{}", '{"facts": null}', '{"facts": "rows"}'])
+def test_a_summary_of_another_program_is_no_result(tmp_path, content):
+    (tmp_path / "summary.json").write_text(content)
+    assert replaced_results(tmp_path, {"rows": "a.jsonl"}) == []
 
 
 def test_each_file_is_compared_with_the_first(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from common import quote
@@ -85,10 +86,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def replaced_results(output: Path, facts: dict[str, str]) -> list[str]:
-    """A warning where a folder has results of another model, of other rows or prompts, which took as long as these
-    will; otherwise none. `facts` are those of these, by their names in summary.json."""
-    path = output / "summary.json"
-    before = json.loads(path.read_text("utf-8")).get("facts", {}) if path.is_file() else {}
+    """A warning where the folder holds results of another model, other rows or other prompts, which this evaluation
+    will replace; otherwise none. `facts` are this evaluation's, by their names in summary.json."""
+    before = {}
+    with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or another program's
+        before = dict(json.loads((output / "summary.json").read_bytes())["facts"])
     other = [f"{name} {quote(before[name])}" for name in facts if before.get(name, facts[name]) != facts[name]]
     told = f"{output} has results of {', '.join(other)}\n  these will replace them: another --output keeps both"
     return [told] if other else []
