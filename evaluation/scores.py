@@ -268,9 +268,9 @@ def compare(a: list[dict], b: list[dict]) -> dict:
     a, b = ({row_key(prediction): prediction for prediction in predictions} for predictions in (a, b))
     rows = {row: (a.get(row, {}).get("answer"), b.get(row, {}).get("answer")) for row in a | b}
     if other := next((row for row, (left, right) in rows.items() if left != right), ""):
-        how = "is in one of them only" if None in rows[other] else "has two answers"
-        known = f"they have {len(a):,} and {len(b):,} (known by file, line and id), and {other!r} {how}"
-        raise ValueError(f"the two files don't answer the same rows: {known}")
+        how = "has two answers" if other in a.keys() & b else f"is only in the {'first' if other in a else 'second'}"
+        counts = f"they have {len(a):,} and {len(b):,}, and {other!r} (file, line and id) {how}"
+        raise ValueError(f"the two files don't answer the same rows\n  {counts}")
     answers = {row: accepted(a[row] | b[row]) for row in a}
     right_a, right_b = ({row: is_right(x[row]["prediction"], answers[row]) for row in a} for x in (a, b))
     differences = {row: right_b[row] - right_a[row] for row in a}

@@ -338,9 +338,11 @@ def test_files_written_by_an_older_rule_are_compared_by_the_new_one():
 
 def test_a_comparison_of_other_rows_names_the_first_that_differs():
     both = lines([("red", "red"), ("2", "many")])
-    with pytest.raises(ValueError, match=r"have 2 and 1 \(.*\), and '1 1' is in one of them only"):
+    with pytest.raises(ValueError, match=r"have 2 and 1, and '1 1' \(file, line and id\) is only in the first"):
         scores.compare(both, both[:1])
-    with pytest.raises(ValueError, match="have 2 and 2 .*'0 0' has two answers"):
+    with pytest.raises(ValueError, match="have 1 and 2, .* is only in the second"):
+        scores.compare(both[:1], both)
+    with pytest.raises(ValueError, match="have 2 and 2, and '0 0' .* has two answers"):
         scores.compare(both, [both[0] | {"answer": "blue"}, both[1]])
 
 
