@@ -228,6 +228,12 @@ def test_a_file_of_rows_that_is_a_link_keeps_its_name(tmp_path, rows_file):
     assert settings.train == [str(tmp_path / "snapshot" / "train.jsonl")]
 
 
+def test_a_folder_whose_name_begins_with_a_tilde_can_be_used(rows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("~mine").mkdir()
+    assert parse_settings(["--train", rows_file, "--images=~mine"]).images == str(tmp_path / "~mine")
+
+
 def test_a_run_s_settings_do_not_resume_it_by_themselves(rows_file, config):
     resumed = parse_settings(["--train", rows_file, "--output=x", "--resume=auto"])
     assert resumed.resume == "auto" and parse_settings(config(to_toml(resumed))).resume == "none"
