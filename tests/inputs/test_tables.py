@@ -57,8 +57,9 @@ def test_cells_are_texts_but_for_weights_and_json(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.txt"])
 def test_columns_are_read_in_any_letter_case(tmp_path, name):
-    header = "Image,QUESTION,Answer,Weight,Question Type"
-    (row,), bad = read(tmp_path, f'{header}\na.png,Where?,"[96, 64]",0.5,"[1]"\n', name)
+    header = "Image,QUESTION,Answer,Weight,Question Type,System Prompt"
+    (row,), bad = read(tmp_path, f'{header}\na.png,Where?,"[96, 64]",0.5,"[1]","[2]"\n', name)
+    assert row.messages[0]["content"] == [{"type": "text", "text": "[2]"}]
     assert not bad and row.images == ["a.png"] and row.messages[-1]["weight"] == 0.5
     assert row.fields == {"question": "Where?", "answer": "[96, 64]", "question_type": "[1]"}
 
