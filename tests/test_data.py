@@ -224,7 +224,7 @@ def test_a_turn_s_weight_is_that_of_its_tokens_and_0_trains_none(load, tokenizer
     assert describe_sample(data.samples[2], tokenizer).endswith("assistant\nwhite<|im_end|>")
     describe_data(data, None, make_plan(data.samples, PlanSettings(9, 0, 0), 0), tokenizer)
     told = capsys.readouterr().out
-    assert "rows whose `weight` is not 1: 2, from 0.25 to 3; the loss counts their answers by it" in told
+    assert "rows whose `weight` is not 1: 2, with 0.25 to 3; the loss counts their answers by it" in told
     assert "rows whose last answer is not trained: 1\n  rows.jsonl:3" in told
 
 

@@ -83,7 +83,8 @@ def describe_weights(samples: list[Sample]) -> str:
     if not count:
         return ""
     low, high = min(map(np.min, others.values())), max(map(np.max, others.values()))
-    return f"rows whose `weight` is not 1: {count:,}, from {low:g} to {high:g}; the loss counts their answers by it"
+    span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return f"rows whose `weight` is not 1: {count:,}, with {span}; the loss counts their answers by it"
 
 
 def describe_unshared(samples: list[Sample]) -> str:

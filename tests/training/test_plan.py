@@ -106,9 +106,8 @@ def test_rows_with_weights_of_their_own_are_reported(bare, capsys):
     rows[0]["weight"], rows[1]["weight"] = 2, 1
     (bare / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert train.main([*arguments(bare, ""), "--plan"]) == 0
-    assert (
-        "rows whose `weight` is not 1: 1, from 2 to 2; the loss counts their answers by it" in capsys.readouterr().out
-    )
+    told = "rows whose `weight` is not 1: 1, with 2; the loss counts their answers by it\n"
+    assert told in capsys.readouterr().out
 
 
 def test_questions_without_an_image_are_counted_where_others_show_some(bare, capsys):
