@@ -220,6 +220,7 @@ def test_x1_shows_the_pictures_of_kvasir_vqa(tmp_path, capsys):
     train = [row | {"img_id": f"c{n % 5}"} for n in range(10)]
     write_set(tmp_path, "SimulaMet/Kvasir-VQA-x1", train=train, test=[row | {"img_id": "c2"}])
     export("kvasir-vqa-x1", "--val-fraction=0.3")
+    assert capsys.readouterr().out.count("not exported: ") == 1  # nothing of the set that has the pictures
     rows = rows_of("train") + rows_of("val") + rows_of("test")
     assert [len(rows_of(name)) for name in ("train", "val", "test")] == [4, 2, 1]
     for row in rows:
