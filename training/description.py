@@ -26,7 +26,7 @@ BLANK = "\u115f\u1160\u2800\u3164\uffa0\u034f\ufe0f\ufe0e"  # letters and marks 
 DAMAGED = re.compile(r"&(?:#\d+|#[xX][\da-fA-F]+|amp|lt|gt|quot|apos|nbsp);|\\n(?![a-z])|\ufffd")
 LETTER = re.compile(r"\b(?:letters?|A, B, C)\b", re.IGNORECASE)
 PYTHON_LIST = re.compile(r"\['.*'\]", re.DOTALL)
-WHOLE, NUMBER = re.compile(r"-?\d+\.0"), re.compile(r"-?[\d,]*\.?\d+")
+WHOLE, NUMBER = re.compile(r"-?\d+\.0"), re.compile(r"-?[\d,]*\d(?:\.\d+)?|-?[\d,]*\.\d+")
 FEW_STEPS = 30  # optimizer steps of a run, below which it is warned of
 LONG_ANSWER = 256  # trained tokens of a row, above which it is warned of
 

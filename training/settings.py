@@ -118,7 +118,7 @@ def path_problems(args: argparse.Namespace, files: Iterable = (), folders: Itera
             hint = nearest(path, ("none", "auto")) if name == "resume" and not exists else ""
             is_home = path.startswith("~") and not exists  # a folder of that name would be made in this one
             if is_home:
-                problem = f"{path}: a shell reads ~ as the home folder, but not behind = or in a file: write it out"
+                problem = f"{path}: a shell expands ~ only where a word begins: write the folder out"
             if problem and (name not in made or exists or is_home):
                 problems.append(f"--{name.replace('_', '-')}: {problem}{hint}")
     return problems

@@ -87,8 +87,8 @@ WRONG = {
     "first weights are a file": (["--init-from", __file__], f"--init-from: {__file__} is no folder"),
     "model is a file": (["--model", __file__], f"--model: {__file__} is no folder"),
     "output is a file": (["--output", __file__], f"--output: {__file__} is no folder"),
-    "home behind =": (["--output", "~/runs/mine"], "--output: ~/runs/mine: a shell reads ~ as the home folder"),
-    "home of another": (["--images", "~ann/pictures"], "--images: ~ann/pictures: a shell reads ~"),
+    "home behind =": (["--output", "~/runs/mine"], "--output: ~/runs/mine: a shell expands ~ only"),
+    "home of another": (["--images", "~ann/pictures"], "--images: ~ann/pictures: a shell expands ~"),
     "cache is a file": (["--vision-cache", __file__], f"--vision-cache: {__file__} is no folder"),
 }
 
