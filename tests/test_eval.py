@@ -26,6 +26,7 @@ from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
 from evaluation import answers, scores, tables
 from evaluation.answers import generate, score_all, with_answer
+from evaluation.comparison import read_predictions
 from evaluation.runner import Runner, plan_evaluation
 from inputs.images import image_settings
 from modeling.lora import merge_lora
@@ -261,7 +262,7 @@ def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
     prediction = {"id": 1, "where": "val.jsonl:1", "images": [], "answer": "a", "prediction": "a\u2028b\u0085c"}
     path = tmp_path / "predictions.jsonl"
     path.write_text(2 * (json.dumps(prediction, ensure_ascii=False) + "\n"), encoding="utf-8")
-    assert evaluation.read_predictions(path) == [prediction, prediction]
+    assert read_predictions(path) == [prediction, prediction]
 
 
 def test_predictions_distinguish_pictures_of_the_same_name(world, run, tmp_path):
@@ -271,7 +272,7 @@ def test_predictions_distinguish_pictures_of_the_same_name(world, run, tmp_path)
         (tmp_path / row["image"]).write_bytes((world / "images" / "a.png").read_bytes())
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert answer(run, "--data", tmp_path / "rows.jsonl", "--images", tmp_path, "--output", tmp_path / "out") == 0
-    shown = [prediction["images"] for prediction in evaluation.read_predictions(tmp_path / "out" / "predictions.jsonl")]
+    shown = [prediction["images"] for prediction in read_predictions(tmp_path / "out" / "predictions.jsonl")]
     assert shown == [["one/a.png"], ["two/a.png"]]
 
 
@@ -309,12 +310,12 @@ def test_every_accepted_answer_of_a_row_counts(world, run, tmp_path, capsys):
     (tmp_path / "one.jsonl").write_text(json.dumps(row))
     words = ["--images", world / "images"]
     assert answer(run, *words, "--data", tmp_path / "one.jsonl", "--output", tmp_path / "one") == 0
-    (given,) = evaluation.read_predictions(tmp_path / "one" / "predictions.jsonl")
+    (given,) = read_predictions(tmp_path / "one" / "predictions.jsonl")
     del row["answer"]
     accepted = ["none of it", given["prediction"], "none of it", "none of it"]
     (tmp_path / "all.jsonl").write_text(json.dumps(row | {"answers": accepted}))
     assert answer(run, *words, "--data", tmp_path / "all.jsonl", "--output", tmp_path / "all") == 0
-    (line,) = evaluation.read_predictions(tmp_path / "all" / "predictions.jsonl")
+    (line,) = read_predictions(tmp_path / "all" / "predictions.jsonl")
     assert (line["answer"], line["answers"], line["right"]) == ("none of it", accepted, True)
     scored = json.loads((tmp_path / "all" / "summary.json").read_text())["scores"]["tuned"]["all"]
     assert scored["exact_match"]["mean"] == scored["anls"]["mean"] == 1
@@ -348,10 +349,10 @@ def test_an_adapter_made_elsewhere_answers_like_the_checkpoint_with_the_same_wei
     words = ["--adapter", made, "--model", world / "model", *rows, "--workers=0", "--max-new-tokens=8", "--with-base"]
     words += ["--system=Be brief.", "--min-pixels=1024", "--max-pixels=4096", "--output", tmp_path / "theirs"]
     assert evaluation.main([*map(str, words)]) == 0
-    ours, theirs = (evaluation.read_predictions(tmp_path / name / "predictions.jsonl") for name in ("ours", "theirs"))
+    ours, theirs = (read_predictions(tmp_path / name / "predictions.jsonl") for name in ("ours", "theirs"))
     assert theirs == ours and (tmp_path / "theirs" / "predictions-base.jsonl").exists()
     assert answer(ckpt, *rows, "--output", tmp_path / "other", "--system=", "--prompt=Say: {question}") == 0
-    assert evaluation.read_predictions(tmp_path / "other" / "predictions.jsonl") != ours
+    assert read_predictions(tmp_path / "other" / "predictions.jsonl") != ours
     with pytest.raises(InputError, match="no rows to answer: give --data FILE$"):
         evaluation.main(["--adapter", str(made)])
     with pytest.raises(InputError, match="--adapter: not with --ckpt"):

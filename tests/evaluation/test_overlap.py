@@ -15,6 +15,7 @@ import train
 from common import InputError
 from evaluation import overlap, scores
 from evaluation.benchmarks import strict_match
+from evaluation.comparison import read_predictions
 from evaluation.page import percent, points
 from evaluation.tables import breakdown_table
 from inputs.rows import parse_row
@@ -153,7 +154,7 @@ def test_scores_are_given_by_a_field_of_the_rows(world, data, tmp_path, capsys):
     assert "not scored" not in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
     answers = {"tuned": "predictions.jsonl", "base": "predictions-base.jsonl"}
-    answers = {kind: evaluation.read_predictions(tmp_path / name) for kind, name in answers.items()}
+    answers = {kind: read_predictions(tmp_path / name) for kind, name in answers.items()}
     where = {"1": slice(0, 17), "2": slice(17, 26), "(none)": slice(26, None)}
     assert [line.get("by") for line in answers["tuned"][15:28]] == [{"complexity": n} for n in [1] * 2 + [2] * 9] + [
         None

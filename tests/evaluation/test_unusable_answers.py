@@ -16,6 +16,7 @@ import eval as evaluation
 from dist_utils import Ranks, Stop
 from evaluation import answers
 from evaluation.answers import score_all
+from evaluation.comparison import read_predictions
 from evaluation.runner import Runner
 from training.checkpoints import checkpoints
 
@@ -40,7 +41,7 @@ def test_answers_that_the_limit_cuts_are_foreseen_counted_and_marked(world, tmp_
     monkeypatch.setattr(evaluation, "load_base", load_base)
     monkeypatch.setattr(answers, "generate", lambda model, batch, *_: 2 * [([5, 6, 7], 0.5)] + ended)
     assert evaluation.main(words) == 0
-    lines = evaluation.read_predictions(tmp_path / "out" / "predictions.jsonl")
+    lines = read_predictions(tmp_path / "out" / "predictions.jsonl")
     assert [line["cut"] for line in lines] == [True, True, False]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]["base"]["cut"] == 2
     told = "\n2 of 3 answers (base) were cut at 3 tokens: give a higher --max-new-tokens\n"

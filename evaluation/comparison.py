@@ -1,0 +1,52 @@
+"""`eval.py --compare`: predictions files set against the first of them."""
+
+import json
+import os
+from pathlib import Path
+
+from common import InputError
+from dist_utils import print0
+from evaluation import scores
+from evaluation.tables import describe_comparison, difference_table, flip
+
+
+def read_predictions(path: Path) -> list[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # an answer may hold U+2028
+        predictions = [json.loads(line) for line in lines]
+        needed = {"id", "where", "images", "answer", "prediction"}
+        if lacking := next((missing for line in predictions if (missing := needed - line.keys())), None):
+            raise ValueError(f"a line without `{sorted(lacking)[0]}`")
+        return predictions
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is no predictions file: {error}") from None
+
+
+def compare_files(paths: list[Path]) -> int:
+    """Print how each of the predictions files after the first differs from the first, also by the fields that --by
+    named, and the answers of both where only one is right. Returns the exit code."""
+    if len(paths) < 2:
+        raise InputError("--compare: needs two or more predictions files")
+    (first, base), *others = zip(run_names(paths), map(read_predictions, paths))
+    for path, (name, answers) in zip(paths[1:], others):
+        try:
+            comparison = scores.compare(base, answers)
+        except ValueError as error:
+            raise InputError(f"--compare {paths[0]} {path}: {error}") from None
+        print0(describe_comparison(comparison, first, name))
+        for field, differences in comparison["by"].items():
+            print0(f"\n{difference_table(field, f'{name} − {first}', differences)}")
+        pairs = {scores.row_key(old): {first: old, name: new} for old, new in scores.pair_up(base, answers)}
+        for right, rows in ((first, comparison["only_a"]), (name, comparison["only_b"])):
+            print0(f"\n{len(rows):,} answers right in {right} only:", *(f"\n{flip(row, pairs[row])}" for row in rows))
+    return 0
+
+
+def run_names(paths: list[Path]) -> list[str]:
+    """What tells paths apart: each without the folders at its start and the names at its end that all of them share."""
+    parts = [path.with_suffix("").parts for path in paths]
+    if len(set(parts)) < len(parts):
+        return list(map(str, paths))
+    start, end = (len(os.path.commonprefix([part[::step] for part in parts])) for step in (1, -1))
+    names = ["/".join(p[start : len(p) - end]) for p in parts]
+    return names if all(names) else list(map(str, paths))
