@@ -252,8 +252,11 @@ def load_rows(
             raise InputError(f"{sources.rows}: none of the held-out rows can be used")
         refuse_unknown_fields(args.by, data, sources)
         check_shared_memory([(data, plan_evaluation(data.samples, args.max_tokens, MAX_TREES))], settings, args.workers)
-    facts = {"model": sources.model, "rows": sources.rows} | sources.prompts
-    more = length_warnings(data.samples, args.max_new_tokens) + replaced_results(sources.output, facts)
+    facts = {"checkpoint": str(sources.ckpt or ""), "model": sources.model, "rows": sources.rows} | sources.prompts
+    facts |= {"pictures": str(Path(sources.images).absolute()), "max_new_tokens": args.max_new_tokens}
+    facts |= {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
+    replaced = replaced_results(sources.output, facts, args.with_base or not sources.ckpt)
+    more = length_warnings(data.samples, args.max_new_tokens) + replaced
     for warning in picture_warnings(data.sizes) + unread_warnings(data) + more:
         print0(f"warning: {warning}")
     closed = closed_options(sources, args.closed_set) if args.closed_set else {}

@@ -20,7 +20,7 @@ import eval as evaluation
 import merge
 import model as model_file
 import train
-from common import InputError, printable
+from common import InputError, printable, quote
 from data import build_batch
 from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
@@ -220,16 +220,29 @@ def test_the_summary_holds_scores_intervals_and_what_they_depend_on(world, run, 
         evaluation.main(["--compare", str(files[0]), str(tmp_path / "fewer.jsonl")])
 
 
-def test_results_of_other_rows_or_prompts_are_told_before_they_are_replaced(world, run, tmp_path, capsys):
+def test_results_of_other_answers_are_told_before_they_are_replaced(world, run, tmp_path, capsys):
+    """Of other rows, prompts, pictures, pixel limits and checkpoints, and of the base model where that is not asked."""
     (tmp_path / "other.jsonl").write_text((world / "rows.jsonl").read_text())
-    words = [f"--ckpt={run}", f"--images={world / 'images'}", f"--output={tmp_path / 'out'}"]
-    words += ["--max-new-tokens=2", "--workers=0"]
-    told, first, second = [], [f"--data={world / 'rows.jsonl'}"], [f"--data={tmp_path / 'other.jsonl'}"]
-    for more in (first, first, second, [*second, "--prompt={question} Say it."]):
-        assert evaluation.main([*words, *more]) == 0
+    shutil.copytree(world / "images", tmp_path / "transformed")
+    out, images, words = tmp_path / "out", world / "images", ["--max-new-tokens=2", "--workers=0"]
+    first, second = [f"--data={world / 'rows.jsonl'}"], [f"--data={tmp_path / 'other.jsonl'}"]
+    prompt, other_images = "--prompt={question} Say it.", f"--images={tmp_path / 'transformed'}"
+    told, before = [], [f"--ckpt={run}", f"--images={images}"]
+    for more in (
+        [*before, *first, "--with-base"],
+        [*before, *first, "--with-base"],
+        [*before, *first],
+        [*before, *second],
+        [*before, *second, prompt],
+        [*before, *second, prompt, other_images],
+        [*before, *second, prompt, other_images, "--max-pixels=4096"],
+        [f"--model={world / 'model'}", *second, prompt, other_images, "--max-pixels=4096"],
+    ):
+        assert evaluation.main([*words, f"--output={out}", *more]) == 0
         told += [line for line in capsys.readouterr().out.splitlines() if "has results of" in line]
-    others = f"rows '{world / 'rows.jsonl'}'", "prompt '{question}'"
-    assert told == [f"warning: {tmp_path / 'out'} has results of {other}" for other in others]
+    replaced = ["the base model", f"rows {quote(str(world / 'rows.jsonl'))}", "prompt '{question}'"]
+    replaced += [f"pictures {quote(str(images))}", "max_pixels 65536", f"checkpoint {quote(str(checkpoints(run)[-1]))}"]
+    assert told == [f"warning: {out} has results of {other}" for other in replaced]
 
 
 @pytest.mark.parametrize("content", ["", "no JSON", "[1]", "{}", '{"facts": null}', '{"facts": "rows"}'])
