@@ -380,6 +380,8 @@ def write_results(
     output, tuned_first = sources.output, dict(reversed(predictions.items()))
     for name, answers in zip(("predictions.jsonl", "predictions-base.jsonl"), tuned_first.values()):
         write_whole(output / name, "".join(ENCODER.encode(answer) + "\n" for answer in answers))
+    if len(predictions) == 1:  # the base model's answers of an earlier evaluation are not to these questions
+        (output / "predictions-base.jsonl").unlink(missing_ok=True)
     summaries = {kind: scores.summarize(answers, args.numeric_tolerance) for kind, answers in predictions.items()}
     summary = {"command": " ".join(sys.argv), "facts": facts, "settings": vars(args), "scores": summaries}
     print0(accuracy_table(summaries))

@@ -243,6 +243,7 @@ def test_results_of_other_answers_are_told_before_they_are_replaced(world, run, 
     replaced = ["the base model", f"rows {quote(str(world / 'rows.jsonl'))}", "prompt '{question}'"]
     replaced += [f"pictures {quote(str(images))}", "max_pixels 65536", f"checkpoint {quote(str(checkpoints(run)[-1]))}"]
     assert told == [f"warning: {out} has results of {other}" for other in replaced]
+    assert not (out / "predictions-base.jsonl").exists()  # it would be compared with answers to other rows
 
 
 @pytest.mark.parametrize("content", ["", "no JSON", "[1]", "{}", '{"facts": null}', '{"facts": "rows"}'])
