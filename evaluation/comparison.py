@@ -33,13 +33,25 @@ def compare_files(paths: list[Path]) -> int:
             comparison = scores.compare(base, answers)
         except ValueError as error:
             raise InputError(f"--compare {paths[0]} {path}: {error}") from None
+        both = scores.pair_up(base, answers)
+        for warning in asked_differently(both, first, name):
+            print0(f"warning: {warning}")
         print0(describe_comparison(comparison, first, name))
         for field, differences in comparison["by"].items():
             print0(f"\n{difference_table(field, f'{name} − {first}', differences)}")
-        pairs = {scores.row_key(old): {first: old, name: new} for old, new in scores.pair_up(base, answers)}
+        pairs = {scores.row_key(old): {first: old, name: new} for old, new in both}
         for right, rows in ((first, comparison["only_a"]), (name, comparison["only_b"])):
             print0(f"\n{len(rows):,} answers right in {right} only:", *(f"\n{flip(row, pairs[row])}" for row in rows))
     return 0
+
+
+def asked_differently(both: list[tuple[dict, dict]], first: str, name: str) -> list[str]:
+    """What tells that two files, which have the same rows and answers, ask other questions or show other images."""
+    counts = {
+        "ask another question": sum(old.get("question") != new.get("question") for old, new in both),
+        "show other images": sum(old["images"] != new["images"] for old, new in both),
+    }
+    return [f"{n:,} of {len(both):,} rows {how} in {name} than in {first}" for how, n in counts.items() if n]
 
 
 def run_names(paths: list[Path]) -> list[str]:

@@ -272,6 +272,19 @@ def test_each_file_is_compared_with_the_first(tmp_path, capsys):
         evaluation.main(["--compare", str(files[0])])
 
 
+def test_questions_and_images_that_differ_are_told_in_a_comparison(tmp_path, capsys):
+    """Rows are known by file, line and id, which paraphrased questions or transformed images keep."""
+    row = {"id": 1, "images": ["a.png"], "question": "Is there text?", "answer": "no", "prediction": "no"}
+    changes = {"first": {}, "again": {}, "asked": {"question": "Any text?"}, "shown": {"images": ["b.png"]}}
+    for name, changed in changes.items():
+        lines = [row | {"where": "v:1"}, row | {"where": "v:2"} | changed]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluation.main(["--compare", *(str(tmp_path / name) for name in changes)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    asked = "warning: 1 of 2 rows ask another question in asked than in first"
+    assert told == [asked, "warning: 1 of 2 rows show other images in shown than in first"]
+
+
 def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
     prediction = {"id": 1, "where": "val.jsonl:1", "images": [], "answer": "a", "prediction": "a\u2028b\u0085c"}
     path = tmp_path / "predictions.jsonl"
