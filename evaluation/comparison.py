@@ -4,10 +4,12 @@ import json
 import os
 from pathlib import Path
 
-from common import InputError
+from common import InputError, quote
 from dist_utils import print0
 from evaluation import scores
 from evaluation.tables import describe_comparison, difference_table, flip
+
+SETTINGS = ["system", "prompt", "image_first", "min_pixels", "max_pixels", "max_new_tokens"]  # that change answers
 
 
 def read_predictions(path: Path) -> list[dict]:
@@ -34,7 +36,7 @@ def compare_files(paths: list[Path]) -> int:
         except ValueError as error:
             raise InputError(f"--compare {paths[0]} {path}: {error}") from None
         both = scores.pair_up(base, answers)
-        for warning in asked_differently(both, first, name):
+        for warning in asked_differently(both, first, name) + other_settings(paths[0], first, path, name):
             print0(f"warning: {warning}")
         print0(describe_comparison(comparison, first, name))
         for field, differences in comparison["by"].items():
@@ -52,6 +54,21 @@ def asked_differently(both: list[tuple[dict, dict]], first: str, name: str) -> l
         "show other images": sum(old["images"] != new["images"] for old, new in both),
     }
     return [f"{n:,} of {len(both):,} rows {how} in {name} than in {first}" for how, n in counts.items() if n]
+
+
+def other_settings(first: Path, name: str, other: Path, other_name: str) -> list[str]:
+    """What tells that two files were answered with other prompts or limits, by the summary.json beside each of them."""
+    before, after = map(settings_of, (first, other))
+    differing = [key for key in SETTINGS if key in before and key in after and before[key] != after[key]]
+    told = [f"{key} is {quote(after[key])} in {other_name}, {quote(before[key])} in {name}" for key in differing]
+    return ["answered with other settings:\n  " + "\n  ".join(told)] if told else []
+
+
+def settings_of(path: Path) -> dict:
+    """The facts of the evaluation that wrote a predictions file; empty where no summary.json lies beside it."""
+    summary = path.with_name("summary.json")
+    facts = json.loads(summary.read_text("utf-8"))["facts"] if summary.is_file() else {}
+    return facts | facts.get("images", {})  # its pixel limits
 
 
 def run_names(paths: list[Path]) -> list[str]:

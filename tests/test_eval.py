@@ -285,6 +285,19 @@ def test_questions_and_images_that_differ_are_told_in_a_comparison(tmp_path, cap
     assert told == [asked, "warning: 1 of 2 rows show other images in shown than in first"]
 
 
+def test_prompts_and_limits_that_differ_are_told_in_a_comparison(world, run, tmp_path, capsys):
+    """A base model that is evaluated alone has no system prompt, and its own pixel limits."""
+    rows = [f"--data={world / 'rows.jsonl'}", f"--images={world / 'images'}", "--workers=0", "--max-new-tokens=2"]
+    changes = {"first": [], "again": [], "other": ["--system=One word.", "--max-pixels=4096"]}
+    for name, changed in changes.items():
+        assert evaluation.main([f"--ckpt={run}", f"--output={tmp_path / name}", *rows, *changed]) == 0
+    capsys.readouterr()
+    assert evaluation.main(["--compare", *(str(tmp_path / name / "predictions.jsonl") for name in changes)]) == 0
+    again, _, other = capsys.readouterr().out.partition("warning: answered with other settings:\n")
+    told = ["  system is 'One word.' in other, '' in first", "  max_pixels is 4096 in other, 65536 in first"]
+    assert again.startswith("again − first") and other.splitlines()[:2] == told
+
+
 def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
     prediction = {"id": 1, "where": "val.jsonl:1", "images": [], "answer": "a", "prediction": "a\u2028b\u0085c"}
     path = tmp_path / "predictions.jsonl"
