@@ -24,7 +24,7 @@ import shlex
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -74,6 +74,7 @@ from modeling.precision import forward_precision
 from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base, warn_of_other_prompts
 from training.description import unread_warnings
 from training.eval_settings import parse, replaced_results
+from training.merged_prompts import read_prompts
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, nearest
 from training.shared_memory import check_shared_memory
@@ -132,6 +133,8 @@ def main(argv: list[str], stop: Stop | None = None) -> int:
     if warning := dist_utils.from_rank0(lambda: check_products(sources.precision, dtype, ranks.device)):
         print0(f"warning: {warning}")
     folder = dist_utils.local_rank0_first(lambda: resolve_model(sources.model))
+    if not sources.ckpt:
+        sources = replace(sources, prompts=sources.prompts | read_prompts(folder, args))
     tokenizer = load_tokenizer(folder)
     dist_utils.from_rank0(lambda: warn_of_other_prompts(sources.ckpt, tokenizer))
     settings = sources.image_settings(folder, args.min_pixels, args.max_pixels)

@@ -4,9 +4,9 @@
     python merge.py --adapter swift/checkpoint-99 --rows val.jsonl --images pictures --out merged   # made elsewhere
 
 Weights are added in float32 and rounded once, each to its own type. All other files are the base model's, so that what
-loads it loads the merged model too; only its end tokens and its limits on pixels become those of the run. Before the
-folder gets its name, the merged model is loaded from it, and its logits on rows of the run are compared with the
-adapter's.
+loads it loads the merged model too; only its end tokens and its limits on pixels become those of the run, whose prompts
+are kept for eval.py. Before the folder gets its name, the merged model is loaded from it, and its logits on rows of the
+run are compared with the adapter's.
 """
 
 import sys
@@ -45,6 +45,7 @@ from modeling.lora import load_adapter, merge_lora
 from modeling.merging import copy_files, set_end_tokens, set_pixel_limits, weights_dtype, write_weights
 from training.checkpoints import find_adapter, warn_of_other_base, warn_of_other_prompts
 from training.merge_settings import parse
+from training.merged_prompts import write_prompts
 from training.model_card import merged_card
 from trees import Assignment
 
@@ -105,6 +106,8 @@ def merge(args: argparse.Namespace, ckpt: Path, run: dict, held_out: list[str], 
         if settings != image_settings(folder):
             set_pixel_limits(partial, (settings.min_pixels, settings.max_pixels))
         set_end_tokens(partial, stop_tokens(model.base, tokenizer))
+        if run:
+            write_prompts(partial, run)
         (partial / "README.md").write_text(merged_card(name, folder, run, may_think(tokenizer)), encoding="utf-8")
         write_weights(folder, model.model, merge_lora, partial, to_float32)
         del model

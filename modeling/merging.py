@@ -20,7 +20,8 @@ from modeling.loading import INDEX, model_name, weight_files
 
 # Weights in other forms, which would still be the base model's, and what remains of a training run
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-NOT_COPIED = {"README.md", "manifest.json"}
+PROMPTS_FILE = "onelook.json"  # how the run of a merged model put its questions
+NOT_COPIED = {"README.md", "manifest.json", PROMPTS_FILE}
 TEMPLATES = "additional_chat_templates"  # a folder of the tokenizer's
 DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # as safetensors calls them
 LIMITS = {"min_pixels": 0, "shortest_edge": 0, "max_pixels": 1, "longest_edge": 1}  # name -> index in (least, most)

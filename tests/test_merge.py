@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from sweep_full_disk import disk_of
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+import eval as evaluation
 import merge
 import train
 from common import InputError
+from evaluation.comparison import read_predictions
 from inputs.images import image_settings
 from modeling.lora import save_adapter
 from modeling.merging import copy_files, set_end_tokens, set_pixel_limits
@@ -216,6 +218,24 @@ def test_a_merged_folder_holds_what_the_run_used_and_a_card(world, tmp_path, mon
     assert "language: en" not in card
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (merged / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_eval_puts_questions_to_a_merged_model_as_its_run_did(world, tmp_path, capsys):
+    """Its numbers are the checkpoint's, without the run's --system, --prompt and --image-first on the command line."""
+    run, merged, data = tmp_path / "run", tmp_path / "merged", world / "rows.jsonl"
+    words = {"system": "Be brief.", "prompt": "{question} Answer in a word.", "max_steps": 2, "eval_every": 0}
+    assert train.main([*arguments(world, run, **words), "--image-first"]) == 0
+    assert merge.main([f"--ckpt={run}", f"--out={merged}"]) == 0
+    rows = [f"--data={data}", f"--images={world / 'images'}", "--max-new-tokens=2", "--workers=0"]
+    capsys.readouterr()
+    losses = []
+    for name, chosen in {"a": ["--ckpt", run], "b": ["--model", merged], "c": ["--model", merged, "--system="]}.items():
+        assert evaluation.main([*map(str, chosen), *rows, f"--output={tmp_path / name}"]) == 0
+        losses.append([prediction["loss"] for prediction in read_predictions(tmp_path / name / "predictions.jsonl")])
+    told = re.findall(r"questions are put as .*onelook.json says: (.*)", capsys.readouterr().out)
+    prompt = "prompt '{question} Answer in a word.', image_first True"
+    assert told == [f"system 'Be brief.', {prompt}", prompt]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[2] != pytest.approx(losses[0], rel=1e-3)
 
 
 def test_end_tokens_are_written_where_they_are_not_named_yet(tmp_path):
