@@ -6,7 +6,7 @@ import re
 
 from common import printable
 
-MAX_VALUES, MAX_LETTERS = 20, 30  # values of a field that --by names, and letters of one
+MAX_VALUES, MAX_LETTERS = 20, 30  # values of a field that --by names, and letters of one or of a type
 SCORES = {
     "exact_match": "exact match",
     "strict_match": "strict match: the same text but for case",
@@ -41,10 +41,11 @@ def accuracy_table(results: dict[str, dict]) -> str:
     same rows. Results of `scores.summarize` have intervals, those of `evaluate` have none."""
     columns, lines = [_accuracy_cells(result) for result in results.values()], []
     width = 24 if any("(" in cell for column in columns for _, _, cell in column) else 10
+    first = max([16, *(len(_label(kind)) + 1 for kind, _, _ in columns[0])])
     for cells in zip(*columns):  # a row of every column
         kind, questions, _ = cells[0]
-        lines.append(f"{kind:<16}{questions:>10,}" + "".join(f"{cell:>{width}}" for _, _, cell in cells))
-    head = f"{'exact match %':<16}{'questions':>10}" + "".join(f"{name:>{width}}" for name in results)
+        lines.append(f"{_label(kind):<{first}}{questions:>10,}" + "".join(f"{cell:>{width}}" for _, _, cell in cells))
+    head = f"{'exact match %':<{first}}{'questions':>10}" + "".join(f"{name:>{width}}" for name in results)
     return "\n".join([head, *lines])
 
 
@@ -72,7 +73,7 @@ def breakdown_table(field: str, kind: str, result: dict) -> str:
     for value, score in [*groups[:MAX_VALUES], ("all", total)]:
         mean = score["exact_match"]
         cells = f"{mean['questions']:,}", _interval(mean), *paper_cells(score).values()
-        lines.append([value[:MAX_LETTERS], *cells])
+        lines.append([_label(value), *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     texts = ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for first, *cells in lines]
     if len(groups) > MAX_VALUES:
@@ -105,7 +106,7 @@ def difference_table(field: str, name: str, differences: dict[str, dict]) -> str
     lines = [(f"{field}, {name}", "questions", "exact match, points")]
     for value, mean in differences.items():
         low, middle, high = (f"{100 * mean[end]:+.1f}" for end in ("low", "mean", "high"))
-        lines.append((value[:MAX_LETTERS], f"{mean['questions']:,}", f"{middle} ({low} to {high})"))
+        lines.append((_label(value), f"{mean['questions']:,}", f"{middle} ({low} to {high})"))
     width = max(len(first) for first, _, _ in lines)
     return "\n".join(f"{first:<{width}}  {count:>10}  {cell:>24}" for first, count, cell in lines)
 
@@ -117,6 +118,11 @@ def flip(row: str, answers: dict[str, dict]) -> str:
     lines = [f"  {row}: {_one_line(truth.get('question', ''))}"]
     lines += [f"    {name}: {_one_line(answer)}" for name, answer in texts.items()]
     return "\n".join(lines)
+
+
+def _label(value: str) -> str:
+    """A question type or a field's value as the first cell of a row."""
+    return _one_line(value)[:MAX_LETTERS]
 
 
 def _one_line(value: str) -> str:

@@ -17,7 +17,7 @@ from evaluation import overlap, scores
 from evaluation.benchmarks import strict_match
 from evaluation.comparison import read_predictions
 from evaluation.page import percent, points
-from evaluation.tables import breakdown_table
+from evaluation.tables import accuracy_table, breakdown_table
 from inputs.rows import parse_row
 
 
@@ -130,6 +130,23 @@ def test_many_values_are_cut_on_the_screen():
     assert [line.split()[0] for line in table[1:21]] == list(map(str, range(20)))
     assert table[21].split()[:3] == ["all", "25", "100.0"] and table[21].split()[-3:] == ["0.0", "100.0", "0.0"]
     assert table[22:] == ["5 more values of patient are in summary.json"]
+
+
+def test_types_and_values_stand_on_one_line_in_their_column():
+    """Types of real data sets are longer than ours, and a value may be a text with line breaks."""
+    rows = lines(("Yes.", "yes"), by={"note": "two\nlines \x1b[1m"}) + lines(("Yes.", "yes"), by={"note": "short"})
+    for row, kind in zip(rows, ("abnormality/condition presence", "count\nof all")):
+        row["question_type"] = kind
+    summary = scores.summarize(rows, 0.05)
+    types, values = accuracy_table({"tuned": summary}), breakdown_table("note", "tuned", summary)
+    assert [line.split("  ")[0] for line in types.splitlines()[1:]] == [
+        "abnormality/condition presence",
+        "count of all",
+        "all",
+    ]
+    assert values.splitlines()[2].startswith(r"two lines \x1b[1m  ") and "\x1b" not in types + values
+    for table in (types, values):
+        assert len({len(line) for line in table.splitlines()[:3]}) == 1
 
 
 @pytest.fixture(scope="module")
