@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from unicodedata import normalize
 
 from common import printable
 
@@ -28,6 +29,11 @@ TEX_ESCAPES |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\t
 TEX_ESCAPES |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 TEX_ESCAPES |= {"[": "{[}", "*": "{*}"}  # at the start of a line, the line break before it would take them as options
 TEX_ESCAPES |= {sign: f"$\\{name}$" for sign, name in zip("≤≥≠≈∞", ("leq", "geq", "neq", "approx", "infty"))}
+TEX_SIGNS = "leftarrow rightarrow leftrightarrow Rightarrow surd sim"
+TEX_ESCAPES |= {sign: f"$\\{name}$" for sign, name in zip("←→↔⇒√∼", TEX_SIGNS.split())} | {"′": "$'$", "″": "$''$"}
+TEX_ESCAPES |= {digit: f"$_{number}$" for number, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+TEX_ESCAPES |= {digit: f"$^{number}$" for number, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {"⁻": "$^-$", "⁺": "$^+$"}
+TEX_ESCAPES |= dict.fromkeys("\u200b\u2060\ufeff", "")  # they have no width, and no letter in pdfLaTeX's fonts
 # pdfLaTeX has Greek letters in formulas only. A letter that stands alone, as in 5 μm, becomes one; words stay words.
 GREEK_NAMES = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi"
 GREEK_NAMES += " chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
@@ -207,7 +213,7 @@ def _tex_value(mean: dict | None, signed: bool) -> str:
 
 
 def tex(value: str) -> str:
-    """Any text as text of LaTeX, on one line."""
-    text = printable(" ".join(value.split()))
+    """Any text as text of LaTeX, on one line. Letters and accents are joined, as pdfLaTeX knows them."""
+    text = normalize("NFC", printable(" ".join(value.split())))
     escaped = "".join(TEX_ESCAPES.get(letter, letter) for letter in text)
     return LONE_GREEK.sub(lambda match: TEX_GREEK[match[0]], escaped)

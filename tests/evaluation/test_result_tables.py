@@ -64,6 +64,8 @@ def test_any_text_is_text_in_latex():
     assert tables.tex("\\^<") == r"\textbackslash{}\textasciicircum{}\textless{}"
     assert tables.tex("≤ 5 μm, TNF-α, Θ") == r"$\leq$ 5 $\mu$m, TNF-$\alpha$, $\Theta$"
     assert tables.tex("δέρμα, 颜色, größe") == "δέρμα, 颜色, größe"  # words stay words
+    assert tables.tex("SpO₂, 10⁻⁶, a→b, √2, 5′") == r"SpO$_2$, 10$^-$$^6$, a$\rightarrow$b, $\surd$2, 5$'$"
+    assert tables.tex("e\u0301te\u0301 \u200bb") == "été b"  # as copied from a PDF
     assert tables.tex("a\x1bb") == r"a\textbackslash{}x1bb"  # pdfLaTeX stops at control characters
 
 
