@@ -196,6 +196,7 @@ class Sources:
     output: Path
     prompts: dict  # system, prompt, image_first
     precision: str  # of the base model's linear layers
+    val_rows: str  # how many questions the run validated on, and their fingerprint; empty where they are others
 
     @property
     def rows(self) -> str:
@@ -232,7 +233,11 @@ def find_sources(args: argparse.Namespace) -> Sources:
     precision = args.base_precision
     if precision == "auto":
         precision = forward_precision(run.get("base_precision", "bf16"))
-    return Sources(ckpt, run, held_out, model, files, images, output, prompts, precision)
+    given = (args.data, args.images, args.model, args.system, args.prompt, args.min_pixels, args.max_pixels)
+    val_rows = (
+        "" if any(value not in (None, "", 0) for value in given) else state.get("identity", {}).get("val rows", "")
+    )
+    return Sources(ckpt, run, held_out, model, files, images, output, prompts, precision, val_rows)
 
 
 def load_rows(
@@ -260,6 +265,9 @@ def load_rows(
     facts |= {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
     replaced = replaced_results(sources.output, facts, args.with_base or not sources.ckpt)
     more = length_warnings(data.samples, args.max_new_tokens) + replaced
+    if sources.val_rows and data.fingerprint(sources.images) not in sources.val_rows:
+        before, _, _ = sources.val_rows.partition(", fingerprint")
+        more.append(f"{sources.rows}: rows or images are not as in training, which validated on {before}")
     for warning in picture_warnings(data.sizes) + unread_warnings(data) + more:
         print0(f"warning: {warning}")
     closed = closed_options(sources, args.closed_set) if args.closed_set else {}

@@ -272,6 +272,20 @@ def test_each_file_is_compared_with_the_first(tmp_path, capsys):
         evaluation.main(["--compare", str(files[0])])
 
 
+def test_validation_rows_that_changed_since_training_are_told(world, tmp_path, capsys):
+    """Numbers on other rows would stand beside those of the training."""
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text((world / "rows.jsonl").read_text())
+    assert train.main([*arguments(world, run, max_steps=2, eval_every=0, save_every=2), f"--val={rows}"]) == 0
+    told = []
+    for kept in (33, 20):
+        rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:kept]))
+        capsys.readouterr()
+        assert evaluation.main([f"--ckpt={run}", "--max-new-tokens=2", "--workers=0"]) == 0
+        told += [line for line in capsys.readouterr().out.splitlines() if "as in training" in line]
+    assert told == [f"warning: {rows}: rows or images are not as in training, which validated on 33 questions"]
+
+
 def test_questions_and_images_that_differ_are_told_in_a_comparison(tmp_path, capsys):
     """Rows are known by file, line and id, which paraphrased questions or transformed images keep."""
     row = {"id": 1, "images": ["a.png"], "question": "Is there text?", "answer": "no", "prediction": "no"}
