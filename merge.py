@@ -144,7 +144,8 @@ def rows_to_compare(
         chosen = [chosen[index] for index in split(names, held_out)[1]] or chosen
     data = encode_rows(chosen[:ROWS], images, tokenizer, settings, limit, allow_outside_images=True, **options)
     if not data.samples:
-        raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images")
+        why = f"\n  {data.bad[0].where}: {data.bad[0].reason}" if data.bad else ""
+        raise InputError(f"{rows}: no usable row to compare logits on: name others by --rows and --images{why}")
     return rows, data
 
 

@@ -301,6 +301,11 @@ def test_rows_on_which_the_adapter_changes_nothing_are_reported(world, run, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_that_can_t_be_used_to_compare_logits_are_an_error_with_the_reason(run, tmp_path):
+    with pytest.raises(InputError, match=r"no usable row .*\n  rows.jsonl:1: image 'a.png' is missing"):
+        merge.main([f"--ckpt={run}", f"--out={tmp_path / 'merged'}", f"--images={tmp_path}"])
+
+
 def test_a_folder_that_can_t_be_made_is_an_error_before_the_model_is_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "load_base", lambda *_: pytest.fail("loaded"))
     (tmp_path / "file").touch()
