@@ -234,9 +234,8 @@ def find_sources(args: argparse.Namespace) -> Sources:
     if precision == "auto":
         precision = forward_precision(run.get("base_precision", "bf16"))
     given = (args.data, args.images, args.model, args.system, args.prompt, args.min_pixels, args.max_pixels)
-    val_rows = (
-        "" if any(value not in (None, "", 0) for value in given) else state.get("identity", {}).get("val rows", "")
-    )
+    as_trained = not any(value not in (None, "", 0) for value in given)
+    val_rows = state.get("identity", {}).get("val rows", "") if as_trained else ""
     return Sources(ckpt, run, held_out, model, files, images, output, prompts, precision, val_rows)
 
 

@@ -249,7 +249,7 @@ def test_results_of_other_answers_are_told_before_they_are_replaced(world, run, 
 @pytest.mark.parametrize("content", ["", "no JSON", "[1]", "{}", '{"facts": null}', '{"facts": "rows"}'])
 def test_a_summary_of_another_program_is_no_result(tmp_path, content):
     (tmp_path / "summary.json").write_text(content)
-    assert replaced_results(tmp_path, {"rows": "a.jsonl"}) == []
+    assert replaced_results(tmp_path, {"rows": "a.jsonl"}, with_base=False) == []
 
 
 def test_each_file_is_compared_with_the_first(tmp_path, capsys):

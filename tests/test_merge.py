@@ -263,7 +263,7 @@ def test_an_adapter_made_elsewhere_is_merged(world, run, tmp_path, capsys):
     for words in ([], ["--ckpt=a", "--adapter=b"]):
         with pytest.raises(InputError, match="--ckpt or --adapter: give one"):
             merge.main([*words, f"--out={tmp_path / 'no'}"])
-    with pytest.raises(InputError, match="--out: ~/merged: a shell reads ~"):
+    with pytest.raises(InputError, match="--out: ~/merged: a shell expands ~"):
         merge.main(["--ckpt=a", "--out=~/merged"])
 
 
