@@ -45,7 +45,7 @@ from evaluation.answers import (
     score_samples,
     unused_settings,
 )
-from evaluation.comparison import compare_files
+from evaluation.comparison import compare_files, replaced_results
 from evaluation.report import write_report
 from evaluation.runner import Runner, plan_evaluation
 from evaluation.tables import (
@@ -73,7 +73,7 @@ from modeling.memory import start_compile_workers
 from modeling.precision import forward_precision
 from training.checkpoints import VERSIONS, find_adapter, warn_of_other_base, warn_of_other_prompts
 from training.description import unread_warnings
-from training.eval_settings import parse, replaced_results
+from training.eval_settings import parse
 from training.merged_prompts import read_prompts
 from training.metrics import read_metrics
 from training.settings import DEFAULT_MODEL, nearest

@@ -1,7 +1,8 @@
-"""`eval.py --compare`: predictions files set against the first of them."""
+"""Results beside others: `eval.py --compare`, and what an evaluation replaces."""
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from common import InputError, quote
@@ -58,17 +59,32 @@ def asked_differently(both: list[tuple[dict, dict]], first: str, name: str) -> l
 
 def other_settings(first: Path, name: str, other: Path, other_name: str) -> list[str]:
     """What tells that two files were answered with other prompts or limits, by the summary.json beside each of them."""
-    before, after = map(settings_of, (first, other))
+    (before, _), (after, _) = (read_summary(path.parent) for path in (first, other))
     differing = [key for key in SETTINGS if key in before and key in after and before[key] != after[key]]
     told = [f"{key} is {quote(after[key])} in {other_name}, {quote(before[key])} in {name}" for key in differing]
     return ["answered with other settings:\n  " + "\n  ".join(told)] if told else []
 
 
-def settings_of(path: Path) -> dict:
-    """The facts of the evaluation that wrote a predictions file; empty where no summary.json lies beside it."""
-    summary = path.with_name("summary.json")
-    facts = json.loads(summary.read_text("utf-8"))["facts"] if summary.is_file() else {}
-    return facts | facts.get("images", {})  # its pixel limits
+def read_summary(folder: Path) -> tuple[dict, dict]:
+    """Facts, with the pixel limits among them, and scores of the summary.json in a folder of results; both empty where
+    there is none, or another program's."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        summary = json.loads((folder / "summary.json").read_bytes())
+        return summary["facts"] | summary["facts"]["images"], summary["scores"]
+    return {}, {}
+
+
+def replaced_results(output: Path, facts: dict[str, str | int], with_base: bool) -> list[str]:
+    """A warning where the folder holds results of another model, other rows, pictures or prompts, which this evaluation
+    will replace; otherwise none. `facts` are this evaluation's, by their names in summary.json. `with_base`: it has the
+    base model's answers, too."""
+    before, answered = read_summary(output)
+    differing = [name for name in facts if before.get(name, facts[name]) != facts[name]]
+    other = [f"{name} {quote(before[name])}" for name in differing if before[name] != ""]
+    if "base" in answered and not with_base:
+        other.append("the base model")
+    told = f"{output} has results of {', '.join(other)}\n  these will replace them: another --output keeps both"
+    return [told] if other else []
 
 
 def run_names(paths: list[Path]) -> list[str]:

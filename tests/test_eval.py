@@ -26,12 +26,11 @@ from dist_utils import STOPPED, Ranks, Stop
 from eval import evaluate
 from evaluation import answers, scores, tables
 from evaluation.answers import generate, score_all, with_answer
-from evaluation.comparison import read_predictions
+from evaluation.comparison import read_predictions, replaced_results
 from evaluation.runner import Runner, plan_evaluation
 from inputs.images import image_settings
 from modeling.lora import merge_lora
 from training.checkpoints import checkpoints
-from training.eval_settings import replaced_results
 from trees import Assignment
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

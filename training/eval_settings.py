@@ -1,12 +1,8 @@
 """Settings of eval.py: its command line and the check of it."""
 
 import argparse
-import json
 import os
-from contextlib import suppress
-from pathlib import Path
 
-from common import quote
 from inputs.picture_checks import check_files
 from training.settings import DEFAULT_MODEL, Parser, choice, number, parse_words, path_problems, refuse, template
 
@@ -83,19 +79,3 @@ def parse(argv: list[str]) -> argparse.Namespace:
         problems += [f"--image: {path}: {reason}" for path, reason in checks.items() if isinstance(reason, str)]
     refuse(problems)
     return args
-
-
-def replaced_results(output: Path, facts: dict[str, str | int], with_base: bool) -> list[str]:
-    """A warning where the folder holds results of another model, other rows, pictures or prompts, which this evaluation
-    will replace; otherwise none. `facts` are this evaluation's, by their names in summary.json. `with_base`: it has the
-    base model's answers, too."""
-    before, answered = {}, {}
-    with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or another program's
-        summary = json.loads((output / "summary.json").read_bytes())
-        before, answered = summary["facts"] | summary["facts"]["images"], summary["scores"]  # images: pixel limits
-    differing = [name for name in facts if before.get(name, facts[name]) != facts[name]]
-    other = [f"{name} {quote(before[name])}" for name in differing if before[name] != ""]
-    if "base" in answered and not with_base:
-        other.append("the base model")
-    told = f"{output} has results of {', '.join(other)}\n  these will replace them: another --output keeps both"
-    return [told] if other else []
