@@ -213,7 +213,7 @@ def _listed(sample: Sample) -> str:
     return quote(answer) if PYTHON_LIST.fullmatch(answer) else ""
 
 
-PROBLEMS: dict[str, Callable[[Sample], str]] = {  # kind of row -> what is named of one that is; empty for others
+PROBLEMS: dict[str, Callable[[Sample], str]] = {  # kind of row -> what a warning names of such a row; empty for others
     f"rows of over {LONG_ANSWER} answer tokens": _long,
     "rows whose last answer is not trained": _untrained,
     "rows whose question or answer is what programs write for a missing value": _missing,
