@@ -236,11 +236,13 @@ def test_results_of_other_answers_are_told_before_they_are_replaced(world, run, 
         [*before, *second, prompt, other_images],
         [*before, *second, prompt, other_images, "--max-pixels=4096"],
         [f"--model={world / 'model'}", *second, prompt, other_images, "--max-pixels=4096"],
+        [f"--model={world / 'model'}", *second, prompt, other_images, "--max-pixels=4096", "--max-new-tokens=3"],
     ):
         assert evaluation.main([*words, f"--output={out}", *more]) == 0
         told += [line for line in capsys.readouterr().out.splitlines() if "has results of" in line]
     replaced = ["the base model", f"rows {quote(str(world / 'rows.jsonl'))}", "prompt '{question}'"]
     replaced += [f"pictures {quote(str(images))}", "max_pixels 65536", f"checkpoint {quote(str(checkpoints(run)[-1]))}"]
+    replaced += ["max_new_tokens 2"]
     assert told == [f"warning: {out} has results of {other}" for other in replaced]
     assert not (out / "predictions-base.jsonl").exists()  # it would be compared with answers to other rows
 
@@ -277,10 +279,10 @@ def test_validation_rows_that_changed_since_training_are_told(world, tmp_path, c
     rows.write_text((world / "rows.jsonl").read_text())
     assert train.main([*arguments(world, run, max_steps=2, eval_every=0, save_every=2), f"--val={rows}"]) == 0
     told = []
-    for kept in (33, 20):
+    for kept, given in ((33, []), (20, []), (20, [f"--data={rows}", f"--images={world / 'images'}"])):
         rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:kept]))
         capsys.readouterr()
-        assert evaluation.main([f"--ckpt={run}", "--max-new-tokens=2", "--workers=0"]) == 0
+        assert evaluation.main([f"--ckpt={run}", "--max-new-tokens=2", "--workers=0", *given]) == 0
         told += [line for line in capsys.readouterr().out.splitlines() if "as in training" in line]
     assert told == [f"warning: {rows}: rows or images are not as in training, which validated on 33 questions"]
 
@@ -301,14 +303,15 @@ def test_questions_and_images_that_differ_are_told_in_a_comparison(tmp_path, cap
 def test_prompts_and_limits_that_differ_are_told_in_a_comparison(world, run, tmp_path, capsys):
     """A base model that is evaluated alone has no system prompt, and its own pixel limits."""
     rows = [f"--data={world / 'rows.jsonl'}", f"--images={world / 'images'}", "--workers=0", "--max-new-tokens=2"]
-    changes = {"first": [], "again": [], "other": ["--system=One word.", "--max-pixels=4096"]}
+    changes = {"first": [], "again": [], "other": ["--system=One word.", "--max-pixels=4096", "--max-new-tokens=3"]}
     for name, changed in changes.items():
         assert evaluation.main([f"--ckpt={run}", f"--output={tmp_path / name}", *rows, *changed]) == 0
     capsys.readouterr()
     assert evaluation.main(["--compare", *(str(tmp_path / name / "predictions.jsonl") for name in changes)]) == 0
     again, _, other = capsys.readouterr().out.partition("warning: answered with other settings:\n")
     told = ["  system is 'One word.' in other, '' in first", "  max_pixels is 4096 in other, 65536 in first"]
-    assert again.startswith("again − first") and other.splitlines()[:2] == told
+    told += ["  max_new_tokens is 3 in other, 2 in first"]
+    assert again.startswith("again − first") and other.splitlines()[:3] == told
 
 
 def test_answers_that_hold_line_separators_can_be_compared(tmp_path):
